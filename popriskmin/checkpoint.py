@@ -1,0 +1,126 @@
+"""What `PRM.load_state_dict` does to a checkpoint before it takes it over.
+
+The base class casts all state to the parameter's dtype and takes every option from the checkpoint. PRM keeps its
+state in float32 for half-precision parameters, and keeps its own choice of implementation. So the checkpoint is
+prepared beforehand, completely, so that a checkpoint which does not fit changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from popriskmin.mask import Hyperparameters, corrections
+
+# Raised when a checkpoint's state can no longer be read by older versions.
+STATE_FORMAT = 1
+
+# How the step is computed, as against what: these stay as the optimizer was built.
+IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable", "state_dtype")
+
+
+class Prepared:
+    """A state tensor that is ready to use: the base class casts tensors, but leaves other objects alone."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def dtype_of_state(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of `m`, `v`, `s`: `state_dtype`, or by default the parameter's, float32 at least."""
+    if state_dtype is None:
+        double = param.dtype in (torch.float64, torch.complex128)
+        state_dtype = torch.float64 if double else torch.float32
+    if param.is_complex():
+        return torch.complex128 if state_dtype == torch.float64 else torch.complex64
+    return state_dtype
+
+
+def new_step(param: Tensor, group: Mapping[str, Any], value: float = 0.0) -> Tensor:
+    """Return a step counter: on the host, where reading it costs nothing, or beside a capturable parameter."""
+    device = param.device if group["capturable"] else "cpu"
+    return torch.tensor(value, dtype=torch.float32, device=device)
+
+
+def prepare_groups(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Complete saved parameter groups, of this or of torch's optimizers, with what only the present ones know."""
+    prepared = []
+    for saved, group in zip(saved_groups, groups):
+        written = saved.get("state_format", STATE_FORMAT)
+        if written > STATE_FORMAT:
+            raise ValueError(
+                f"this checkpoint was written by a newer popriskmin (state_format {written}); "
+                f"this version reads state_format up to {STATE_FORMAT}: upgrade popriskmin"
+            )
+        kept = {name: value for name, value in group.items() if name in IMPLEMENTATION or name not in saved}
+        prepared.append({**saved, **kept, "params": saved["params"], "state_format": STATE_FORMAT})
+    # Groups beyond the shorter list are handed on, for the base class to complain about.
+    return prepared + list(saved_groups[len(groups) :])
+
+
+def prepare_state(
+    saved_state: Mapping[Any, Any],
+    prepared_groups: list[dict[str, Any]],
+    groups: list[dict[str, Any]],
+) -> dict[Any, Any]:
+    """Return the saved state with every tensor in its final dtype and place, and what is missing filled in."""
+    state = dict(saved_state)
+    for saved, group in zip(prepared_groups, groups):
+        for key, param in zip(saved["params"], group["params"]):
+            if state.get(key):
+                state[key] = _prepare_one(key, state[key], param, saved)
+    return state
+
+
+def _prepare_one(key: Any, saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    missing = {"step", "exp_avg", "exp_avg_sq"} - set(saved)
+    if missing:
+        raise ValueError(
+            f"the state of parameter {key} has no {', '.join(sorted(missing))}, only "
+            f"{', '.join(map(str, saved))}: load_state_dict takes the state of PRM, AdamW or Adam"
+        )
+    dtype = dtype_of_state(param, group["state_dtype"])
+    state: dict[str, Any] = {}
+    for name, value in saved.items():
+        if name == "step":
+            state[name] = new_step(param, group, float(value))
+        elif isinstance(value, Tensor):
+            if value.shape != param.shape:
+                raise ValueError(
+                    f"the checkpoint's {name} of parameter {key} has shape {tuple(value.shape)}, "
+                    f"the parameter has shape {tuple(param.shape)}"
+                )
+            state[name] = value.to(dtype=dtype, device=param.device)
+        else:
+            state[name] = value
+    if group["amsgrad"] and "max_exp_avg_sq" not in state:
+        state["max_exp_avg_sq"] = state["exp_avg_sq"].clone()
+    if "exp_avg_var" not in state:
+        state["exp_avg_var"] = implied_variance(state, group)
+    return {name: Prepared(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+@torch.no_grad()
+def implied_variance(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    """Return the `s` that Adam's own moments imply, `max(v^ - m^**2, 0)` times its bias correction.
+
+    It is where `s` starts when an AdamW checkpoint is taken over: at zero, the mask would be fully open at the
+    switch; without the bias correction, shut.
+    """
+    m, v, t = state["exp_avg"], state["exp_avg_sq"], float(state["step"])
+    c = corrections(max(t, 1), Hyperparameters.of_group(group))
+    if t < 1 or c.blend == 0:
+        return torch.zeros_like(m)
+    complex_ = m.is_complex()
+    if complex_:
+        m, v = torch.view_as_real(m), torch.view_as_real(v)
+    s = (v / c.bias2 - (m / c.bias1).square()).clamp(min=0) * c.bias_var
+    return torch.view_as_complex(s) if complex_ else s
+
+
+def ids_match(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> bool:
+    """Return whether the groups have the same numbers of parameters, which the base class insists on."""
+    return [len(g["params"]) for g in saved_groups] == [len(g["params"]) for g in groups]

@@ -1,0 +1,125 @@
+"""How open the mask is, read off an optimizer's state. Nothing is computed, and nothing stored, while training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from popriskmin.mask import Hyperparameters, corrections, evaluate, signal_and_noise
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+Row = dict[str, float]
+
+BY = (None, "group", "parameter")
+
+
+@overload
+def mask_stats(optimizer: Optimizer, by: None = None) -> Row: ...
+@overload
+def mask_stats(optimizer: Optimizer, by: Literal["group"]) -> dict[int, Row]: ...
+@overload
+def mask_stats(optimizer: Optimizer, by: Literal["parameter"]) -> dict[str | int, Row]: ...
+def mask_stats(optimizer: Optimizer, by: str | None = None) -> Any:
+    """Recompute the mask of the last step from the state of a `PRM` optimizer; see `PRM.get_mask_stats`."""
+    if by not in BY:
+        raise ValueError(f"by must be None, 'group' or 'parameter', got {by!r}")
+    measured = list(_measure(optimizer))
+    if not measured:
+        raise RuntimeError(
+            "get_mask_stats() before the first step: no parameter has taken a step yet; call it after optimizer.step()"
+        )
+    # One transfer to the host for each device, not one for each number.
+    sums = _to_host([values for *_, values in measured])
+    gathered: dict[Any, list[tuple[int, list[float]]]] = {}
+    for (group, name, count, _), values in zip(measured, sums):
+        key = {None: None, "group": group, "parameter": name}[by]
+        gathered.setdefault(key, []).append((count, values))
+    rows = {key: _row(parts) for key, parts in gathered.items()}
+    return rows[None] if by is None else rows
+
+
+def _names(optimizer: Optimizer) -> list[list[str | int]]:
+    """Return a key for every parameter: its name, or where it has none its place in the whole list.
+
+    A name that several groups share, as when two models are trained together, gets its group's number.
+    """
+    groups = optimizer.param_groups
+    names: list[list[str | int]] = []
+    start = 0
+    for group in groups:
+        count = len(group["params"])
+        names.append(list(group.get("param_names") or range(start, start + count)))
+        start += count
+    flat = [name for group_names in names for name in group_names]
+    return [
+        [f"group {i}: {name}" if flat.count(name) > 1 else name for name in group_names]
+        for i, group_names in enumerate(names)
+    ]
+
+
+def _measure(optimizer: Optimizer) -> Iterator[tuple[int, str | int, int, Tensor]]:
+    """Yield group, name, number of scalars and six device-side numbers for every parameter that has moved."""
+    names = _names(optimizer)
+    for i, group in enumerate(optimizer.param_groups):
+        hyper = Hyperparameters.of_group(group)
+        for param, name in zip(group["params"], names[i]):
+            state = optimizer.state.get(param)
+            if state and param.numel() > 0 and float(state["step"]) > 0:
+                m, s = state["exp_avg"].detach(), state["exp_avg_var"].detach()
+                if m.is_complex():
+                    m, s = torch.view_as_real(m), torch.view_as_real(s)
+                yield i, name, m.numel(), _sums(m, s, float(state["step"]), hyper)
+
+
+@torch.no_grad()
+def _sums(m: Tensor, s: Tensor, t: float, hyper: Hyperparameters) -> Tensor:
+    dtype = torch.promote_types(m.dtype, torch.float32)
+    c = corrections(t, hyper)
+    signal, noise = signal_and_noise(m.to(dtype), s.to(dtype), c, hyper)
+    q = evaluate(signal, noise, c, hyper)
+    noise = noise * hyper.coefficient
+    active = (signal > noise).to(dtype)
+    wide = torch.float32 if m.device.type == "mps" else torch.float64
+    # A pooled mask is one number that stands for every scalar of its tensor.
+    scalars = m.numel() / q.numel()
+    sums = torch.stack([x.sum(dtype=wide) for x in (q, active, signal, noise)]) * scalars
+    return torch.cat([sums, torch.stack([q.min(), q.max()]).to(wide)])
+
+
+def _to_host(values: list[Tensor]) -> list[list[float]]:
+    by_device: dict[torch.device, list[int]] = {}
+    for i, value in enumerate(values):
+        by_device.setdefault(value.device, []).append(i)
+    result: list[list[float]] = [[]] * len(values)
+    for indices in by_device.values():
+        for i, row in zip(indices, torch.stack([values[i] for i in indices]).tolist()):
+            result[i] = row
+    return result
+
+
+def _row(parts: list[tuple[int, list[float]]]) -> Row:
+    count = sum(n for n, _ in parts)
+    q, active, signal, noise = (math.fsum(values[k] for _, values in parts) for k in range(4))
+    without_noise = math.inf if signal > 0 else math.nan
+    return {
+        "mean_q": q / count,
+        "active_fraction": active / count,
+        "min_q": _nan_min(values[4] for _, values in parts),
+        "max_q": -_nan_min(-values[5] for _, values in parts),
+        "parameter_count": count,
+        "noise_scale": noise,
+        "signal_sq": signal,
+        "snr": signal / noise if noise > 0 else without_noise,
+    }
+
+
+def _nan_min(values: Iterator[float]) -> float:
+    """Return the smallest, or NaN if one is NaN, which Python's min would hide or not by its place."""
+    listed = list(values)
+    return math.nan if any(map(math.isnan, listed)) else min(listed)

@@ -1,0 +1,46 @@
+"""Random but valid options for PRM, and random problems, for hypothesis."""
+
+from hypothesis import strategies as st
+
+rates = st.sampled_from([0.0, 0.5, 0.9, 0.99, 0.999])
+
+
+@st.composite
+def options(draw):
+    """Draw any combination of options that changes the update."""
+    mask = draw(st.sampled_from(["snr", "soft", "hard", "none"]))
+    bias_correction = draw(st.booleans())
+    decoupled = draw(st.booleans())
+    drawn = {
+        "lr": draw(st.sampled_from([1e-3, 1e-2, 0.1])),
+        "betas": (draw(rates), draw(rates)),
+        "rho": draw(rates),
+        "eps": draw(st.sampled_from([1e-8, 1e-3, 1e-10])),
+        "weight_decay": draw(st.sampled_from([0.0, 0.01, 0.5])),
+        "softness": draw(st.sampled_from([0.3, 1.0, 10.0])),
+        "mask": mask,
+        "reduction": draw(st.sampled_from(["per_param", "per_tensor"])),
+        # At the first step signal and noise are the same number, and rounding would decide the hard mask.
+        "warmup_steps": draw(st.integers(1 if mask == "hard" else 0, 3)),
+        "amsgrad": draw(st.booleans()),
+        "bias_correction": bias_correction,
+        "decoupled_weight_decay": decoupled,
+        "mask_eps": draw(st.sampled_from([None, 1e-8, 0.0])),
+        "debias": bias_correction and draw(st.booleans()),
+        "mask_decay": decoupled and draw(st.booleans()),
+        "maximize": draw(st.booleans()),
+    }
+    if draw(st.booleans()):
+        batch_size = draw(st.integers(1, 100))
+        drawn |= {"boundary": "empirical", "batch_size": batch_size,
+                  "n_dataset": batch_size + draw(st.integers(1, 1000))}  # fmt: skip
+    return drawn
+
+
+problems = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 2**20),
+        "scale": st.sampled_from([1e-4, 1e-2, 1.0, 100.0]),
+        "steps": st.integers(1, 6),
+    }
+)

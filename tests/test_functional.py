@@ -1,0 +1,435 @@
+"""The step: against an independent reference, against torch's AdamW, and implementation against implementation."""
+
+import itertools
+import math
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import Reference
+from strategies import options, problems
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import popriskmin.functional as functional
+from popriskmin import PRM
+
+# A scalar, an empty one, and tensors around the block size that the tests set, so that all cuts occur.
+SHAPES = [(3, 5), (70,), (), (0, 4), (4, 4, 3), (33,)]
+IMPLEMENTATIONS = [
+    {"foreach": False},
+    {"foreach": True},
+    {"foreach": False, "capturable": True},
+    {"foreach": True, "capturable": True},
+]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr(functional, "CPU_BLOCK", 32)
+
+
+def gradients(problem, shapes=SHAPES):
+    """Return, for every step, one float64 gradient per shape: noise around a mean that differs by scalar."""
+    rng = np.random.default_rng(problem["seed"])
+    means = [rng.normal(size=shape) for shape in shapes]
+    return [[problem["scale"] * (u + rng.normal(size=u.shape)) for u in means] for _ in range(problem["steps"])]
+
+
+def train(problem, dtype=torch.float64, optimizer=PRM, shapes=SHAPES, **kwargs):
+    """Return the weights after the problem's steps, and the optimizer."""
+    rng = np.random.default_rng(1)
+    start = [rng.normal(size=shape) for shape in shapes]
+    params = [torch.nn.Parameter(torch.tensor(x, dtype=dtype)) for x in start]
+    built = optimizer(params, **kwargs)
+    for grads in gradients(problem, shapes):
+        for p, g in zip(params, grads):
+            p.grad = torch.tensor(g, dtype=dtype)
+        built.step()
+    return [p.detach() for p in params], built
+
+
+def reference(problem, shapes=SHAPES, **kwargs):
+    rng = np.random.default_rng(1)
+    built = Reference([rng.normal(size=shape) for shape in shapes], **kwargs)
+    for grads in gradients(problem, shapes):
+        built.step([g if g.size else None for g in grads])
+    return built
+
+
+@settings(max_examples=250, deadline=None)
+@given(options=options(), problem=problems, implementation=st.sampled_from(IMPLEMENTATIONS))
+def test_agrees_with_the_float64_reference(options, problem, implementation):
+    weights, optimizer = train(problem, **options, **implementation)
+    expected = reference(problem, **options)
+    # A capturable step counts in float32, and so do the bias corrections made from it.
+    tolerance = 1e-6 if implementation.get("capturable") else 1e-11
+    for w, x in zip(weights, expected.w):
+        np.testing.assert_allclose(w.numpy(), x, rtol=0, atol=tolerance * (1 + np.abs(x).max(initial=0)))
+    rows = optimizer.get_mask_stats(by="parameter")
+    for i, row in rows.items():
+        assert row["mean_q"] == pytest.approx(expected.q[i].mean(), rel=0, abs=1e-5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(options=options(), problem=problems, implementation=st.sampled_from(IMPLEMENTATIONS))
+def test_float32_stays_close_to_the_reference(options, problem, implementation):
+    weights, _ = train(problem, dtype=torch.float32, **options, **implementation)
+    expected = reference(problem, **options)
+    for w, x in zip(weights, expected.w):
+        if options["mask"] == "hard":
+            # A scalar on the boundary may fall to either side.
+            share = np.mean(np.abs(w.numpy() - x) > 1e-4 * (np.abs(x) + 1)) if x.size else 0
+            assert share <= 0.05 or options["reduction"] == "per_tensor"
+        else:
+            np.testing.assert_allclose(w.numpy(), x, rtol=1e-5, atol=1e-4 * options["lr"] * problem["steps"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(options=options(), problem=problems, tensor_lr=st.booleans(), pair=st.sampled_from(IMPLEMENTATIONS[1:]))
+def test_implementations_agree_to_a_few_units_in_the_last_place(options, problem, tensor_lr, pair):
+    if tensor_lr:
+        options = {**options, "lr": torch.tensor(options["lr"], dtype=torch.float64)}
+    one, _ = train(problem, foreach=False, **options)
+    other, _ = train(problem, **pair, **options)
+    unit = 1e-6 if pair.get("capturable") or tensor_lr else 16 * torch.finfo(torch.float64).eps
+    for a, b in zip(one, other):
+        torch.testing.assert_close(a, b, rtol=0, atol=unit * float(1 + a.abs().max() if a.numel() else 1))
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("opened", [{"mask": "none"}, {"warmup_steps": 6}])
+def test_an_open_mask_is_adam_bit_for_bit(foreach, decoupled, amsgrad, maximize, dtype, opened):
+    problem = {"seed": 3, "scale": 1.0, "steps": 6}
+    common = {"lr": 0.01, "weight_decay": 0.1, "amsgrad": amsgrad, "maximize": maximize}
+    ours, _ = train(problem, dtype, foreach=foreach, decoupled_weight_decay=decoupled, **common, **opened)
+    theirs, _ = train(problem, dtype, torch.optim.AdamW if decoupled else torch.optim.Adam, foreach=False, **common)
+    for a, b in zip(ours, theirs):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_the_mask_closes_when_warmup_ends(foreach):
+    problem = {"seed": 3, "scale": 1.0, "steps": 4}
+    _, optimizer = train(problem, foreach=foreach, warmup_steps=4)
+    assert optimizer.get_mask_stats()["mean_q"] == 1
+    _, optimizer = train(problem, foreach=foreach, warmup_steps=3)
+    assert 0 < optimizer.get_mask_stats()["mean_q"] < 1
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("mask", ["snr", "soft"])
+@pytest.mark.parametrize("reduction", ["per_param", "per_tensor"])
+@pytest.mark.parametrize("debias", [False, True])
+def test_scaling_gradients_by_a_power_of_two_leaves_the_mask_alone(foreach, mask, reduction, debias):
+    kwargs = {"mask": mask, "reduction": reduction, "debias": debias, "foreach": foreach, "mask_eps": 0.0, "eps": 0.0}
+    for dtype, factor in ((torch.float32, 2.0**-20), (torch.float64, 2.0**40)):
+        _, one = train({"seed": 1, "scale": 1.0, "steps": 5}, dtype, **kwargs)
+        _, other = train({"seed": 1, "scale": factor, "steps": 5}, dtype, **kwargs)
+        a, b = one.get_mask_stats(by="parameter"), other.get_mask_stats(by="parameter")
+        assert all(a[i]["mean_q"] == b[i]["mean_q"] and a[i]["max_q"] == b[i]["max_q"] for i in a)
+
+
+def test_mask_eps_is_in_units_of_the_squared_gradient():
+    """Gradients of mean c and deviation c: eps itself would shut the mask of small ones, eps**2 does not."""
+
+    def mean_q(scale, **kwargs):
+        problem = {"seed": 0, "scale": scale, "steps": 200}
+        return train(problem, torch.float32, shapes=[(200,)], lr=0.0, **kwargs)[1].get_mask_stats()["mean_q"]
+
+    assert mean_q(1.0) == pytest.approx(mean_q(1e-5), rel=1e-3)
+    assert mean_q(1.0, mask_eps=1e-8) == pytest.approx(mean_q(1.0), rel=1e-3)
+    assert mean_q(1e-5, mask_eps=1e-8) < 0.1 * mean_q(1.0)
+
+
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    grads=st.lists(st.lists(finite, min_size=3, max_size=3), min_size=1, max_size=5),
+    mask=st.sampled_from(["snr", "soft", "hard", "none"]),
+    reduction=st.sampled_from(["per_param", "per_tensor"]),
+    debias=st.booleans(),
+    softness=st.sampled_from([0.0, 1.0, 1e6]),
+    eps=st.sampled_from([0.0, 1e-8]),
+    empirical=st.booleans(),
+)
+def test_q_is_finite_and_within_bounds_for_every_finite_gradient(
+    grads, mask, reduction, debias, softness, eps, empirical
+):
+    boundary = {"boundary": "empirical", "batch_size": 90, "n_dataset": 100} if empirical else {}
+    w = torch.nn.Parameter(torch.zeros(3))
+    optimizer = PRM([w], mask=mask, reduction=reduction, debias=debias, softness=softness, mask_eps=eps, **boundary)
+    for g in grads:
+        w.grad = torch.tensor(g)
+        # A mean of gradients near the largest float may itself overflow; there AdamW has lost the parameter too.
+        optimizer.step()
+        if torch.isfinite(optimizer.state[w]["exp_avg"]).all():
+            stats = optimizer.get_mask_stats()
+            assert 0 <= stats["min_q"] <= stats["mean_q"] <= 1 + 1e-6
+            assert stats["max_q"] <= 1
+
+
+@pytest.mark.parametrize("mask", ["snr", "soft", "hard", "none"])
+@pytest.mark.parametrize("debias", [False, True])
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_pass_through_as_in_adamw(mask, debias, foreach, bad):
+    weights = []
+    for build in (
+        lambda p: torch.optim.AdamW(p, foreach=False),
+        lambda p: PRM(p, mask=mask, debias=debias, foreach=foreach),
+    ):
+        w = torch.nn.Parameter(torch.ones(5))
+        optimizer = build([w])
+        for g in ([1.0, 2.0, 3.0, 4.0, 5.0], [1.0, bad, 3.0, bad, 0.0], [1.0, 2.0, 3.0, 4.0, 5.0]):
+            w.grad = torch.tensor(g)
+            optimizer.step()
+        weights.append(torch.isnan(w))
+    assert torch.equal(*weights)
+    assert weights[0].tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("mask", ["snr", "soft", "hard"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_pooled_masks_treat_nan_alike_in_every_implementation(mask, bad):
+    weights = []
+    for implementation in IMPLEMENTATIONS:
+        w = torch.nn.Parameter(torch.ones(40))
+        optimizer = PRM([w], mask=mask, reduction="per_tensor", warmup_steps=1, **implementation)
+        for step in range(3):
+            w.grad = torch.full((40,), 1.0 + step)
+            w.grad[3] = bad if step == 1 else 1.0
+            optimizer.step()
+        weights.append(w.detach())
+    for other in weights[1:]:
+        torch.testing.assert_close(weights[0], other, equal_nan=True)
+
+
+def simulated(debias, steps, n, mean, deviation, drift=0.0, betas=(0.9, 0.999), rho=0.99):
+    """Yield `s^` and the signal before clipping, over n scalars with independent gradients, at each step."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.nn.Parameter(torch.zeros(n, dtype=torch.float64))
+    optimizer = PRM([w], lr=0.0, debias=debias, betas=betas, rho=rho)
+    for t in range(1, steps + 1):
+        w.grad = mean + drift * t + deviation * torch.randn(n, generator=generator, dtype=torch.float64)
+        optimizer.step()
+        state = optimizer.state[w]
+        m_hat = state["exp_avg"] / (1 - betas[0] ** t)
+        if t > 1:
+            k = (1 - betas[0]) / (1 + betas[0]) * (1 + betas[0] ** t) / (1 - betas[0] ** t)
+            s_hat = state["exp_avg_var"] / (1 - rho ** (t - 1))
+            yield t, s_hat, m_hat**2 - k * s_hat
+
+
+def test_debias_is_unbiased_at_every_step():
+    """The mean of s^ is the variance, and that of m^**2 - k s^ the squared mean, at every step from 2 to 200."""
+    n, mean, deviation = 20_000, 0.3, 1.5
+    worst = 0.0
+    for _, s_hat, signal in simulated(True, 200, n, mean, deviation):
+        for values, truth in ((s_hat, deviation**2), (signal, mean**2)):
+            standard_error = values.std() / math.sqrt(n)
+            worst = max(worst, float(abs(values.mean() - truth) / standard_error))
+    # 398 strongly correlated comparisons: under the hypothesis the largest stays well below 5.
+    assert worst < 5
+
+
+def test_without_debias_the_first_steps_are_biased():
+    """The test above can tell: the plain estimate holds the squared mean of the first gradient."""
+    w = torch.nn.Parameter(torch.zeros(20_000, dtype=torch.float64))
+    optimizer = PRM([w], lr=0.0)
+    w.grad = 3.0 + torch.randn_like(w)
+    optimizer.step()
+    s_hat = optimizer.state[w]["exp_avg_var"] / (1 - 0.99)
+    assert s_hat.mean() > 5 * 1.0
+
+
+class _Allocations(TorchDispatchMode):
+    """Count the bytes of tensors that live at once, beyond those that existed before."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = {t.untyped_storage()._cdata for t in known}
+        self.alive = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.known:
+                key = id(t)
+                if key not in self.alive:
+                    self.alive[key] = t.numel() * t.element_size()
+                    weakref.finalize(t, self.alive.pop, key, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return out
+
+
+def _peak(device, **kwargs):
+    shapes = [(64, 64), (128,), (32, 16, 4)] * 4
+    params = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer = PRM(params, foreach=True, **kwargs)
+    optimizer.step()
+    known = [*params, *(p.grad for p in params)]
+    known += [t for state in optimizer.state.values() for t in state.values()]
+    with _Allocations(known) as mode:
+        optimizer.step()
+    return mode.peak / sum(p.numel() * p.element_size() for p in params)
+
+
+@pytest.mark.parametrize("mask", ["snr", "soft", "hard"])
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"amsgrad": True}, {"debias": True}, {"maximize": True}, {"decoupled_weight_decay": False},
+     {"mask_decay": True}, {"reduction": "per_tensor"}],
+)  # fmt: skip
+def test_foreach_keeps_to_two_lists_of_temporaries(mask, extra):
+    # On a device that is not the CPU the lists are taken whole; the meta device shows it.
+    # Beside the lists, step counters and single numbers; the hard mask also needs one tensor at a time.
+    assert 0.9 < _peak("meta", mask=mask, **extra) <= (2.35 if mask == "hard" else 2.03)
+
+
+def test_foreach_on_the_cpu_needs_a_block_only(monkeypatch):
+    monkeypatch.setattr(functional, "CPU_BLOCK", 4096)
+    assert _peak("cpu") < 0.5
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_no_value_is_read_back_to_the_host(foreach):
+    """Meta tensors have no values: a step that asked for one would raise."""
+    for mask, reduction, debias, amsgrad, decoupled, capturable in itertools.product(
+        ["snr", "soft", "hard", "none"], ["per_param", "per_tensor"], *[[False, True]] * 4
+    ):
+        params = [torch.nn.Parameter(torch.zeros(shape, device="meta")) for shape in [(3, 4), (5,), ()]]
+        optimizer = PRM(params, lr=torch.tensor(1e-3), mask=mask, reduction=reduction, debias=debias, amsgrad=amsgrad,
+                        decoupled_weight_decay=decoupled, foreach=foreach, capturable=capturable,
+                        warmup_steps=1)  # fmt: skip
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.step()
+        device = optimizer.state[params[0]]["step"].device.type
+        assert device == ("meta" if capturable else "cpu")
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_once(foreach, dtype):
+    """The step of a half-precision parameter is the float32 step, rounded when it is written back."""
+    w = torch.randn(50).to(dtype)
+    g = torch.randn(50).to(dtype)
+    half, full = torch.nn.Parameter(w.clone()), torch.nn.Parameter(w.float())
+    half.grad, full.grad = g.clone(), g.float()
+    for p in (half, full):
+        PRM([p], lr=0.05, weight_decay=0.3, foreach=foreach).step()
+    assert torch.equal(half, full.to(dtype))
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_complex_parameters_are_two_reals(foreach):
+    problem = {"seed": 2, "scale": 1.0, "steps": 5}
+    for reduction in ("per_param", "per_tensor"):
+        z = torch.nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
+        r = torch.nn.Parameter(torch.view_as_real(z).detach().clone())
+        optimizers = [PRM([p], reduction=reduction, foreach=foreach, amsgrad=True) for p in (z, r)]
+        for _ in range(problem["steps"]):
+            z.grad = torch.randn_like(z)
+            r.grad = torch.view_as_real(z.grad).clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.equal(torch.view_as_real(z), r)
+        a, b = (o.get_mask_stats() for o in optimizers)
+        assert a == pytest.approx(b)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("reduction", ["per_param", "per_tensor"])
+def test_any_memory_layout(foreach, reduction, monkeypatch):
+    monkeypatch.setattr(functional, "CPU_BLOCK", 8)
+    values, grads = torch.randn(2, 3, 4, 4), [torch.randn(2, 3, 4, 4) for _ in range(3)]
+    results = []
+    for layout in (
+        lambda x: x.clone(),
+        lambda x: x.to(memory_format=torch.channels_last),
+        lambda x: x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+        lambda x: torch.stack([x, x], -1)[..., 0],
+    ):
+        w = torch.nn.Parameter(layout(values))
+        optimizer = PRM([w], foreach=foreach, reduction=reduction)
+        for g in grads:
+            w.grad = layout(g)
+            optimizer.step()
+        results.append(w.detach())
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=1e-6)
+
+
+def test_gradients_of_another_dtype_than_the_state():
+    w = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+    w.grad = torch.randn(4, dtype=torch.float64)
+    expected = torch.nn.Parameter(w.detach().clone())
+    expected.grad = w.grad.clone()
+    PRM([w], state_dtype=torch.float32).step()
+    PRM([expected]).step()
+    torch.testing.assert_close(w, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"mask": "soft"}, {"debias": True}, {"reduction": "per_tensor"}, {"amsgrad": True},
+     {"decoupled_weight_decay": False}, {"mask_decay": True}],
+)  # fmt: skip
+def test_autograd_through_several_steps(kwargs):
+    """The derivative by a tensor learning rate and by the first weights, against finite differences."""
+
+    def final(lr, start):
+        w = start.clone()
+        optimizer = PRM([w], lr=lr, differentiable=True, weight_decay=0.1, **kwargs)
+        for factor in (1.0, 2.0, 1.5):
+            w.grad = factor * (w - 1.0) ** 3
+            optimizer.step()
+        return w
+
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    start = torch.tensor([0.3, -0.4, 2.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(final, (lr, start), atol=1e-5)
+
+
+def test_autograd_and_other_implementations_do_not_go_together():
+    w = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(RuntimeError, match="foreach=True does not support differentiable=True"):
+        PRM([w], foreach=True, differentiable=True)
+    with pytest.raises(RuntimeError, match="no fused kernel"):
+        PRM([w], fused=True)
+
+
+def test_subclasses_that_torch_does_not_list_take_the_loop():
+    class Own(torch.Tensor):
+        pass
+
+    plain = torch.nn.Parameter(torch.ones(2))
+    assert functional.choose_implementation([plain], None, None, False)
+    assert not functional.choose_implementation([plain, torch.ones(2).as_subclass(Own)], None, None, False)
+    assert not functional.choose_implementation([plain], None, None, True)
+
+
+def test_functional_form_counts_steps_and_works_in_place():
+    w, g, m, v, s, step = (torch.ones(3), torch.ones(3), *(torch.zeros(3) for _ in range(3)), torch.tensor(0.0))
+    functional.prm([w], [g], [m], [v], [s], [], [step], lr=0.1, beta1=0.9, beta2=0.999, rho=0.99, eps=1e-8,
+                   weight_decay=0.0)  # fmt: skip
+    assert step == 1
+    torch.testing.assert_close(s, torch.full((3,), 0.01))
+    torch.testing.assert_close(w, torch.full((3,), 0.95))
+
+
+def test_functional_form_with_no_parameters():
+    functional.prm([], [], [], [], [], [], [], lr=0.1, beta1=0.9, beta2=0.999, rho=0.99, eps=1e-8, weight_decay=0.0)
