@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any, Literal, overload
@@ -197,10 +198,12 @@ class PRM(Optimizer):
         Raises
         ------
         ValueError
-            For an unknown option, or a bad value, with nothing added.
+            For a bad value or a misspelt option, with nothing added. Keys that resemble no option are the
+            user's own and are kept.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        _check_spelling(param_group, self.defaults)
         check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -379,6 +382,13 @@ def _check_graph_capture(optimizer: Optimizer) -> None:
         if hasattr(optimizer, name):
             getattr(optimizer, name)()
             return
+
+
+def _check_spelling(group: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    for key in set(group) - set(options):
+        similar = difflib.get_close_matches(str(key), options, n=1, cutoff=0.85)
+        if similar:
+            raise ValueError(f"unknown option {key} in a parameter group: did you mean {similar[0]}?")
 
 
 def check_options(options: Mapping[str, Any]) -> None:

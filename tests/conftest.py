@@ -1,0 +1,12 @@
+"""Settings for the whole suite."""
+
+import os
+
+import torch
+from hypothesis import settings
+
+# No test may fail because of time; on CI the same examples every time.
+settings.register_profile("suite", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("suite")
+
+torch.set_num_threads(1)

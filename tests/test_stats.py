@@ -1,0 +1,179 @@
+"""Mask statistics: against a direct count, and the ways to ask for them."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from popriskmin import PRM
+
+KEYS = ["mean_q", "active_fraction", "min_q", "max_q", "parameter_count", "noise_scale", "signal_sq", "snr"]
+
+
+def trained(steps=4, named=True, **kwargs):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 2))
+    optimizer = PRM(model.named_parameters() if named else model.parameters(), **kwargs)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(torch.randn(8, 6)).square().mean() + 0.1 * model[0].weight.sum()).backward()
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("mask", ["snr", "soft", "hard", "none"])
+@pytest.mark.parametrize("reduction", ["per_param", "per_tensor"])
+def test_against_a_count_over_all_scalars(mask, reduction):
+    boundary = {"boundary": "empirical", "batch_size": 40, "n_dataset": 100}
+    _, optimizer = trained(mask=mask, reduction=reduction, softness=2.0, **boundary)
+    a, t = 40 / 60, 4
+    signals, noises = [], []
+    for state in optimizer.state.values():
+        signal = (state["exp_avg"].double() / (1 - 0.9**t)) ** 2
+        noise = state["exp_avg_var"].double() / (1 - 0.99**t)
+        if reduction == "per_tensor":
+            signal, noise = torch.full_like(signal, signal.mean()), torch.full_like(noise, noise.mean())
+        signals.append(signal.flatten())
+        noises.append(noise.flatten())
+    signal, noise = torch.cat(signals), torch.cat(noises)
+    x = (signal - a * noise).clamp(min=0)
+    q = {
+        "snr": signal / (signal + 2 * a * noise),
+        "soft": x / (x + 2 * noise),
+        "hard": (signal > a * noise).double(),
+        "none": torch.ones_like(signal),
+    }[mask]
+    stats = optimizer.get_mask_stats()
+    assert list(stats) == KEYS
+    assert stats == pytest.approx(
+        {
+            "mean_q": q.mean().item(),
+            "active_fraction": (signal > a * noise).double().mean().item(),
+            "min_q": q.min().item(),
+            "max_q": q.max().item(),
+            "parameter_count": 6 * 5 + 5 + 5 * 2 + 2,
+            "noise_scale": a * noise.sum().item(),
+            "signal_sq": signal.sum().item(),
+            "snr": signal.sum().item() / (a * noise.sum().item()),
+        },
+        rel=1e-5,
+        abs=1e-9,
+    )
+
+
+def test_numbers_are_plain():
+    _, optimizer = trained()
+    stats = optimizer.get_mask_stats()
+    assert json.loads(json.dumps(stats)) == stats
+    assert {type(v) for v in stats.values()} == {int, float}
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("mask", ["snr", "soft", "hard", "none"])
+@pytest.mark.parametrize("reduction", ["per_param", "per_tensor"])
+@pytest.mark.parametrize("debias", [False, True])
+def test_statistics_are_of_the_mask_as_applied(foreach, mask, reduction, debias):
+    """The change of a weight, divided by AdamW's change, is q."""
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(40, dtype=torch.float64))
+    optimizer = PRM([w], weight_decay=0.0, mask=mask, reduction=reduction, debias=debias, foreach=foreach)
+    for _ in range(5):
+        before = w.detach().clone()
+        w.grad = torch.randn(40, dtype=torch.float64) + 0.5
+        optimizer.step()
+    state = optimizer.state[w]
+    adam = 1e-3 * (state["exp_avg"] / (1 - 0.9**5)) / ((state["exp_avg_sq"] / (1 - 0.999**5)).sqrt() + 1e-8)
+    q = (before - w.detach()) / adam
+    stats = optimizer.get_mask_stats()
+    for key, value in (("mean_q", q.mean()), ("min_q", q.min()), ("max_q", q.max())):
+        assert stats[key] == pytest.approx(value.item(), abs=1e-8)
+
+
+def test_asking_changes_nothing():
+    model, optimizer = trained()
+    before = {id(p): {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+    weights = [p.detach().clone() for p in model.parameters()]
+    for by in (None, "group", "parameter"):
+        optimizer.get_mask_stats(by=by)
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters()))
+    for p, state in optimizer.state.items():
+        assert all(torch.equal(v, before[id(p)][k]) for k, v in state.items())
+
+
+def test_by_parameter_and_by_group_add_up():
+    model, _ = trained()
+    groups = [
+        {"params": list(model[0].named_parameters()), "softness": 1.0},
+        {"params": [(f"1.{n}", p) for n, p in model[1].named_parameters()], "mask": "none"},
+    ]
+    optimizer = PRM(groups)
+    model(torch.randn(4, 6)).sum().backward()
+    optimizer.step()
+    whole = optimizer.get_mask_stats()
+    by_group = optimizer.get_mask_stats(by="group")
+    by_parameter = optimizer.get_mask_stats(by="parameter")
+    assert list(by_group) == [0, 1]
+    assert list(by_parameter) == ["weight", "bias", "1.weight", "1.bias"]
+    assert by_group[1]["mean_q"] == 1
+    assert by_group[0]["mean_q"] == pytest.approx(0.5, rel=1e-4)
+    for rows in (by_group, by_parameter):
+        for key in ("parameter_count", "signal_sq", "noise_scale"):
+            assert sum(row[key] for row in rows.values()) == pytest.approx(whole[key])
+        mean = sum(row["mean_q"] * row["parameter_count"] for row in rows.values()) / whole["parameter_count"]
+        assert mean == pytest.approx(whole["mean_q"])
+
+
+def test_keys_without_names_and_with_names_that_repeat():
+    _, optimizer = trained(named=False)
+    assert list(optimizer.get_mask_stats(by="parameter")) == [0, 1, 2, 3]
+    one, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    optimizer = PRM([{"params": one.named_parameters()}, {"params": other.named_parameters()}])
+    (one(torch.ones(1, 2)) + other(torch.ones(1, 2))).sum().backward()
+    optimizer.step()
+    assert list(optimizer.get_mask_stats(by="parameter")) == [
+        "group 0: weight", "group 0: bias", "group 1: weight", "group 1: bias",
+    ]  # fmt: skip
+
+
+def test_only_parameters_that_have_moved_count():
+    used, unused = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(50))
+    optimizer = PRM([("used", used), ("unused", unused), ("empty", torch.nn.Parameter(torch.ones(0)))])
+    with pytest.raises(RuntimeError, match=r"before the first step.*call it after optimizer.step\(\)"):
+        optimizer.get_mask_stats()
+    used.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.get_mask_stats()["parameter_count"] == 3
+    assert list(optimizer.get_mask_stats(by="parameter")) == ["used"]
+
+
+def test_an_unknown_by_is_named():
+    _, optimizer = trained(steps=1)
+    with pytest.raises(ValueError, match="by must be None, 'group' or 'parameter', got 'layer'"):
+        optimizer.get_mask_stats(by="layer")
+
+
+def test_snr_without_noise():
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer = PRM([w], debias=True)
+    w.grad = torch.ones(2)
+    optimizer.step()
+    assert optimizer.get_mask_stats()["snr"] == math.inf
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer = PRM([w])
+    w.grad = torch.zeros(2)
+    optimizer.step()
+    assert math.isnan(optimizer.get_mask_stats()["snr"])
+
+
+def test_nan_is_not_hidden():
+    w = torch.nn.Parameter(torch.ones(3))
+    optimizer = PRM([("a", w), ("b", torch.nn.Parameter(torch.ones(2)))])
+    w.grad = torch.tensor([1.0, math.nan, 1.0])
+    optimizer.param_groups[0]["params"][1].grad = torch.ones(2)
+    optimizer.step()
+    stats = optimizer.get_mask_stats()
+    assert math.isnan(stats["mean_q"])
+    assert math.isnan(stats["min_q"])
+    assert math.isnan(stats["max_q"])
+    assert not math.isnan(optimizer.get_mask_stats(by="parameter")["b"]["mean_q"])
