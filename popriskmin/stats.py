@@ -84,12 +84,11 @@ def _sums(m: Tensor, s: Tensor, t: float, hyper: Hyperparameters) -> Tensor:
     signal, noise = signal_and_noise(m.to(dtype), s.to(dtype), c, hyper)
     q = evaluate(signal, noise, c, hyper)
     noise = noise * hyper.coefficient
-    active = (signal > noise).to(dtype)
-    wide = torch.float32 if m.device.type == "mps" else torch.float64
+    active = (signal > noise).sum().to(dtype)
+    # Sums in the state's own type, which torch makes pairwise; across tensors they are added in float64.
+    sums = torch.stack([q.sum(), active, signal.sum(), noise.sum()])
     # A pooled mask is one number that stands for every scalar of its tensor.
-    scalars = m.numel() / q.numel()
-    sums = torch.stack([x.sum(dtype=wide) for x in (q, active, signal, noise)]) * scalars
-    return torch.cat([sums, torch.stack([q.min(), q.max()]).to(wide)])
+    return torch.cat([sums * (m.numel() / q.numel()), torch.stack(torch.aminmax(q))])
 
 
 def _to_host(values: list[Tensor]) -> list[list[float]]:

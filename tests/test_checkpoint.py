@@ -226,9 +226,7 @@ def test_users_hooks_see_the_checkpoint_as_it_is():
         return state_dict
 
     fresh.register_load_state_dict_pre_hook(double)
-    fresh.register_load_state_dict_post_hook(
-        lambda o: seen.append(o.state[fresh_params[0]]["exp_avg"].dtype)
-    )
+    fresh.register_load_state_dict_post_hook(lambda o: seen.append(o.state[fresh_params[0]]["exp_avg"].dtype))
     expected = 2 * optimizer.state[params[0]]["exp_avg"]
     fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert torch.equal(fresh.state[fresh_params[0]]["exp_avg"], expected)

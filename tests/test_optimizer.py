@@ -69,7 +69,7 @@ def test_a_bad_argument_is_named_with_its_value(kwargs, message):
         PRM([a_parameter(2)], **kwargs)
 
 
-@pytest.mark.parametrize(("kwargs", "message"), BAD[:-1] + [({"beta": (0.9, 0.99)}, "did you mean betas?")])
+@pytest.mark.parametrize(("kwargs", "message"), [*BAD[:-1], ({"beta": (0.9, 0.99)}, "did you mean betas?")])
 def test_a_bad_group_is_refused_and_nothing_is_added(kwargs, message):
     optimizer = PRM([a_parameter(2)])
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -90,7 +90,13 @@ def test_groups_may_carry_keys_of_schedulers_and_users():
 
 
 def test_numpy_numbers_are_numbers():
-    PRM([a_parameter(2)], lr=np.float32(0.1), weight_decay=np.float64(0.1), batch_size=np.int64(4), warmup_steps=np.int32(1))
+    PRM(
+        [a_parameter(2)],
+        lr=np.float32(0.1),
+        weight_decay=np.float64(0.1),
+        batch_size=np.int64(4),
+        warmup_steps=np.int32(1),
+    )
 
 
 def test_not_an_iterable_of_parameters():
@@ -150,7 +156,12 @@ def test_batch_size_schedules_take_effect_and_bad_ones_move_nothing():
 
 
 def test_parameters_without_gradient_late_ones_empty_ones_and_scalars():
-    never, late, scalar, empty = a_parameter(3), a_parameter(3), torch.nn.Parameter(torch.tensor(1.0)), a_parameter(0, 2)
+    never, late, scalar, empty = (
+        a_parameter(3),
+        a_parameter(3),
+        torch.nn.Parameter(torch.tensor(1.0)),
+        a_parameter(0, 2),
+    )
     optimizer = PRM([never, late, scalar, empty], lr=0.1)
     for step in range(4):
         scalar.grad, empty.grad = torch.tensor(1.0 + step), torch.ones(0, 2)

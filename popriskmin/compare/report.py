@@ -1,0 +1,117 @@
+"""`report.html`: the whole comparison on one page that needs no network."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+
+from popriskmin.compare import plots
+from popriskmin.compare.arms import Arm
+from popriskmin.compare.results import MEANING, Results, format_estimate
+from popriskmin.compare.runner import Job
+from popriskmin.compare.store import write_whole
+from popriskmin.compare.train import Record
+from popriskmin.version import __version__
+
+
+def write_report(results: Results, records: Mapping[Job, Sequence[Record]]) -> Path:
+    """Write `report.html` into the folder of the results and return its path."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["estimate"] = format_estimate
+    page = environment.get_template("report.html").render(
+        results=results,
+        colors={arm.name: plots.color_of(arm.name, results.arms) for arm in results.arms},
+        direction="higher" if results.task.metrics[results.metric] == "max" else "lower",
+        description=_description(results),
+        meaning=MEANING,
+        curves=plots.learning_curves(results),
+        by_learning_rate=plots.by_learning_rate(results),
+        mask=plots.mask_by_layer(results, records),
+        costs=_costs(results),
+        command=command(results),
+        settings=_settings(results),
+        troubled=[run for run in results.runs if not run.finished],
+        last_line=lambda text: str(text).strip().splitlines()[-1],
+    )
+    path = results.folder / "report.html"
+    write_whole(path, page)
+    return path
+
+
+def _description(results: Results) -> str:
+    doc = type(results.task).__doc__ or ""
+    # A dataclass without a docstring gets its signature for one.
+    return "" if doc.startswith(f"{type(results.task).__name__}(") else " ".join(doc.split())
+
+
+def _costs(results: Results) -> list[dict[str, Any]]:
+    base = results.cost("adamw")
+    rows = []
+    for arm in results.arms:
+        cost = results.cost(arm.name)
+        if cost is not None:
+            ratio = cost["optimizer_seconds_per_step"] / base["optimizer_seconds_per_step"] if base else None
+            rows.append({"arm": arm.name, "ratio": ratio, **cost})
+    return rows
+
+
+def command(results: Results) -> str:
+    """Return the command that repeats the comparison."""
+    module = type(results.task).__module__
+    if module.startswith("popriskmin.tasks."):
+        task = module.rsplit(".", 1)[1]
+    else:
+        task = Path(getattr(sys.modules.get(module), "__file__", None) or f"{results.task.name}.py").name
+    words = ["popriskmin", "compare", task]
+    words += ["--lr", *(f"{value:g}" for value in results.learning_rates)]
+    words += ["--weight-decay", *(f"{value:g}" for value in results.weight_decays)]
+    seeds = list(results.seeds)
+    words += ["--seeds", str(len(seeds))] if seeds == list(range(len(seeds))) else ["--seed-list", *map(str, seeds)]
+    for arm in results.arms[3:]:
+        if arm.kind == "prm":
+            words += ["--prm", *arm.name.split(" ")[1:]]
+    if any(arm.kind == "adamw-matched" for arm in results.arms[3:]):
+        words.append("--match-all")
+    for name, value in results.task.options.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value is not None:
+            words += [flag, str(value)]
+    return shlex.join(words)
+
+
+def _settings(results: Results) -> dict[str, str]:
+    return {
+        "Task options": ", ".join(f"{name} = {value}" for name, value in results.task.options.items()) or "none",
+        "Options of all optimizers": ", ".join(f"{k} = {v}" for k, v in results.task.optimizer_options.items())
+        or "none beside the grid",
+        "Learning rates": ", ".join(f"{value:g}" for value in results.learning_rates),
+        "Weight decays": ", ".join(f"{value:g}" for value in results.weight_decays),
+        "Seeds": ", ".join(map(str, results.seeds)),
+        "Arms": "; ".join(describe(arm) for arm in results.arms),
+        "Versions": f"popriskmin {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "Written": datetime.date.today().isoformat(),
+    }
+
+
+def describe(arm: Arm) -> str:
+    """Say what an arm is."""
+    if arm.kind == "adamw":
+        return "adamw is torch.optim.AdamW"
+    if arm.kind == "prm":
+        options = ", ".join(f"{name}={value!r}" for name, value in arm.options.items())
+        return f"{arm.name} is popriskmin.PRM({options})"
+    return (
+        f"{arm.name} is AdamW with each step multiplied by the mean q of {arm.follows} at the same step of the same run"
+    )

@@ -1,0 +1,254 @@
+"""What a comparison found: as plain data, as pandas frames, and as a table in the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from popriskmin.compare.analysis import FIGURES, Run, analyse, chosen_runs, interval, over_grid, warnings_of
+from popriskmin.compare.arms import Arm
+from popriskmin.compare.store import plain, write_whole
+from popriskmin.compare.task import Task, source_digest
+from popriskmin.version import __version__
+
+MEANING = {
+    "final": "after the last step",
+    "best": "at the step with the best validation metric",
+    "area": "mean over the training",
+}
+OPENINGS = {
+    "final": "Trained to the end",
+    "best": "Stopped at the best validation step",
+    "area": "Averaged over the training",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """All runs of a comparison and what follows from them.
+
+    Attributes
+    ----------
+    task, arms, learning_rates, weight_decays, seeds
+        What was compared.
+    runs
+        One `Run` for each arm, configuration and seed.
+    selections
+        `selections[figure][arm]`: what each arm reached with the configuration whose `figure` ("final", "best" or
+        "area") was best on validation data: "chosen", "test" (for each figure and metric mean, interval and values by
+        seed), and "against" (differences to other arms, paired by seed, with a sentence).
+    over_grid
+        `over_grid[arm]`: the final metric without tuning, as its mean over all configurations of the grid; "test" and
+        "against" as in `selections`, "test" None where a run diverged.
+    warnings
+        What to know before believing the table.
+    folder
+        Where `results.json`, `report.html` and the runs are.
+    """
+
+    task: Task
+    arms: Sequence[Arm]
+    learning_rates: Sequence[float]
+    weight_decays: Sequence[float]
+    seeds: Sequence[int]
+    runs: Sequence[Run]
+    selections: Mapping[str, Any]
+    over_grid: Mapping[str, Any]
+    warnings: Sequence[str]
+    folder: Path
+
+    @classmethod
+    def of_runs(
+        cls,
+        task: Task,
+        arms: Sequence[Arm],
+        learning_rates: Sequence[float],
+        weight_decays: Sequence[float],
+        seeds: Sequence[int],
+        runs: Sequence[Run],
+        folder: Path,
+    ) -> Results:
+        """Draw the conclusions from the runs."""
+        selections = analyse(runs, arms, task.metrics)
+        found = warnings_of(runs, arms, selections, learning_rates, seeds)
+        untuned = over_grid(runs, arms, task.metrics)
+        return cls(task, arms, learning_rates, weight_decays, seeds, runs, selections, untuned, found, folder)
+
+    @property
+    def metric(self) -> str:
+        """The metric on which configurations are chosen."""
+        return next(iter(self.task.metrics))
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row per run: arm, configuration, status, and every figure of every metric on validation and test data."""
+        rows = []
+        for run in self.runs:
+            row: dict[str, Any] = {"arm": run.job.arm.name, **dataclasses.asdict(run.job.configuration)}
+            row |= {"status": run.end["status"], "steps": run.end.get("steps"), "best_step": run.best_step}
+            for figure in FIGURES:
+                for metric in self.task.metrics:
+                    pair = run.figures[figure][metric] or (np.nan, np.nan)
+                    row[f"validation {figure} {metric}"], row[f"test {figure} {metric}"] = pair
+            row |= {key: run.end.get(key) for key in ("seconds_per_step", "optimizer_seconds_per_step", "state_bytes")}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    @property
+    def curves(self) -> pd.DataFrame:
+        """One row per run and evaluation: arm, configuration, step, and every metric on validation and test data."""
+        frames = []
+        for run in self.runs:
+            columns: dict[str, Any] = {"arm": run.job.arm.name, **dataclasses.asdict(run.job.configuration)}
+            columns["step"] = run.steps
+            for metric in self.task.metrics:
+                columns[f"validation {metric}"] = run.validation[metric]
+                columns[f"test {metric}"] = run.test[metric]
+            frames.append(pd.DataFrame(columns))
+        return pd.concat(frames, ignore_index=True)
+
+    def chosen(self, arm: str, figure: str = "final") -> list[Run]:
+        """Return the runs of an arm with the configuration it chose by a figure."""
+        return chosen_runs(self.runs, arm, self.selections[figure][arm]["chosen"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return settings and conclusions as JSON holds them; the same runs always give the same."""
+        data: dict[str, Any] = plain(
+            {
+                "task": self.task.name,
+                "task_options": self.task.options,
+                "task_source": source_digest(self.task),
+                "metrics": dict(self.task.metrics),
+                "optimizer_options": dict(self.task.optimizer_options),
+                "arms": [dataclasses.asdict(arm) for arm in self.arms],
+                "learning_rates": list(self.learning_rates),
+                "weight_decays": list(self.weight_decays),
+                "seeds": list(self.seeds),
+                "popriskmin": __version__,
+                "torch": str(torch.__version__),
+                "selections": self.selections,
+                "over_grid": self.over_grid,
+                "warnings": list(self.warnings),
+                "by_learning_rate": self.by_learning_rate(),
+                "state_bytes": {arm.name: self.state_bytes(arm.name) for arm in self.arms},
+            }
+        )
+        return data
+
+    def write(self) -> Path:
+        """Write `results.json` into the folder and return its path."""
+        path = self.folder / "results.json"
+        write_whole(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        return path
+
+    def by_learning_rate(self) -> dict[str, list[dict[str, Any]]]:
+        """Return, for each arm and learning rate, the final test metric with the best weight decay by validation.
+
+        A learning rate at which some run diverged has no mean.
+        """
+        sign = 1 if self.task.metrics[self.metric] == "max" else -1
+        table: dict[str, list[dict[str, Any]]] = {}
+        for arm in self.arms:
+            table[arm.name] = []
+            for lr in self.learning_rates:
+                best: dict[str, Any] = {"lr": lr, "weight_decay": None, "mean": None, "interval": None}
+                top = -np.inf
+                for decay in self.weight_decays:
+                    pairs = [
+                        run.figures["final"][self.metric]
+                        for run in chosen_runs(self.runs, arm.name, {"lr": lr, "weight_decay": decay})
+                    ]
+                    usable = [pair for pair in pairs if pair is not None]
+                    if len(usable) < len(pairs) or not usable:
+                        continue
+                    score = sign * float(np.mean([validation for validation, _ in usable]))
+                    if score > top:
+                        top, test = score, [value for _, value in usable]
+                        best |= {"weight_decay": decay, "mean": float(np.mean(test)), "interval": interval(test)}
+                table[arm.name].append(best)
+        return table
+
+    def state_bytes(self, arm: str) -> int | None:
+        """Return the bytes of an arm's optimizer state."""
+        return next((r.end["state_bytes"] for r in self.runs if r.job.arm.name == arm and "state_bytes" in r.end), None)
+
+    def cost(self, arm: str) -> dict[str, float] | None:
+        """Return the medians over an arm's runs of seconds per step, whole and the optimizer's part, and its state."""
+        ends = [run.end for run in self.runs if run.job.arm.name == arm and "seconds_per_step" in run.end]
+        if not ends:
+            return None
+        keys = ("seconds_per_step", "optimizer_seconds_per_step", "state_bytes", "parameters")
+        return {key: float(np.median([end[key] for end in ends])) for key in keys}
+
+    def sentences(self) -> list[str]:
+        """Return the answer in a few sentences."""
+        lines = []
+        for figure, opening in OPENINGS.items():
+            for arm in self.arms:
+                if arm.kind == "prm":
+                    against = self.selections[figure][arm.name]["against"].values()
+                    found = [rival[figure][self.metric] for rival in against if self.metric in rival[figure]]
+                    lines += [f"{opening}: {one['sentence']}." for one in found]
+        for arm in self.arms:
+            if arm.kind == "prm":
+                found = list(self.over_grid[arm.name]["against"].values())
+                lines += [f"Trained to the end without tuning, mean over the grid: {one['sentence']}." for one in found]
+        return lines
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the tables, the answer and the warnings."""
+        console = console or Console()
+        direction = "higher" if self.task.metrics[self.metric] == "max" else "lower"
+        console.print(f"\n{self.task.name}: test {self.metric}, {direction} is better", style="bold", highlight=False)
+        console.print("Each arm's configuration is the best on validation data by the same figure.\n", highlight=False)
+        for figure in FIGURES:
+            console.print(self._table(figure))
+        for line in self.sentences():
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        for line in self.warnings:
+            console.print(f"Note: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+    def _table(self, figure: str) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left", title_style="")
+        table.title = f"{figure}: {MEANING[figure]}"
+        table.add_column("arm", overflow="fold")
+        for column in ("lr", "decay"):
+            table.add_column(column, no_wrap=True)
+        for column in (f"{figure} [95% interval]", "less adamw's"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for arm in self.arms:
+            summary = self.selections[figure][arm.name]
+            if summary["chosen"] is None:
+                table.add_row(arm.name, "-", "-", "-", "")
+                continue
+            chosen = (f"{summary['chosen']['lr']:g}", f"{summary['chosen']['weight_decay']:g}")
+            found = summary["against"].get("adamw", {}).get(figure, {}).get(self.metric)
+            against = format_estimate(found, signed=True) if found else ""
+            table.add_row(arm.name, *chosen, format_estimate(summary["test"][figure][self.metric]), against)
+        return table
+
+
+def format_estimate(found: Mapping[str, Any], signed: bool = False) -> str:
+    """Write a mean with its interval.
+
+    Examples
+    --------
+    >>> format_estimate({"mean": 0.93126, "interval": (0.92, 0.94)})
+    '0.931 [0.920, 0.940]'
+    """
+    style = "+.3f" if signed else ".3f"
+    text = format(found["mean"], style)
+    if found["interval"] is not None:
+        low, high = found["interval"]
+        text += f" [{format(low, style)}, {format(high, style)}]"
+    return text
