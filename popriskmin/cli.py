@@ -15,6 +15,7 @@ from popriskmin.version import __version__
 if TYPE_CHECKING:
     from popriskmin.compare import Task
 
+FAILED = 1
 WRONG_ARGUMENTS = 2
 INTERRUPTED = 130
 
@@ -31,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare_parser = commands.add_parser(
         "compare",
         help="train with AdamW and with PRM and say which was better",
-        description="Train a task with AdamW, with PRM, and with AdamW whose steps are as large as PRM's. Say which was "
-        "better on test data, and by how much. Runs are kept as they end: the same command again goes on.",
+        description="Train a task with AdamW, with PRM, and with AdamW at PRM's step size, and say which was better on "
+        "test data, and by how much. Runs are kept as they end: the same command again goes on.",
         add_help=False,  # served below, when the task's own options are known
         allow_abbrev=False,
     )
@@ -77,7 +78,7 @@ def _compare(
     except ImportError as error:
         needed = f"popriskmin compare needs a package that is not installed: {error.name}"
         print(f"{needed}; get all it needs with: pip install 'popriskmin[compare]'", file=sys.stderr)
-        return 1
+        return FAILED
     if known.task is None:
         if known.help:
             parser.print_help()
@@ -85,9 +86,9 @@ def _compare(
         return _wrong(f"name a task: {', '.join(shipped_tasks())}, or a Python file that defines one")
     try:
         task_class = load_task_class(known.task)
+        _add_task_options(parser, task_class)
     except ValueError as error:
         return _wrong(str(error))
-    _add_task_options(parser, task_class)
     if known.help:
         parser.print_help()
         return 0
@@ -107,12 +108,15 @@ def _compare(
         )
     except ValueError as error:
         return _wrong(str(error))
+    except OSError as error:
+        print(f"popriskmin compare: {error}; finished runs are kept", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted; finished runs are kept, and the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
     results.print()
     print(f"\nThe page: {results.folder / 'report.html'}\nThe numbers: {results.folder / 'results.json'}")
-    return 1 if any(run.end["status"] == "failed" for run in results.runs) else 0
+    return FAILED if any(run.end["status"] == "failed" for run in results.runs) else 0
 
 
 def _wrong(message: str) -> int:

@@ -305,6 +305,8 @@ def _soft_lists(signals: list[Tensor], noises: list[Tensor], coefficient: float,
     # boundary, where the mask must be exactly 0.
     if coefficient != 1:
         torch._foreach_mul_(noises, coefficient)
+        # Bounded again, see `largest`: infinity times a softness that rounds to 0 would be NaN.
+        torch._foreach_clamp_max_(noises, torch.finfo(noises[0].dtype).max)
     torch._foreach_sub_(signals, noises)
     torch._foreach_clamp_min_(signals, 0)
     if softness == 0:

@@ -37,9 +37,9 @@ def mask_stats(optimizer: Optimizer, by: str | None = None) -> Any:
     # One transfer to the host for each device, not one for each number.
     sums = _to_host([values for *_, values in measured])
     gathered: dict[Any, list[tuple[int, list[float]]]] = {}
-    for (group, name, count, _), values in zip(measured, sums):
+    for (group, name, count, weight, _), values in zip(measured, sums):
         key = {None: None, "group": group, "parameter": name}[by]
-        gathered.setdefault(key, []).append((count, values))
+        gathered.setdefault(key, []).append((count, [*(weight * value for value in values[:4]), *values[4:]]))
     rows = {key: _row(parts) for key, parts in gathered.items()}
     return rows[None] if by is None else rows
 
@@ -63,8 +63,8 @@ def _names(optimizer: Optimizer) -> list[list[str | int]]:
     ]
 
 
-def _measure(optimizer: Optimizer) -> Iterator[tuple[int, str | int, int, Tensor]]:
-    """Yield group, name, number of scalars and six device-side numbers for every parameter that has moved."""
+def _measure(optimizer: Optimizer) -> Iterator[tuple[int, str | int, int, int, Tensor]]:
+    """Yield group, name, number of scalars, weight of its sums and six numbers on the device, for what has moved."""
     names = _names(optimizer)
     for i, group in enumerate(optimizer.param_groups):
         hyper = Hyperparameters.of_group(group)
@@ -74,7 +74,9 @@ def _measure(optimizer: Optimizer) -> Iterator[tuple[int, str | int, int, Tensor
                 m, s = state["exp_avg"].detach(), state["exp_avg_var"].detach()
                 if m.is_complex():
                     m, s = torch.view_as_real(m), torch.view_as_real(s)
-                yield i, name, m.numel(), _sums(m, s, float(state["step"]), hyper)
+                # A pooled mask is one number that stands for every scalar of its tensor.
+                weight = m.numel() if hyper.reduction == "per_tensor" else 1
+                yield i, name, m.numel(), weight, _sums(m, s, float(state["step"]), hyper)
 
 
 @torch.no_grad()
@@ -86,9 +88,7 @@ def _sums(m: Tensor, s: Tensor, t: float, hyper: Hyperparameters) -> Tensor:
     noise = noise * hyper.coefficient
     active = (signal > noise).sum().to(dtype)
     # Sums in the state's own type, which torch makes pairwise; across tensors they are added in float64.
-    sums = torch.stack([q.sum(), active, signal.sum(), noise.sum()])
-    # A pooled mask is one number that stands for every scalar of its tensor.
-    return torch.cat([sums * (m.numel() / q.numel()), torch.stack(torch.aminmax(q))])
+    return torch.stack([q.sum(), active, signal.sum(), noise.sum(), *torch.aminmax(q)])
 
 
 def _to_host(values: list[Tensor]) -> list[list[float]]:

@@ -355,11 +355,21 @@ def _edge(value: float, grid: Sequence[float]) -> str | None:
 def _unlike_starts(runs: Sequence[Run], seeds: Sequence[int]) -> list[str]:
     """Return a warning for each seed with which the arms did not start alike, which makes them incomparable."""
     found = []
-    for what, key in (("initial weights", "initial_weights"), ("first batches", "first_batches")):
-        for seed in seeds:
-            digests = {run.end[key] for run in runs if run.job.configuration.seed == seed and key in run.end}
-            if len(digests) > 1:
-                found.append(
-                    f"seed {seed}: the arms did not start from the same {what}; trial(seed) must depend on seed alone."
-                )
+    for seed in seeds:
+        ends = [run.end for run in runs if run.job.configuration.seed == seed and "initial_weights" in run.end]
+        unlike = []
+        if len({end["initial_weights"] for end in ends}) > 1:
+            unlike.append("initial weights")
+        # A run that diverged at once has seen fewer batches than the others.
+        if any(len(set(digests)) > 1 for digests in zip(*_padded([end["first_batches"] for end in ends]))):
+            unlike.append("batches")
+        if unlike:
+            what = " and ".join(unlike)
+            found.append(f"seed {seed}: the arms did not get the same {what}; trial(seed) must depend on seed alone.")
     return found
+
+
+def _padded(lists: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return the lists at the length of the longest, which lends the others what they lack."""
+    longest = max(lists, key=len, default=[])
+    return [[*found, *longest[len(found) :]] for found in lists]

@@ -90,7 +90,7 @@ def check_prm_options(options: Mapping[str, Any]) -> None:
                 f"{name} is not an option of one arm: all arms share one grid, given by --lr and --weight-decay"
             )
         if name not in known:
-            similar = difflib.get_close_matches(name, known, n=1)
+            similar = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
             hint = f"did you mean {similar[0]}?" if similar else f"it has {', '.join(known)}"
             raise ValueError(f"PRM has no option {name!r}: {hint}")
     # The counts come from the trial unless they are given.

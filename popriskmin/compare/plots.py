@@ -21,16 +21,14 @@ from popriskmin.compare.train import Record
 PALETTE = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8A6D00", "#7F3C8D")
 COLORS = {"adamw": "#555555", "prm": "#0072B2", "adamw-matched": "#D55E00"}
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
+    # Letters as outlines: fonts differ from browser to browser, and with them the space that text takes.
+    "svg.fonttype": "path",
     "svg.hashsalt": "popriskmin",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans", "sans-serif"],
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": "#e6e6e6",
-    "legend.frameon": False,
 }
 
 
@@ -51,17 +49,15 @@ def _svg(figure: Figure) -> str:
 def learning_curves(results: Results) -> str:
     """Draw the test metric over the training, of each arm at the configuration it chose by its final value."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.add_subplot()
         for arm in results.arms:
             runs = [run for run in results.chosen(arm.name) if run.finished]
             if not runs:
                 continue
-            chosen = runs[0].job.configuration
             curves = np.array([run.test[results.metric] for run in runs])
             color = color_of(arm.name, results.arms)
-            label = f"{arm.name} (lr {chosen.lr:g}, decay {chosen.weight_decay:g})"
-            axes.plot(runs[0].steps, curves.mean(0), color=color, label=label)
+            axes.plot(runs[0].steps, curves.mean(0), color=color)
             bounds = [interval(list(column), resamples=999) for column in curves.T]
             if all(bound is not None for bound in bounds):
                 low, high = np.array(bounds).T
@@ -69,7 +65,6 @@ def learning_curves(results: Results) -> str:
         axes.set_xlabel("step")
         axes.set_ylabel(f"test {results.metric}")
         _zoom(results, axes)
-        figure.legend(loc="outside lower center", ncols=1 if len(results.arms) < 5 else 2)
         return _svg(figure)
 
 
@@ -86,13 +81,13 @@ def _zoom(results: Results, axes: mpl.axes.Axes) -> None:
 def by_learning_rate(results: Results) -> str:
     """Draw the final test metric against the learning rate, with the best weight decay for each."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.add_subplot()
         for arm_name, rows in results.by_learning_rate().items():
             color = color_of(arm_name, results.arms)
             x = [row["lr"] for row in rows]
             y = [np.nan if row["mean"] is None else row["mean"] for row in rows]
-            axes.plot(x, y, color=color, marker="o", markersize=4, label=arm_name)
+            axes.plot(x, y, color=color, marker="o", markersize=4)
             known = [(row["lr"], *row["interval"]) for row in rows if row["interval"] is not None]
             if known:
                 lr, low, high = np.array(known).T
@@ -103,7 +98,6 @@ def by_learning_rate(results: Results) -> str:
             axes.set_xscale("log")
         axes.set_xlabel("learning rate")
         axes.set_ylabel(f"final test {results.metric}")
-        figure.legend(loc="outside lower center", ncols=3)
         return _svg(figure)
 
 

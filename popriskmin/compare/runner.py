@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import os
 import pickle
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -114,9 +118,23 @@ def _failed(error: str) -> Record:
     return {"kind": "end", "status": "failed", "error": error, "seconds": 0.0}
 
 
-def _run_pickled(pickled: bytes, job: Job, trace: list[float] | None) -> tuple[Job, list[Record]]:
+def _run_pickled(pickled: bytes, job: Job, trace: list[float] | None, caller: int) -> tuple[Job, list[Record]]:
+    if os.getppid() == caller:
+        _die_with(caller)
     task = pickle.loads(pickled)  # noqa: S301 - made by this process's parent
     return job, run(task, job.arm, job.configuration, trace)
+
+
+@functools.cache
+def _die_with(parent: int) -> None:
+    """Watch, once per process, for the end of the parent: a killed comparison must leave no workers behind."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _parallel(
@@ -127,7 +145,7 @@ def _parallel(
     waiting = dict(work)
 
     def call(jobs: list[Job], n: int) -> Iterator[tuple[Job, list[Record]]]:
-        calls = [joblib.delayed(_run_pickled)(pickled, job, waiting[job]) for job in jobs]
+        calls = [joblib.delayed(_run_pickled)(pickled, job, waiting[job], os.getpid()) for job in jobs]
         for job, records in _call(calls, n, backend):
             del waiting[job]
             yield job, records

@@ -76,6 +76,7 @@ class Task(abc.ABC):
 
     Examples
     --------
+    >>> import torch
     >>> @dataclasses.dataclass
     ... class Line(Task):
     ...     noise: float = 0.5

@@ -70,13 +70,13 @@ def _train(
     seed_everything(configuration.seed)
     driver = make_driver(arm, trial, configuration.lr, configuration.weight_decay, task.optimizer_options, trace)
     weights_digest = _digest(list(trial.model.parameters()))
-    batches_digest = hashlib.sha256()
+    batch_digests: list[str] = []
     timer = _Timer()
     records.append(evaluate(task, trial, 0))
     status, number = "finished", 0
     for number, batch in enumerate(trial.batches, 1):
         if number <= BATCHES_CHECKED:
-            batches_digest.update(_digest(batch).encode())
+            batch_digests.append(_digest(batch))
         if trace is not None and number > len(trace):
             status = "diverged"  # as did the run that it follows, which has no further factor
             break
@@ -98,7 +98,7 @@ def _train(
         "status": status,
         "steps": number,
         "initial_weights": weights_digest,
-        "first_batches": batches_digest.hexdigest()[:16],
+        "first_batches": batch_digests,
         "parameters": sum(p.numel() for p in trial.model.parameters()),
         "state_bytes": state_bytes(driver.optimizer),
         **timer.medians(),

@@ -1,0 +1,309 @@
+"""The foreach step: whole lists of tensors at a time, in place, with `torch._foreach_*`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from popriskmin.mask import (
+    MASKS,
+    Corrections,
+    Hyperparameters,
+    corrections,
+    evaluate,
+    finish_signal_and_noise,
+    floor,
+    largest,
+)
+
+# On the CPU the foreach step walks its lists in blocks of this many scalars, so that a block's tensors stay in the
+# cache from one operation to the next; measured in benchmarks/step_time.py.
+CPU_BLOCK = 1 << 17
+
+
+class Lists(NamedTuple):
+    """Parallel lists of the tensors that a step reads and writes; the last is empty without `amsgrad`."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    exp_avg_vars: list[Tensor]
+    max_exp_avg_sqs: list[Tensor]
+
+    def of(self, indices: list[int]) -> Lists:
+        """Return the lists with these places only."""
+        return Lists(*[[tensors[i] for i in indices] if tensors else [] for tensors in self])
+
+
+def is_compiling() -> bool:
+    """Return whether torch.compile is tracing."""
+    compiler: Any = getattr(torch, "compiler", None)
+    return hasattr(compiler, "is_compiling") and bool(compiler.is_compiling())
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """View a complex tensor as real, the last dimension holding both parts."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the type to calculate in: the widest among the tensors, and float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor_steps: bool) -> None:
+    """Step whole lists at a time, in place. Temporaries stay within two lists the size of the parameters."""
+    if not lists.params:
+        return
+    _increase(state_steps)
+    for indices, t in _cohorts(lists, state_steps, tensor_steps):
+        cohort = lists.of(indices)
+        if cohort.params[0].is_complex():
+            cohort = Lists(*[[as_real(t) for t in tensors] for tensors in cohort])
+        dtype = compute_dtype(cohort.params[0], cohort.exp_avgs[0])
+        c = corrections(t.to(dtype) if tensor_steps else t, hyper)
+        blocks = list(_blocks(cohort, cut=cohort.params[0].device.type == "cpu" and not tensor_steps))
+        if hyper.reduction == "per_tensor" and hyper.mask != "none" and c.open is not True:
+            for block in blocks:
+                _advance(block, c, hyper, dtype)
+            q = _pooled_mask(cohort, blocks, c, hyper, dtype)
+            for block in blocks:
+                _move(block, [q[i] for i in block.owners], c, hyper, dtype)
+        else:
+            for block in blocks:
+                _advance(block, c, hyper, dtype)
+                _move(block, _mask(block, c, hyper, dtype), c, hyper, dtype)
+
+
+class _Block(NamedTuple):
+    """Tensors, or flat parts of tensors, of one device, type and step; and which of the cohort each belongs to."""
+
+    lists: Lists
+    owners: list[int]
+
+
+def _increase(state_steps: list[Tensor]) -> None:
+    if state_steps[0].device.type == "cpu" and not is_compiling():
+        # The number is wrapped once; the slow path would wrap it for every tensor.
+        torch._foreach_add_(state_steps, [torch.tensor(1.0)] * len(state_steps))
+    else:
+        torch._foreach_add_(state_steps, 1)
+
+
+def _cohorts(lists: Lists, state_steps: list[Tensor], tensor_steps: bool) -> Iterator[tuple[list[int], Any]]:
+    """Yield the places of tensors that agree in device, types and step count, and that count.
+
+    With `tensor_steps` the count stays on the device, as one tensor with an entry for each place.
+    """
+    cohorts: dict[Any, list[int]] = {}
+    for i, (p, g, m) in enumerate(zip(lists.params, lists.grads, lists.exp_avgs)):
+        if p.numel() > 0:
+            t = None if tensor_steps else state_steps[i].item()
+            cohorts.setdefault((p.device, p.dtype, g.dtype, m.dtype, t), []).append(i)
+    for key, indices in cohorts.items():
+        yield indices, torch.stack([state_steps[i] for i in indices]) if tensor_steps else key[-1]
+
+
+def _blocks(cohort: Lists, cut: bool) -> Iterator[_Block]:
+    """Yield the cohort whole, or cut into blocks of about `CPU_BLOCK` scalars.
+
+    A larger tensor is cut into flat parts if its memory, and that of its gradient and state, allows.
+    """
+    if not cut:
+        yield _Block(cohort, list(range(len(cohort.params))))
+        return
+    gathered: list[int] = []
+    size = 0
+    for i, param in enumerate(cohort.params):
+        n = param.numel()
+        if gathered and size + n > CPU_BLOCK:
+            yield _Block(cohort.of(gathered), gathered)
+            gathered, size = [], 0
+        if n > CPU_BLOCK and all(tensors[i].is_contiguous() for tensors in cohort if tensors):
+            whole = [tensors[i].view(-1) if tensors else None for tensors in cohort]
+            for start in range(0, n, CPU_BLOCK):
+                parts = [[] if x is None else [x[start : start + CPU_BLOCK]] for x in whole]
+                yield _Block(Lists(*parts), [i])
+        else:
+            gathered.append(i)
+            size += n
+    if gathered:
+        yield _Block(cohort.of(gathered), gathered)
+
+
+def _widen(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return the list itself where it has `dtype`, else copies in it, to be handed to `_write_back`."""
+    if not tensors or tensors[0].dtype == dtype:
+        return tensors
+    return [t.to(dtype) for t in tensors]
+
+
+def _write_back(tensors: list[Tensor], wide: list[Tensor]) -> None:
+    if wide is not tensors:
+        for tensor, value in zip(tensors, wide):
+            tensor.copy_(value)
+
+
+def _each(c: Any, block: _Block) -> Any:
+    """Return a number as it is; a tensor as the list of its entries for the block's tensors, for `_foreach_*`."""
+    if not isinstance(c, Tensor):
+        return c
+    return [c] * len(block.owners) if c.dim() == 0 else [c[i] for i in block.owners]
+
+
+def _advance(block: _Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype) -> None:
+    """Bring `m`, `v`, `s` and the maximum of `v` to this step."""
+    grads = _widen(block.lists.grads, dtype)
+    if hyper.maximize:
+        grads = list(torch._foreach_neg(grads))
+    if hyper.weight_decay != 0 and not hyper.decoupled_weight_decay:
+        params = _widen(block.lists.params, dtype)
+        if grads is block.lists.grads:
+            grads = list(torch._foreach_add(grads, params, alpha=hyper.weight_decay))
+        else:
+            torch._foreach_add_(grads, params, alpha=hyper.weight_decay)
+        del params
+    exp_avgs = _widen(block.lists.exp_avgs, dtype)
+    _advance_variance(block, grads, exp_avgs, c, hyper, dtype)
+    torch._foreach_lerp_(exp_avgs, grads, 1 - hyper.beta1)
+    _write_back(block.lists.exp_avgs, exp_avgs)
+    del exp_avgs
+    exp_avg_sqs = _widen(block.lists.exp_avg_sqs, dtype)
+    torch._foreach_mul_(exp_avg_sqs, hyper.beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - hyper.beta2)
+    if hyper.amsgrad:
+        maxima = _widen(block.lists.max_exp_avg_sqs, dtype)
+        torch._foreach_maximum_(maxima, exp_avg_sqs)
+        _write_back(block.lists.max_exp_avg_sqs, maxima)
+    _write_back(block.lists.exp_avg_sqs, exp_avg_sqs)
+
+
+def _advance_variance(
+    block: _Block,
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    c: Corrections,
+    hyper: Hyperparameters,
+    dtype: torch.dtype,
+) -> None:
+    """Bring `s` to this step; `exp_avgs` is the mean before this batch."""
+    if not isinstance(c.blend, Tensor) and c.blend == 0:
+        return
+    if hyper.debias:
+        deviations = torch._foreach_div(exp_avgs, _each(c.centre, block))
+        torch._foreach_sub_(deviations, grads)
+    else:
+        deviations = torch._foreach_sub(grads, exp_avgs)
+    exp_avg_vars = _widen(block.lists.exp_avg_vars, dtype)
+    torch._foreach_mul_(exp_avg_vars, hyper.rho)
+    if isinstance(c.blend, Tensor):
+        torch._foreach_mul_(deviations, deviations)
+        torch._foreach_mul_(deviations, _each(c.blend, block))
+        torch._foreach_add_(exp_avg_vars, deviations)
+    else:
+        torch._foreach_addcmul_(exp_avg_vars, deviations, deviations, c.blend)
+    _write_back(block.lists.exp_avg_vars, exp_avg_vars)
+
+
+def _mask(block: _Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype) -> list[Tensor] | None:
+    """Return `q` of each tensor in the block, in its shape; None where the mask is open."""
+    if hyper.mask == "none" or c.open is True:
+        return None
+    bound, eps = largest(dtype), floor(hyper.mask_eps, dtype)
+    exp_avgs = _widen(block.lists.exp_avgs, dtype)
+    signals = list(torch._foreach_div(exp_avgs, _each(c.bias1, block)))
+    del exp_avgs
+    torch._foreach_mul_(signals, signals)
+    torch._foreach_clamp_max_(signals, bound)
+    noises = list(torch._foreach_div(_widen(block.lists.exp_avg_vars, dtype), _each(c.bias_var, block)))
+    torch._foreach_clamp_max_(noises, bound)
+    if hyper.debias:
+        if isinstance(c.k, Tensor):
+            torch._foreach_sub_(signals, torch._foreach_mul(noises, _each(c.k, block)))
+        else:
+            torch._foreach_add_(signals, noises, alpha=-c.k)
+        torch._foreach_clamp_min_(signals, 0)
+    of_tensor, of_lists = MASKS[hyper.mask]
+    if of_lists is not None:
+        of_lists(signals, noises, hyper.coefficient, hyper.softness, eps)
+    else:
+        for i, noise in enumerate(noises):
+            signals[i] = of_tensor(signals[i], noise, hyper.coefficient, hyper.softness, eps)
+    q = signals
+    if isinstance(c.open, Tensor):
+        torch._foreach_mul_(q, _each((~c.open).to(dtype), block))
+        torch._foreach_add_(q, _each(c.open.to(dtype), block))
+    return q
+
+
+def _pooled_mask(
+    cohort: Lists,
+    blocks: list[_Block],
+    c: Corrections,
+    hyper: Hyperparameters,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Return `q` of each tensor in the cohort, of shape `()`, from the means over whole tensors."""
+    device = cohort.params[0].device
+    sizes = torch.tensor([p.numel() for p in cohort.params], dtype=dtype, device=device)
+    sums_sq, sums_var = torch.zeros_like(sizes), torch.zeros_like(sizes)
+    for block in blocks:
+        owners = torch.tensor(block.owners, device=device)
+        norms = torch.stack(list(torch._foreach_norm(_widen(block.lists.exp_avgs, dtype))))
+        sums_sq.index_add_(0, owners, norms.square())
+        totals = torch._foreach_norm(_widen(block.lists.exp_avg_vars, dtype), 1)
+        sums_var.index_add_(0, owners, torch.stack(list(totals)))
+    signal, noise = finish_signal_and_noise(sums_sq / sizes / c.bias1**2, sums_var / sizes / c.bias_var, c, hyper)
+    return list(evaluate(signal, noise, c, hyper).unbind())
+
+
+def _move(
+    block: _Block,
+    q: list[Tensor] | None,
+    c: Corrections,
+    hyper: Hyperparameters,
+    dtype: torch.dtype,
+) -> None:
+    """Decay the parameters and take the Adam step, multiplied by `q` (of the parameter's shape, or `()`)."""
+    params = _widen(block.lists.params, dtype)
+    _decay(params, q if hyper.mask_decay else None, block, hyper)
+    exp_avgs = _widen(block.lists.exp_avgs, dtype)
+    if q is None:
+        steps = exp_avgs
+    elif hyper.reduction == "per_tensor":
+        steps = list(torch._foreach_mul(exp_avgs, q))
+    else:
+        torch._foreach_mul_(q, exp_avgs)
+        steps = q
+    del exp_avgs
+    second_moments = block.lists.max_exp_avg_sqs if hyper.amsgrad else block.lists.exp_avg_sqs
+    roots = torch._foreach_sqrt(_widen(second_moments, dtype))
+    torch._foreach_div_(roots, _each(c.bias2**0.5, block))
+    torch._foreach_add_(roots, hyper.eps)
+    step_size = hyper.lr / c.bias1
+    if isinstance(step_size, Tensor):
+        # A tensor cannot be the factor of addcdiv, and must not be read back to become one.
+        torch._foreach_div_(roots, _each(-step_size, block))
+        torch._foreach_addcdiv_(params, steps, roots)
+    else:
+        torch._foreach_addcdiv_(params, steps, roots, -step_size)
+    _write_back(block.lists.params, params)
+
+
+def _decay(params: list[Tensor], q: list[Tensor] | None, block: _Block, hyper: Hyperparameters) -> None:
+    if hyper.weight_decay == 0 or not hyper.decoupled_weight_decay:
+        return
+    decay = hyper.lr * hyper.weight_decay
+    if q is None:
+        torch._foreach_mul_(params, _each(1 - decay, block))
+    elif isinstance(decay, Tensor):
+        torch._foreach_addcmul_(params, params, torch._foreach_mul(q, _each(decay, block)), -1)
+    else:
+        torch._foreach_addcmul_(params, params, q, -decay)

@@ -1,0 +1,77 @@
+"""The checks of `PRM`'s arguments: each bad one is named, with its value and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from popriskmin.functional import choose_implementation
+from popriskmin.mask import BOUNDARIES, MASKS, REDUCTIONS, boundary_coefficient
+
+
+def check_spelling(group: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a key of a parameter group that is nearly, but not quite, the name of an option."""
+    for key in set(group) - set(options):
+        similar = difflib.get_close_matches(str(key), options, n=1, cutoff=0.85)
+        if similar:
+            raise ValueError(f"unknown option {key} in a parameter group: did you mean {similar[0]}?")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first option of a group that is out of range, naming it and showing its value."""
+    _check_lr(options["lr"])
+    betas = options["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
+    for name, value in (("betas[0]", betas[0]), ("betas[1]", betas[1]), ("rho", options["rho"])):
+        if not (isinstance(value, Real) and 0 <= float(value) < 1):
+            raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
+    for name in ("eps", "mask_eps", "softness", "weight_decay"):
+        value = options[name]
+        if name == "mask_eps" and value is None:
+            continue
+        if not (isinstance(value, Real) and 0 <= float(value) < float("inf")):
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+    _check_counts(options)
+    for name, known in (("mask", MASKS), ("boundary", BOUNDARIES), ("reduction", REDUCTIONS)):
+        if options[name] not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {options[name]!r}")
+    if options["boundary"] == "empirical":
+        boundary_coefficient("empirical", options["batch_size"], options["n_dataset"])
+    if options["debias"] and not options["bias_correction"]:
+        raise ValueError("debias=True needs bias_correction=True, got bias_correction=False")
+    if options["mask_decay"] and not options["decoupled_weight_decay"]:
+        raise ValueError(
+            "mask_decay=True needs decoupled_weight_decay=True, got decoupled_weight_decay=False, "
+            "where the mask reaches the decay anyway"
+        )
+    if options["state_dtype"] not in (None, torch.float32, torch.float64):
+        raise ValueError(f"state_dtype must be None, torch.float32 or torch.float64, got {options['state_dtype']!r}")
+    choose_implementation([], options["foreach"], options["fused"], options["differentiable"])
+
+
+def _check_lr(lr: Any) -> None:
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+        lr = lr.detach()
+    elif not isinstance(lr, Real):
+        raise ValueError(f"lr must be a number or a tensor, got {lr!r}")
+    if not 0 <= float(lr) < float("inf"):
+        raise ValueError(f"lr must be finite and >= 0, got {lr!r}")
+
+
+def _check_counts(options: Mapping[str, Any]) -> None:
+    warmup_steps, batch_size, n = (options[name] for name in ("warmup_steps", "batch_size", "n_dataset"))
+    if not (isinstance(warmup_steps, Integral) and int(warmup_steps) >= 0):
+        raise ValueError(f"warmup_steps must be a whole number >= 0, got {warmup_steps!r}")
+    for name, value in (("batch_size", batch_size), ("n_dataset", n)):
+        if value is not None and not (isinstance(value, Integral) and int(value) >= 1):
+            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    if batch_size is not None and n is not None and n <= batch_size:
+        raise ValueError(f"n_dataset must be larger than batch_size, got n_dataset={n} and batch_size={batch_size}")

@@ -1,0 +1,166 @@
+"""The whole comparison: from Python, and killed in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+from tiny import Tiny
+
+from popriskmin.compare import Results, compare
+
+QUIET = {"progress": False}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    return compare(Tiny(), seeds=4, weight_decay=[0.0, 0.1], prm=[{"mask": "soft"}], out=folder, **QUIET)
+
+
+def test_what_it_returns_and_writes(results):
+    assert isinstance(results, Results)
+    assert sorted(path.name for path in results.folder.iterdir()) == ["report.html", "results.json", "runs"]
+    assert len(list((results.folder / "runs").iterdir())) == 4 * 2 * 2 * 4
+    written = json.loads((results.folder / "results.json").read_text())
+    assert written == results.to_dict()
+    assert written["seeds"] == [0, 1, 2, 3]
+    assert written["learning_rates"] == [0.01, 0.1]
+    assert written["task_options"]["noise"] == 0.5
+    assert set(written["selections"]) == {"final", "best", "area"}
+    assert set(written["selections"]["final"]) == {"adamw", "prm", "adamw-matched", "prm mask=soft"}
+    assert written["state_bytes"] == {"adamw": 88, "prm": 128, "adamw-matched": 88, "prm mask=soft": 128}
+
+
+def test_no_times_enter_the_results(results):
+    assert "seconds" not in (results.folder / "results.json").read_text()
+
+
+def test_frames(results):
+    frame = results.frame
+    assert isinstance(frame, pd.DataFrame)
+    assert len(frame) == 64
+    assert set(frame["status"]) == {"finished"}
+    chosen = results.selections["final"]["prm"]
+    rows = frame[(frame.arm == "prm") & (frame.lr == chosen["chosen"]["lr"])
+                 & (frame.weight_decay == chosen["chosen"]["weight_decay"])]  # fmt: skip
+    assert rows["test final error"].mean() == pytest.approx(chosen["test"]["final"]["error"]["mean"])
+    best = frame[frame.arm == "prm"].groupby(["lr", "weight_decay"])["validation final error"].mean().idxmin()
+    assert best == (chosen["chosen"]["lr"], chosen["chosen"]["weight_decay"])
+    curves = results.curves
+    assert list(curves.columns) == [
+        "arm", "lr", "weight_decay", "seed", "step", "validation error", "test error", "validation fit", "test fit",
+    ]  # fmt: skip
+    assert len(curves) == 64 * 4
+
+
+def test_a_later_call_adds_to_an_earlier_one(tmp_path):
+    one = compare(Tiny(), lr=[0.01], seeds=3, out=tmp_path, **QUIET)
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    more = compare(Tiny(), lr=[0.1, 0.01], seeds=3, out=tmp_path, **QUIET)
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    assert len(more.runs) == 2 * len(one.runs)
+    # And what else lies in the folder does not enter.
+    again = compare(Tiny(), lr=[0.01], seeds=3, out=tmp_path, **QUIET)
+    assert again.to_dict() == one.to_dict()
+
+
+def test_the_order_of_arguments_does_not_matter(tmp_path):
+    one = compare(Tiny(), lr=[0.1, 0.01], seeds=[2, 0, 1], out=tmp_path / "a", **QUIET)
+    other = compare(Tiny(), lr=[0.01, 0.1, 0.1], seeds=3, out=tmp_path / "b", **QUIET)
+    assert one.to_dict() == other.to_dict()
+
+
+def test_a_diverging_arm_is_reported(tmp_path, capsys):
+    results = compare(Tiny(trouble="diverge"), lr=[0.5], seeds=3, out=tmp_path, **QUIET)
+    assert "diverged" in set(results.frame["status"])
+    results.print()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "runs diverged." in shown
+    assert "diverged at step" in " ".join((tmp_path / "report.html").read_text().split())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"lr": []}, r"lr must be one or more finite numbers >= 0, got \[\]"),
+        ({"lr": [-1.0]}, r"lr must be one or more finite numbers >= 0, got \[-1.0\]"),
+        ({"weight_decay": [float("nan")]}, "weight_decay must be one or more finite numbers"),
+        ({"seeds": 0}, "seeds must be a number of seeds >= 1, or a list of whole numbers >= 0, got 0"),
+        ({"seeds": [-1]}, "seeds must be"),
+        ({"jobs": 0}, "jobs must be a whole number >= 1, got 0"),
+        ({"backend": "condor"}, "backend must be one of"),
+        ({"prm": [{"mask": "sharp"}]}, "mask must be one of"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_trained(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        compare(Tiny(), out=tmp_path / "new", **kwargs, **QUIET)
+    assert not (tmp_path / "new").exists()
+
+
+def test_out_that_is_a_file(tmp_path):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(ValueError, match="out must be a folder, but .*x is a file"):
+        compare(Tiny(), out=tmp_path / "x", **QUIET)
+    assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_a_task_by_name_and_in_the_default_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    import tiny
+
+    results = compare(tiny.__file__, seeds=1, lr=0.1, **QUIET)
+    assert results.folder.as_posix() == "runs/tiny"
+    assert (tmp_path / "runs" / "tiny" / "report.html").exists()
+
+
+def command(out, *more):
+    task = os.path.join(os.path.dirname(__file__), "..", "tiny.py")
+    return [sys.executable, "-m", "popriskmin", "compare", task, "--sleep", "0.15", "--seeds", "3", "--jobs", "2",
+            "--out", str(out), *more]  # fmt: skip
+
+
+def finished_runs(folder):
+    return len(list(folder.glob("*.jsonl"))) if folder.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    subprocess.run(command(folder), check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_in_the_middle_and_started_again_gives_the_same_results(tmp_path, undisturbed, signal_number):
+    disturbed = tmp_path / "disturbed"
+    process = subprocess.Popen(
+        command(disturbed), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while finished_runs(disturbed / "runs") < 4:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal_number) if signal_number == signal.SIGINT else process.kill()
+    # Its workers hold the pipes too: this would wait for any that outlived it.
+    output = process.communicate(timeout=60)
+    if signal_number == signal.SIGINT:
+        assert process.returncode == 130
+        assert "finished runs are kept, and the same command goes on from there" in output[1]
+        assert "Traceback" not in output[1]
+    kept = finished_runs(disturbed / "runs")
+    assert 4 <= kept < 18
+    assert not (disturbed / "results.json").exists()
+
+    again = subprocess.run(command(disturbed), check=True, capture_output=True, text=True)
+    present = int(again.stderr.split(" runs, ")[1].split(" of them kept")[0])
+    # What ended between the last look and the kill may have been kept too, never less.
+    assert kept <= present < 18
+    assert (disturbed / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
+    assert sorted(p.name for p in (disturbed / "runs").glob("*.jsonl")) == sorted(
+        p.name for p in (undisturbed / "runs").iterdir()
+    )

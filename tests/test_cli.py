@@ -1,0 +1,163 @@
+"""The command line: help, errors, and the whole way to a report."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from popriskmin.cli import main
+from popriskmin.version import __version__
+
+TINY = os.path.join(os.path.dirname(__file__), "tiny.py")
+
+
+def run(capsys, *arguments):
+    try:
+        status = main(list(arguments))
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+def test_help_names_the_commands(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    assert "compare" in out
+    assert run(capsys, "--version")[1] == f"popriskmin {__version__}\n"
+
+
+def test_help_of_compare_with_and_without_a_task(capsys):
+    status, out, _ = run(capsys, "compare", "--help")
+    assert status == 0
+    assert "--weight-decay" in out
+    assert "--noise" not in out
+    status, out, _ = run(capsys, "compare", "digits", "--help")
+    assert status == 0
+    assert "options of Digits" in out
+    assert "--noise FLOAT" in out
+    assert "replaced at random (default: 0.4)" in out
+    assert "--noise" in run(capsys, "compare", TINY, "-h")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare"], "name a task: digits"),
+        (["compare", "digit"], "there is no task 'digit'"),
+        (["compare", "missing.py"], "there is no file missing.py"),
+        (["compare", TINY, "--prm", "softnes=1"], "PRM has no option 'softnes': did you mean softness?"),
+        (["compare", TINY, "--prm", "soft"], "given as NAME=VALUE, such as mask=soft, got 'soft'"),
+        (["compare", TINY, "--seeds", "0"], "seeds must be a number of seeds >= 1"),
+        (["compare", TINY, "--lr", "-1"], "lr must be one or more finite numbers >= 0"),
+        (["compare", TINY, "--lr", "fast"], "invalid float value: 'fast'"),
+        (["compare", TINY, "--nois", "1"], "unrecognized arguments: --nois 1"),
+        (["compare", "digits", "--noise", "40"], "noise must be a share from 0 to 1, got 40.0"),
+        (["compare", "digits", "--imbalance", "0.5"], "imbalance must be from 1 to 50, got 0.5"),
+        (["compare", "digits", "--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["compare", TINY, "--backend", "condor"], "backend must be one of"),
+        (["compair"], "invalid choice: 'compair'"),
+    ],
+)
+def test_wrong_arguments(capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *arguments)
+    assert status == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_comparison(capsys, tmp_path):
+    arguments = ["compare", TINY, "--seeds", "2", "--lr", "0.1", "0.01", "--steps", "6", "--prm", "mask=soft",
+                 "--out", str(tmp_path / "out")]  # fmt: skip
+    status, out, err = run(capsys, *arguments)
+    assert status == 0
+    assert "tiny: test error, lower is better" in out
+    assert "prm mask=soft" in out
+    assert "2 seeds are too few to tell prm from adamw" in out
+    assert out.rstrip().endswith(f"The numbers: {tmp_path / 'out' / 'results.json'}")
+    assert "16 runs\n" in err
+    assert "[16/16] adamw-matched lr=0.1" in err
+    assert " s left" in err
+    status, again, err = run(capsys, *arguments)
+    assert status == 0
+    assert again == out
+    assert "16 runs, 16 of them kept from before" in err
+
+
+def test_a_failed_run_makes_the_status_1(capsys, tmp_path):
+    status, out, err = run(capsys, "compare", TINY, "--trouble", "raise", "--seeds", "1", "--out", str(tmp_path))
+    assert status == 1
+    assert "ArithmeticError: the task is broken" in err
+    assert "adamw: 2 of 2 runs failed." in out
+
+
+def test_a_folder_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "runs").write_text("not a folder")
+    status, _, err = run(capsys, "compare", TINY, "--seeds", "1", "--out", str(tmp_path))
+    assert status == 1
+    assert err.rstrip().splitlines()[-1].startswith("popriskmin compare: ")
+    assert "Traceback" not in err
+    assert (tmp_path / "runs").read_text() == "not a folder"
+
+
+def test_without_the_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "joblib", None)
+    for name in [name for name in sys.modules if name.startswith("popriskmin.compare")]:
+        monkeypatch.delitem(sys.modules, name)
+    status, _, err = run(capsys, "compare", "digits")
+    assert status == 1
+    assert "pip install 'popriskmin[compare]'" in err
+
+
+def test_python_dash_m(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "popriskmin", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"popriskmin {__version__}\n"
+
+
+def test_options_of_a_task_that_cannot_be_flags(capsys, tmp_path):
+    text = """
+import dataclasses
+from popriskmin.compare import Task
+
+@dataclasses.dataclass
+class Clash(Task):
+    {field}
+    metrics = {{"x": "max"}}
+    def trial(self, seed): ...
+"""
+    for field, message in (
+        ("jobs: int = 3", "the option jobs of Clash would hide --jobs"),
+        ("depth: int", "the option depth of Clash needs a default value"),
+    ):
+        path = tmp_path / "clash.py"
+        path.write_text(text.format(field=field))
+        status, _, err = run(capsys, "compare", str(path))
+        assert status == 2
+        assert message in err
+
+
+def test_kinds_of_options(capsys, tmp_path):
+    path = tmp_path / "kinds.py"
+    path.write_text(
+        """
+import dataclasses
+from popriskmin.compare import Task
+
+@dataclasses.dataclass
+class Kinds(Task):
+    flag: bool = True
+    share: float | None = None
+    word: str = "a"
+    metrics = {"x": "max"}
+    def trial(self, seed):
+        raise ValueError(f"{self.flag} {self.share!r} {self.word}")
+"""
+    )
+    arguments = ["compare", str(path), "--seeds", "1", "--lr", "1", "--out", str(tmp_path / "o")]
+    _, _, err = run(capsys, *arguments, "--no-flag", "--share", "0.5", "--word", "b")
+    assert "ValueError: False 0.5 b" in err
+    _, _, err = run(capsys, *arguments)
+    assert "ValueError: True None a" in err
