@@ -25,6 +25,8 @@ from popriskmin.mask import Hyperparameters
 from popriskmin.options import check_options, check_spelling
 from popriskmin.stats import Row, mask_stats
 
+_NAMES_BUILT_IN = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
+
 
 class PRM(Optimizer):
     r"""AdamW that trains on population risk: each parameter moves as far as its mean gradient exceeds its noise.
@@ -203,6 +205,7 @@ class PRM(Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        param_group = _split_names(param_group)
         check_spelling(param_group, self.defaults)
         check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
@@ -372,6 +375,18 @@ class PRM(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+
+
+def _split_names(group: dict[str, Any]) -> dict[str, Any]:
+    """Take the names off named parameters where torch, before 2.6, does not do it itself."""
+    if _NAMES_BUILT_IN or isinstance(group["params"], (Tensor, set)):
+        return group
+    params = list(group["params"])
+    if not any(isinstance(param, tuple) for param in params):
+        return {**group, "params": params}
+    if not all(isinstance(param, tuple) for param in params):
+        raise ValueError("all optimizer params should be with/without names. Some param names are missing")
+    return {**group, "params": [param for _, param in params], "param_names": [name for name, _ in params]}
 
 
 def _check_graph_capture(optimizer: Optimizer) -> None:

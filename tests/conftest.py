@@ -5,6 +5,9 @@ import os
 import torch
 from hypothesis import settings
 
+# What some tests ask of torch itself.
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
 # No test may fail because of time; on CI the same examples every time.
 settings.register_profile("suite", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("suite")

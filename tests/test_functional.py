@@ -7,6 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from conftest import TORCH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Reference
@@ -106,12 +107,15 @@ def test_implementations_agree_to_a_few_units_in_the_last_place(options, problem
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
 @pytest.mark.parametrize("opened", [{"mask": "none"}, {"warmup_steps": 6}])
 def test_an_open_mask_is_adam_bit_for_bit(foreach, decoupled, amsgrad, maximize, dtype, opened):
+    if TORCH < (2, 1) and amsgrad and dtype.is_complex:
+        pytest.skip("torch 2.0 has no amsgrad for complex parameters")
     problem = {"seed": 3, "scale": 1.0, "steps": 6}
     common = {"lr": 0.01, "weight_decay": 0.1, "amsgrad": amsgrad, "maximize": maximize}
     ours, _ = train(problem, dtype, foreach=foreach, decoupled_weight_decay=decoupled, **common, **opened)
     theirs, _ = train(problem, dtype, torch.optim.AdamW if decoupled else torch.optim.Adam, foreach=False, **common)
     for a, b in zip(ours, theirs):
-        assert torch.equal(a, b)
+        # Torch's own operations came into their present order in later versions.
+        assert torch.equal(a, b) if TORCH >= (2, 6) else torch.allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("foreach", [False, True])
@@ -273,6 +277,8 @@ class _Allocations(TorchDispatchMode):
 
 
 def _peak(device, **kwargs):
+    if TORCH < (2, 1):
+        pytest.skip("torch 2.0 has no foreach operations on the meta device, nor names for storages")
     shapes = [(64, 64), (128,), (32, 16, 4)] * 4
     params = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
     for p in params:
@@ -306,6 +312,8 @@ def test_foreach_on_the_cpu_needs_a_block_only(monkeypatch):
 @pytest.mark.parametrize("foreach", [False, True])
 def test_no_value_is_read_back_to_the_host(foreach):
     """Meta tensors have no values: a step that asked for one would raise."""
+    if foreach and TORCH < (2, 1):
+        pytest.skip("torch 2.0 has no foreach operations on the meta device")
     for mask, reduction, debias, amsgrad, decoupled, capturable in itertools.product(
         ["snr", "soft", "hard", "none"], ["per_param", "per_tensor"], *[[False, True]] * 4
     ):

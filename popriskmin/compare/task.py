@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import GenericAlias, ModuleType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -171,7 +171,11 @@ def load_task_class(name: str) -> type[Task]:
     found = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module.__name__
+        # Python 3.10 takes an alias such as dict[str, float] for a type.
+        if isinstance(value, type)
+        and not isinstance(value, GenericAlias)
+        and issubclass(value, Task)
+        and value.__module__ == module.__name__
     ]
     if len(found) != 1:
         names = ", ".join(task.__name__ for task in found) or "none"
