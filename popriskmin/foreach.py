@@ -23,6 +23,9 @@ from popriskmin.mask import (
 # cache from one operation to the next; measured in benchmarks/step_time.py.
 CPU_BLOCK = 1 << 17
 
+# So many tensors in one block are worth copying into one.
+FEWEST_JOINED = 4
+
 
 class Lists(NamedTuple):
     """Parallel lists of the tensors that a step reads and writes; the last is empty without `amsgrad`."""
@@ -69,15 +72,17 @@ def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparame
             cohort = Lists(*[[as_real(t) for t in tensors] for tensors in cohort])
         dtype = compute_dtype(cohort.params[0], cohort.exp_avgs[0])
         c = corrections(t.to(dtype) if tensor_steps else t, hyper)
-        blocks = list(_blocks(cohort, cut=cohort.params[0].device.type == "cpu" and not tensor_steps))
+        # Under a captured graph the number of kernels counts; on the host, the cache and the cost of a call.
+        on_host = cohort.params[0].device.type == "cpu" and not tensor_steps
         if hyper.reduction == "per_tensor" and hyper.mask != "none" and c.open is not True:
+            blocks = list(_blocks(cohort, cut=on_host, join=False))
             for block in blocks:
                 _advance(block, c, hyper, dtype)
             q = _pooled_mask(cohort, blocks, c, hyper, dtype)
             for block in blocks:
                 _move(block, [q[i] for i in block.owners], c, hyper, dtype)
         else:
-            for block in blocks:
+            for block in _blocks(cohort, cut=on_host, join=on_host):
                 _advance(block, c, hyper, dtype)
                 _move(block, _mask(block, c, hyper, dtype), c, hyper, dtype)
 
@@ -111,10 +116,11 @@ def _cohorts(lists: Lists, state_steps: list[Tensor], tensor_steps: bool) -> Ite
         yield indices, torch.stack([state_steps[i] for i in indices]) if tensor_steps else key[-1]
 
 
-def _blocks(cohort: Lists, cut: bool) -> Iterator[_Block]:
-    """Yield the cohort whole, or cut into blocks of about `CPU_BLOCK` scalars.
+def _blocks(cohort: Lists, cut: bool, join: bool) -> Iterator[_Block]:
+    """Yield the cohort whole, or with `cut` in blocks of about `CPU_BLOCK` scalars.
 
-    A larger tensor is cut into flat parts if its memory, and that of its gradient and state, allows.
+    A larger tensor is cut into flat parts if its memory, and that of its gradient and state, allows. With `join` many
+    small tensors become one, which is written back to them when the next block is asked for.
     """
     if not cut:
         yield _Block(cohort, list(range(len(cohort.params))))
@@ -124,7 +130,7 @@ def _blocks(cohort: Lists, cut: bool) -> Iterator[_Block]:
     for i, param in enumerate(cohort.params):
         n = param.numel()
         if gathered and size + n > CPU_BLOCK:
-            yield _Block(cohort.of(gathered), gathered)
+            yield from _joined(cohort, gathered, join)
             gathered, size = [], 0
         if n > CPU_BLOCK and all(tensors[i].is_contiguous() for tensors in cohort if tensors):
             whole = [tensors[i].view(-1) if tensors else None for tensors in cohort]
@@ -135,7 +141,38 @@ def _blocks(cohort: Lists, cut: bool) -> Iterator[_Block]:
             gathered.append(i)
             size += n
     if gathered:
-        yield _Block(cohort.of(gathered), gathered)
+        yield from _joined(cohort, gathered, join)
+
+
+def _joined(cohort: Lists, indices: list[int], join: bool) -> Iterator[_Block]:
+    small = cohort.of(indices)
+    if not join or len(indices) < FEWEST_JOINED:
+        yield _Block(small, indices)
+        return
+    # Copied into one tensor and back, in the cache: two dozen calls for each small tensor would take longer.
+    flat = Lists(*[[_flat(tensors)] if tensors else [] for tensors in small])
+    yield _Block(flat, indices[:1])
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "exp_avg_vars", "max_exp_avg_sqs"):
+        tensors = getattr(small, name)
+        if tensors:
+            _copy(tensors, _like(getattr(flat, name)[0], tensors))
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    flat: Tensor = torch._C._nn.flatten_dense_tensors(tensors)
+    return flat
+
+
+def _like(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    return list(torch._C._nn.unflatten_dense_tensors(flat, tensors))
+
+
+def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
+    if hasattr(torch, "_foreach_copy_"):  # since torch 2.1
+        torch._foreach_copy_(targets, values)
+    else:
+        for target, value in zip(targets, values):
+            target.copy_(value)
 
 
 def _widen(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -147,8 +184,7 @@ def _widen(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 def _write_back(tensors: list[Tensor], wide: list[Tensor]) -> None:
     if wide is not tensors:
-        for tensor, value in zip(tensors, wide):
-            tensor.copy_(value)
+        _copy(tensors, wide)
 
 
 def _each(c: Any, block: _Block) -> Any:

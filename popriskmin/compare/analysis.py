@@ -343,6 +343,9 @@ def warnings_of(
             found.append(
                 f"{arm.name}: the chosen learning rate {chosen['lr']:g} is the {edge} of the grid; extend it with --lr."
             )
+    shown = sum(len(one["against"]) for selection in selections.values() for one in selection.values())
+    if len(arms) > 3:
+        found.append(f"Of {shown} differences, expect about one in twenty to look clear by chance alone.")
     return found + _unlike_starts(runs, seeds)
 
 

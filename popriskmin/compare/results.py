@@ -207,7 +207,8 @@ class Results:
 
     def print(self, console: Console | None = None) -> None:
         """Print the tables, the answer and the warnings."""
-        console = console or Console()
+        # Where no terminal limits the width, names of arms need not be broken.
+        console = console or (Console() if Console().is_terminal else Console(width=120))
         direction = "higher" if self.task.metrics[self.metric] == "max" else "lower"
         console.print(f"\n{self.task.name}: test {self.metric}, {direction} is better", style="bold", highlight=False)
         console.print("Each arm's configuration is the best on validation data by the same figure.\n", highlight=False)

@@ -186,3 +186,11 @@ def test_warnings_name_the_edge_of_the_grid_and_unlike_starts():
     assert warnings_of(cut_short, ARMS, selections, [0.3], range(5)) == []
     odd = [*cut_short, made_up(ARMS[1], 1, 0.1, [0, 0.1], [0, 0.1], first_batches=["a1", "other"])]
     assert "seed 1: the arms did not get the same batches" in warnings_of(odd, ARMS, selections, [0.3], range(5))[0]
+
+
+def test_many_arms_are_warned_of():
+    arms = make_arms([{"mask": "soft"}])
+    runs = [made_up(arm, seed, 0.1, [0, 0.5], [0, 0.5]) for arm in arms for seed in range(5)]
+    found = warnings_of(runs, arms, analyse(runs, arms, METRICS), [0.1], range(5))
+    # prm against two, the matched arm against one, the further one against two; in each of three figures.
+    assert found == ["Of 15 differences, expect about one in twenty to look clear by chance alone."]

@@ -1,0 +1,43 @@
+# make demo   PRM against AdamW on badly labelled digits, a few minutes; ends with a table and the path of a page
+# make test   everything that CI checks
+# Both make their own virtual environment in .venv and need Python 3.10 or newer and make.
+
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS := $(shell nproc 2>/dev/null || echo 2)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test lint docs benchmark clean
+
+demo: $(VENV)/.demo
+	$(BIN)/popriskmin compare digits --jobs $(JOBS)
+
+test: lint docs
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.test
+	$(BIN)/mkdocs build --strict --quiet
+
+benchmark: $(VENV)/.demo
+	$(BIN)/python benchmarks/step_time.py
+
+clean:
+	rm -rf $(VENV) site build popriskmin.egg-info
+
+$(BIN)/python:
+	tools/make-venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing torch and the compare extra into $(VENV), once"
+	$(PIP) --editable '.[compare]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	@echo "installing the test and docs extras into $(VENV), once"
+	$(PIP) --editable '.[test,docs]'
+	@touch $@

@@ -1,0 +1,92 @@
+"""The examples, the benchmark and the code in the README run as they stand."""
+
+import pathlib
+import re
+import runpy
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run(monkeypatch, path, *arguments):
+    monkeypatch.setattr(sys, "argv", [path, *arguments])
+    threads = torch.get_num_threads()
+    try:
+        return runpy.run_path(str(ROOT / path), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_synthetic_regression(monkeypatch, capsys):
+    names = run(monkeypatch, "examples/synthetic_regression.py", "--seeds", "1", "--steps", "40")["OPTIMIZERS"]
+    lines = capsys.readouterr().out.splitlines()
+    assert "clean function" in lines[2]
+    rows = [line for line in lines[3:] if line]
+    assert [row[:36].strip() for row in rows] == list(names)
+    assert all(0 < float(number) < 10 for row in rows for number in row[36:].split())
+
+
+def test_step_time_prints_ratios(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import step_time
+
+    monkeypatch.setattr(step_time, "CASES", {"tiny": lambda: [(4, 4), (4,)]})
+    monkeypatch.setattr(sys, "argv", ["step_time.py", "--threads", "1", "--repeats", "3"])
+    step_time.main()
+    out = capsys.readouterr().out
+    for name in step_time.OPTIMIZERS:
+        assert f"| `{name}` |" in out
+    assert f"torch {torch.__version__}" in out
+    assert re.search(r"\| `AdamW\(foreach=True\)` \| [\d.]+ \| 1.00 \|", out)
+    assert "20 scalars, 2 tensors, threads: 1" in out
+
+
+def test_the_shapes_of_the_benchmark():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import step_time
+
+    sizes = [torch.Size(shape).numel() for shape in step_time.gpt2_shapes()]
+    assert 36e6 < sum(sizes) < 39e6
+    assert len(step_time.small_shapes()) == 600
+
+
+def blocks(path):
+    text = (ROOT / path).read_text()
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/optimizer.md", "docs/compare.md"])
+def test_python_in_the_documentation(path, tmp_path, monkeypatch):
+    """The blocks of a page run one after another, as a reader would type them."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "documentation"}
+    assert blocks(path)
+    for block in blocks(path):
+        exec(compile(block, path, "exec"), namespace)
+
+
+def test_links_of_the_documentation_lead_somewhere():
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+            if not link.startswith("http"):
+                assert (path.parent / link).exists(), f"{path}: {link}"
+
+
+def test_the_command_lines_of_the_documentation_exist(capsys, monkeypatch):
+    """Every `popriskmin compare` in the documentation parses: its options are real."""
+    import shlex
+
+    from popriskmin import cli
+
+    monkeypatch.chdir(ROOT)
+    found = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        found += re.findall(r"^(?:    )?(popriskmin compare .*?)(?:\s+#.*)?$", path.read_text(), flags=re.MULTILINE)
+    assert found
+    for line in found:
+        words = shlex.split(line)[1:]
+        words[1] = "tests/tiny.py" if words[1].endswith(".py") else words[1]
+        assert cli.main([*words, "--help"]) == 0, line
