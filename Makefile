@@ -21,7 +21,7 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 docs: $(VENV)/.test
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/sphinx-build --fail-on-warning --quiet docs site
 
 benchmark: $(VENV)/.demo
 	$(BIN)/python benchmarks/step_time.py

@@ -29,22 +29,20 @@ _NAMES_BUILT_IN = tuple(int(part) for part in torch.__version__.split(".")[:2]) 
 
 
 class PRM(Optimizer):
-    r"""AdamW that trains on population risk: each parameter moves as far as its mean gradient exceeds its noise.
+    """AdamW that trains on population risk: each parameter moves as far as its mean gradient exceeds its noise.
 
-    Beside AdamW's two moments PRM keeps :math:`s`, a running variance of the minibatch gradient, and multiplies
-    AdamW's step by a mask :math:`q \in [0, 1]` made of the signal :math:`\hat m^2` and the noise
-    :math:`\hat s`. One step, with :math:`a` the boundary's coefficient:
+    Beside AdamW's two moments PRM keeps `s`, a running variance of the minibatch gradient, and multiplies AdamW's step
+    by a mask `q` in [0, 1], made of the signal `m^**2` and the noise `s^`. One step, with `a` the boundary's
+    coefficient::
 
-    .. math::
-        s &\leftarrow \rho s + (1 - \rho)(g - m)^2 \\
-        m &\leftarrow \beta_1 m + (1 - \beta_1) g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
-        q &= \hat m^2 / (\hat m^2 + \text{softness} \cdot a \hat s + \text{mask\_eps}) \\
-        w &\leftarrow w - \text{lr} \cdot \text{weight\_decay} \cdot w
-            - \text{lr} \cdot q \cdot \hat m / (\sqrt{\hat v} + \text{eps})
+        s = rho * s + (1 - rho) * (g - m)**2        # m is the mean before this batch
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        m^ = m / (1 - beta1**t),  v^ = v / (1 - beta2**t),  s^ = s / (1 - rho**t)
+        q = m^**2 / (m^**2 + softness * a * s^ + mask_eps)
+        w = w - lr * weight_decay * w - lr * q * m^ / (sqrt(v^) + eps)
 
-    where :math:`m` in the first line is the mean before this batch, and a hat divides by
-    :math:`1 - \beta^t`, at :math:`t` the step count of the tensor. Every argument from `lr` on can be given per
-    parameter group.
+    where `t` counts the steps of the tensor. Every argument from `lr` on can be given per parameter group.
 
     Parameters
     ----------
@@ -66,12 +64,12 @@ class PRM(Optimizer):
     batch_size, n_dataset
         Numbers of examples in a batch and in the data set; needed by `boundary="empirical"`, read at every step.
     boundary
-        "batch" for fresh batches, :math:`a = 1`; "empirical" where `n_dataset` examples are used again and again,
-        :math:`a = b / (n - b)`.
+        "batch" for fresh batches, `a = 1`; "empirical" where `n_dataset` examples are used again and again,
+        `a = batch_size / (n_dataset - batch_size)`.
     mask
-        "snr" as above, never quite shut. "soft": with :math:`x = \max(\hat m^2 - a \hat s, 0)`,
-        :math:`q = x / (x + \text{softness} \cdot \hat s + \text{mask\_eps})`, zero below the boundary.
-        "hard": 1 where :math:`\hat m^2 > a \hat s`, else 0. "none": 1, which is AdamW; for single groups.
+        "snr" as above, never quite shut. "soft": with `x = max(m^**2 - a * s^, 0)`,
+        `q = x / (x + softness * s^ + mask_eps)`, zero below the boundary. "hard": 1 where `m^**2 > a * s^`, else 0.
+        "none": 1, which is AdamW; for single groups.
     reduction
         "per_param": a mask for each scalar. "per_tensor": signal and noise are averaged over each tensor first.
     warmup_steps
@@ -79,7 +77,7 @@ class PRM(Optimizer):
     amsgrad
         Divide by the root of the running maximum of `v`.
     bias_correction
-        Whether hats divide by :math:`1 - \beta^t`; else they do nothing.
+        Whether `m^`, `v^` and `s^` are divided as above; else they are `m`, `v` and `s`.
     decoupled_weight_decay
         False adds `weight_decay * w` to the gradient instead, as in Adam.
     mask_eps
@@ -89,17 +87,16 @@ class PRM(Optimizer):
         in large models.
     debias
         Make `s` an unbiased estimate of the gradient's variance, and take the variance of the mean out of the
-        signal. With :math:`k(t)` the variance of :math:`\hat m` in units of the gradient's
-        (`popriskmin.mask.variance_of_mean`): from the second step on the gradient is centred on
-        :math:`\hat m(t-1)`, its square divided by :math:`1 + k(t-1)`, :math:`\hat s = s / (1 - \rho^{t-1})`, and
-        the signal is :math:`\max(\hat m^2 - k(t) \hat s, 0)`. The first step has `q = 1`.
+        signal. With `k(t)` the variance of `m^` in units of the gradient's (`popriskmin.mask.variance_of_mean`): from
+        the second step on the gradient is centred on `m^(t-1)`, its square divided by `1 + k(t-1)`,
+        `s^ = s / (1 - rho**(t-1))`, and the signal is `max(m^**2 - k(t) * s^, 0)`. The first step has `q = 1`.
     mask_decay
         Decay by ``lr * weight_decay * q * w``.
     state_dtype
         `torch.float32` or `torch.float64` for `m`, `v` and `s`. None takes the parameter's dtype, and float32 for
         half-precision parameters. All arithmetic is in float32 at least.
     maximize, capturable, differentiable
-        As in `torch.optim.AdamW`. `capturable` works on every device.
+        As in `torch.optim.AdamW`. `capturable` is not limited to accelerators.
     foreach
         None takes the implementation that works on whole lists wherever it can, also on the CPU. False is a loop
         over tensors, slower, with the same result.

@@ -190,20 +190,19 @@ class Results:
         keys = ("seconds_per_step", "optimizer_seconds_per_step", "state_bytes", "parameters")
         return {key: float(np.median([end[key] for end in ends])) for key in keys}
 
-    def sentences(self) -> list[str]:
-        """Return the answer in a few sentences."""
-        lines = []
+    def answers(self) -> dict[str, list[str]]:
+        """Return the answer in sentences, by what they are about."""
+        prm = [arm.name for arm in self.arms if arm.kind == "prm"]
+        found: dict[str, list[str]] = {}
         for figure, opening in OPENINGS.items():
-            for arm in self.arms:
-                if arm.kind == "prm":
-                    against = self.selections[figure][arm.name]["against"].values()
-                    found = [rival[figure][self.metric] for rival in against if self.metric in rival[figure]]
-                    lines += [f"{opening}: {one['sentence']}." for one in found]
-        for arm in self.arms:
-            if arm.kind == "prm":
-                found = list(self.over_grid[arm.name]["against"].values())
-                lines += [f"Trained to the end without tuning, mean over the grid: {one['sentence']}." for one in found]
-        return lines
+            rivals = [rival for arm in prm for rival in self.selections[figure][arm]["against"].values()]
+            found[opening] = [
+                rival[figure][self.metric]["sentence"] for rival in rivals if self.metric in rival[figure]
+            ]
+        found["Trained to the end without tuning, mean over the grid"] = [
+            rival["sentence"] for arm in prm for rival in self.over_grid[arm]["against"].values()
+        ]
+        return {opening: sentences for opening, sentences in found.items() if sentences}
 
     def print(self, console: Console | None = None) -> None:
         """Print the tables, the answer and the warnings."""
@@ -214,8 +213,10 @@ class Results:
         console.print("Each arm's configuration is the best on validation data by the same figure.\n", highlight=False)
         for figure in FIGURES:
             console.print(self._table(figure))
-        for line in self.sentences():
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        for opening, sentences in self.answers().items():
+            console.print(f"{opening}:", highlight=False, markup=False)
+            for sentence in sentences:
+                console.print(f"  {sentence}", highlight=False, markup=False, soft_wrap=True)
         for line in self.warnings:
             console.print(f"Note: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
