@@ -17,6 +17,7 @@ from popriskmin.mask import (
     finish_signal_and_noise,
     floor,
     largest,
+    signal_and_noise,
 )
 
 # On the CPU the foreach step walks its lists in blocks of this many scalars, so that a block's tensors stay in the
@@ -73,7 +74,7 @@ def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparame
         dtype = compute_dtype(cohort.params[0], cohort.exp_avgs[0])
         c = corrections(t.to(dtype) if tensor_steps else t, hyper)
         # Under a captured graph the number of kernels counts; on the host, the cache and the cost of a call.
-        on_host = cohort.params[0].device.type == "cpu" and not tensor_steps
+        on_host = cohort.params[0].device.type == "cpu" and not tensor_steps and _are_plain(cohort.params)
         if hyper.reduction == "per_tensor" and hyper.mask != "none" and c.open is not True:
             blocks = list(_blocks(cohort, cut=on_host, join=False))
             for block in blocks:
@@ -85,6 +86,11 @@ def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparame
             for block in _blocks(cohort, cut=on_host, join=on_host):
                 _advance(block, c, hyper, dtype)
                 _move(block, _mask(block, c, hyper, dtype), c, hyper, dtype)
+
+
+def _are_plain(tensors: list[Tensor]) -> bool:
+    """Return whether these are ordinary tensors; a tensor sharded over ranks cannot be cut or joined here."""
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 class _Block(NamedTuple):
@@ -287,6 +293,10 @@ def _pooled_mask(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """Return `q` of each tensor in the cohort, of shape `()`, from the means over whole tensors."""
+    if not _are_plain(cohort.params):
+        # A mean over a sharded tensor is one over all ranks; the tensor itself knows how.
+        pairs = zip(_widen(cohort.exp_avgs, dtype), _widen(cohort.exp_avg_vars, dtype))
+        return [evaluate(*signal_and_noise(m, s, c, hyper), c, hyper) for m, s in pairs]
     device = cohort.params[0].device
     sizes = torch.tensor([p.numel() for p in cohort.params], dtype=dtype, device=device)
     sums_sq, sums_var = torch.zeros_like(sizes), torch.zeros_like(sizes)

@@ -288,7 +288,7 @@ class PRM(Optimizer):
         """Say how open the mask was at the last step.
 
         Nothing is computed in `step`: the mask is recomputed here, from the state, for every parameter that has
-        taken a step. This waits for the device.
+        taken a step. This waits for the device, and with sharded parameters for all ranks, each of which must ask.
 
         Parameters
         ----------

@@ -88,7 +88,9 @@ def _sums(m: Tensor, s: Tensor, t: float, hyper: Hyperparameters) -> Tensor:
     noise = noise * hyper.coefficient
     active = (signal > noise).sum().to(dtype)
     # Sums in the state's own type, which torch makes pairwise; across tensors they are added in float64.
-    return torch.stack([q.sum(), active, signal.sum(), noise.sum(), *torch.aminmax(q)])
+    numbers = [q.sum(), active, signal.sum(), noise.sum(), q.min(), q.max()]
+    # Those of a tensor that is sharded over ranks are gathered.
+    return torch.stack([getattr(number, "full_tensor", lambda number=number: number)() for number in numbers])
 
 
 def _to_host(values: list[Tensor]) -> list[list[float]]:

@@ -1,0 +1,73 @@
+"""Parameters sharded over ranks by FSDP2: two gloo processes on the CPU must do what one process does."""
+
+import os
+
+import pytest
+import torch
+from conftest import TORCH
+from torch import nn
+
+from popriskmin import PRM
+
+pytestmark = pytest.mark.skipif(TORCH < (2, 6), reason="fully_shard is public since torch 2.6")
+
+OPTIONS = [
+    {},
+    {"foreach": False},
+    {"mask": "soft", "reduction": "per_tensor"},
+    {"mask": "soft", "reduction": "per_tensor", "foreach": False, "debias": True},
+    {"mask": "soft", "debias": True, "mask_decay": True, "amsgrad": True},
+]
+
+
+def _train(shard, options):
+    torch.manual_seed(0)
+    # 5 rows on 2 ranks: uneven shards.
+    model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
+    shard(model)
+    optimizer = PRM(model.named_parameters(), lr=0.05, weight_decay=0.1, **options)
+    x, y = torch.randn(6, 16, 7), torch.randn(6, 16, 3)
+    for step in range(6):
+        optimizer.zero_grad()
+        (model(x[step]) - y[step]).square().mean().backward()
+        optimizer.step()
+    weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return [w.detach().clone() for w in weights], optimizer.get_mask_stats(by="parameter")
+
+
+def _rank(rank, rendezvous, failures):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        for options in OPTIONS:
+            weights, stats = _train(lambda model: fully_shard(model, mesh=mesh), options)
+            expected_weights, expected_stats = _train(lambda model: None, options)
+            for got, expected in zip(weights, expected_weights):
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+            for name, row in expected_stats.items():
+                assert stats[name] == pytest.approx(row, rel=1e-4, abs=1e-6), (options, name)
+    except BaseException as error:
+        failures.put(f"rank {rank}: {error!r}")
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def test_fully_shard_on_two_ranks_equals_one_process(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    failures = context.SimpleQueue()
+    ranks = [context.Process(target=_rank, args=(rank, tmp_path / "rendezvous", failures)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=300)
+    for process in ranks:
+        if process.is_alive():
+            os.kill(process.pid, 9)
+    said = [] if failures.empty() else [failures.get()]
+    assert [process.exitcode for process in ranks] == [0, 0], said
