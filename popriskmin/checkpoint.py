@@ -29,11 +29,16 @@ class Prepared:
         self.tensor = tensor
 
 
-def dtype_of_state(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
-    """Return the dtype of `m`, `v`, `s`: `state_dtype`, or by default the parameter's, float32 at least."""
+def dtype_of_state(name: str, param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of a state tensor: `state_dtype`, or by default the parameter's, float32 at least.
+
+    Bfloat16 is for `v`, `s` and the maximum of `v` alone: the mean `m`, and complex parameters, keep float32.
+    """
     if state_dtype is None:
         double = param.dtype in (torch.float64, torch.complex128)
         state_dtype = torch.float64 if double else torch.float32
+    elif state_dtype == torch.bfloat16 and (name == "exp_avg" or param.is_complex()):
+        state_dtype = torch.float32
     if param.is_complex():
         return torch.complex128 if state_dtype == torch.float64 else torch.complex64
     return state_dtype
@@ -42,7 +47,8 @@ def dtype_of_state(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtyp
 def new_step(param: Tensor, group: Mapping[str, Any], value: float = 0.0) -> Tensor:
     """Return a step counter: on the host, where reading it costs nothing, or beside a capturable parameter."""
     device = param.device if group["capturable"] else "cpu"
-    return torch.tensor(value, dtype=torch.float32, device=device)
+    # Filled on the device: a tensor made of a Python number is copied there, and waited for.
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def prepare_groups(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -56,7 +62,9 @@ def prepare_groups(saved_groups: list[dict[str, Any]], groups: list[dict[str, An
                 f"this version reads state_format up to {STATE_FORMAT}: upgrade popriskmin"
             )
         kept = {name: value for name, value in group.items() if name in IMPLEMENTATION or name not in saved}
-        prepared.append({**saved, **kept, "params": saved["params"], "state_format": STATE_FORMAT})
+        betas = tuple(float(beta) for beta in saved.get("betas", group["betas"]))  # AdamW takes tensors, too
+        own = {"params": saved["params"], "betas": betas, "state_format": STATE_FORMAT}
+        prepared.append({**saved, **kept, **own})
     # Groups beyond the shorter list are handed on, for the base class to complain about.
     return prepared + list(saved_groups[len(groups) :])
 
@@ -82,7 +90,6 @@ def _prepare_one(key: Any, saved: Mapping[str, Any], param: Tensor, group: Mappi
             f"the state of parameter {key} has no {', '.join(sorted(missing))}, only "
             f"{', '.join(map(str, saved))}: load_state_dict takes the state of PRM, AdamW or Adam"
         )
-    dtype = dtype_of_state(param, group["state_dtype"])
     state: dict[str, Any] = {}
     for name, value in saved.items():
         if name == "step":
@@ -93,13 +100,15 @@ def _prepare_one(key: Any, saved: Mapping[str, Any], param: Tensor, group: Mappi
                     f"the checkpoint's {name} of parameter {key} has shape {tuple(value.shape)}, "
                     f"the parameter has shape {tuple(param.shape)}"
                 )
+            dtype = dtype_of_state(name, param, group["state_dtype"])
             state[name] = value.to(dtype=dtype, device=param.device)
         else:
             state[name] = value
     if group["amsgrad"] and "max_exp_avg_sq" not in state:
         state["max_exp_avg_sq"] = state["exp_avg_sq"].clone()
     if "exp_avg_var" not in state:
-        state["exp_avg_var"] = implied_variance(state, group)
+        dtype = dtype_of_state("exp_avg_var", param, group["state_dtype"])
+        state["exp_avg_var"] = implied_variance(state, group).to(dtype)
     return {name: Prepared(value) if isinstance(value, Tensor) else value for name, value in state.items()}
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from popriskmin.lists import Lists, are_plain, as_real, compute_dtype, is_compiling
 from popriskmin.mask import (
     MASKS,
     Corrections,
@@ -19,6 +20,7 @@ from popriskmin.mask import (
     largest,
     signal_and_noise,
 )
+from popriskmin.rounding import random_bits, round_stochastically
 
 # On the CPU the foreach step walks its lists in blocks of this many scalars, so that a block's tensors stay in the
 # cache from one operation to the next; measured in benchmarks/step_time.py.
@@ -26,40 +28,6 @@ CPU_BLOCK = 1 << 17
 
 # So many tensors in one block are worth copying into one.
 FEWEST_JOINED = 4
-
-
-class Lists(NamedTuple):
-    """Parallel lists of the tensors that a step reads and writes; the last is empty without `amsgrad`."""
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    exp_avg_vars: list[Tensor]
-    max_exp_avg_sqs: list[Tensor]
-
-    def of(self, indices: list[int]) -> Lists:
-        """Return the lists with these places only."""
-        return Lists(*[[tensors[i] for i in indices] if tensors else [] for tensors in self])
-
-
-def is_compiling() -> bool:
-    """Return whether torch.compile is tracing."""
-    compiler: Any = getattr(torch, "compiler", None)
-    return hasattr(compiler, "is_compiling") and bool(compiler.is_compiling())
-
-
-def as_real(tensor: Tensor) -> Tensor:
-    """View a complex tensor as real, the last dimension holding both parts."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return the type to calculate in: the widest among the tensors, and float32 at least."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
 
 
 def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor_steps: bool) -> None:
@@ -70,11 +38,14 @@ def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparame
     for indices, t in _cohorts(lists, state_steps, tensor_steps):
         cohort = lists.of(indices)
         if cohort.params[0].is_complex():
-            cohort = Lists(*[[as_real(t) for t in tensors] for tensors in cohort])
+            grads = [g.resolve_conj() for g in cohort.grads]
+            cohort = Lists(*[[as_real(x) for x in tensors] for tensors in cohort._replace(grads=grads)])
         dtype = compute_dtype(cohort.params[0], cohort.exp_avgs[0])
         c = corrections(t.to(dtype) if tensor_steps else t, hyper)
         # Under a captured graph the number of kernels counts; on the host, the cache and the cost of a call.
-        on_host = cohort.params[0].device.type == "cpu" and not tensor_steps and _are_plain(cohort.params)
+        on_host = cohort.params[0].device.type == "cpu" and not tensor_steps and are_plain(cohort.params)
+        # The random bits go by the place in the whole tensor, so tensors that need them stay whole.
+        on_host = on_host and cohort.exp_avg_vars[0].dtype != torch.bfloat16
         if hyper.reduction == "per_tensor" and hyper.mask != "none" and c.open is not True:
             blocks = list(_blocks(cohort, cut=on_host, join=False))
             for block in blocks:
@@ -88,11 +59,6 @@ def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparame
                 _move(block, _mask(block, c, hyper, dtype), c, hyper, dtype)
 
 
-def _are_plain(tensors: list[Tensor]) -> bool:
-    """Return whether these are ordinary tensors; a tensor sharded over ranks cannot be cut or joined here."""
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-
-
 class _Block(NamedTuple):
     """Tensors, or flat parts of tensors, of one device, type and step; and which of the cohort each belongs to."""
 
@@ -103,7 +69,7 @@ class _Block(NamedTuple):
 def _increase(state_steps: list[Tensor]) -> None:
     if state_steps[0].device.type == "cpu" and not is_compiling():
         # The number is wrapped once; the slow path would wrap it for every tensor.
-        torch._foreach_add_(state_steps, [torch.tensor(1.0)] * len(state_steps))
+        torch._foreach_add_(state_steps, [torch.tensor(1.0, device="cpu")] * len(state_steps))
     else:
         torch._foreach_add_(state_steps, 1)
 
@@ -114,10 +80,10 @@ def _cohorts(lists: Lists, state_steps: list[Tensor], tensor_steps: bool) -> Ite
     With `tensor_steps` the count stays on the device, as one tensor with an entry for each place.
     """
     cohorts: dict[Any, list[int]] = {}
-    for i, (p, g, m) in enumerate(zip(lists.params, lists.grads, lists.exp_avgs)):
+    for i, (p, g, m, s) in enumerate(zip(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_vars)):
         if p.numel() > 0:
             t = None if tensor_steps else state_steps[i].item()
-            cohorts.setdefault((p.device, p.dtype, g.dtype, m.dtype, t), []).append(i)
+            cohorts.setdefault((type(p), p.device, p.dtype, g.dtype, m.dtype, s.dtype, t), []).append(i)
     for key, indices in cohorts.items():
         yield indices, torch.stack([state_steps[i] for i in indices]) if tensor_steps else key[-1]
 
@@ -174,7 +140,7 @@ def _like(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
-    if hasattr(torch, "_foreach_copy_"):  # since torch 2.1
+    if hasattr(torch, "_foreach_copy_") and are_plain(targets):  # since torch 2.1, not for sharded tensors
         torch._foreach_copy_(targets, values)
     else:
         for target, value in zip(targets, values):
@@ -188,9 +154,20 @@ def _widen(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [t.to(dtype) for t in tensors]
 
 
-def _write_back(tensors: list[Tensor], wide: list[Tensor]) -> None:
+def _write_back(tensors: list[Tensor], wide: list[Tensor], bits: list[Tensor] | None = None, shift: int = 0) -> None:
+    """Copy widened tensors back, rounded to nearest, or with `bits`, shifted right by `shift`, stochastically."""
+    if bits is not None:
+        wide = [round_stochastically(x, (b >> shift) & 0xFFFF) for x, b in zip(wide, bits)]
     if wide is not tensors:
         _copy(tensors, wide)
+
+
+def _bits(block: _Block, c: Corrections) -> list[Tensor] | None:
+    """Return the random bits for `v` and `s` where these are stored in bfloat16."""
+    if block.lists.exp_avg_vars[0].dtype != torch.bfloat16:
+        return None
+    steps = [c.t[i] for i in block.owners] if isinstance(c.t, Tensor) else [c.t] * len(block.owners)
+    return [random_bits(s, t) for s, t in zip(block.lists.exp_avg_vars, steps)]
 
 
 def _each(c: Any, block: _Block) -> Any:
@@ -213,24 +190,25 @@ def _advance(block: _Block, c: Corrections, hyper: Hyperparameters, dtype: torch
             torch._foreach_add_(grads, params, alpha=hyper.weight_decay)
         del params
     exp_avgs = _widen(block.lists.exp_avgs, dtype)
-    _advance_variance(block, grads, exp_avgs, c, hyper, dtype)
+    bits = _bits(block, c)
+    _advance_variance(block, grads, exp_avgs, bits, c, hyper, dtype)
     torch._foreach_lerp_(exp_avgs, grads, 1 - hyper.beta1)
     _write_back(block.lists.exp_avgs, exp_avgs)
     del exp_avgs
     exp_avg_sqs = _widen(block.lists.exp_avg_sqs, dtype)
     torch._foreach_mul_(exp_avg_sqs, hyper.beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - hyper.beta2)
+    _write_back(block.lists.exp_avg_sqs, exp_avg_sqs, bits, 16)
     if hyper.amsgrad:
-        maxima = _widen(block.lists.max_exp_avg_sqs, dtype)
-        torch._foreach_maximum_(maxima, exp_avg_sqs)
-        _write_back(block.lists.max_exp_avg_sqs, maxima)
-    _write_back(block.lists.exp_avg_sqs, exp_avg_sqs)
+        # The maximum of what is stored: rounded once, it needs no rounding of its own.
+        torch._foreach_maximum_(block.lists.max_exp_avg_sqs, block.lists.exp_avg_sqs)
 
 
 def _advance_variance(
     block: _Block,
     grads: list[Tensor],
     exp_avgs: list[Tensor],
+    bits: list[Tensor] | None,
     c: Corrections,
     hyper: Hyperparameters,
     dtype: torch.dtype,
@@ -246,12 +224,15 @@ def _advance_variance(
     exp_avg_vars = _widen(block.lists.exp_avg_vars, dtype)
     torch._foreach_mul_(exp_avg_vars, hyper.rho)
     if isinstance(c.blend, Tensor):
+        blends = _each(c.blend, block)
+        for deviation, blend in zip(deviations, blends):
+            deviation.masked_fill_(blend == 0, 0)  # not by 0 times a square that may be infinite
         torch._foreach_mul_(deviations, deviations)
-        torch._foreach_mul_(deviations, _each(c.blend, block))
+        torch._foreach_mul_(deviations, blends)
         torch._foreach_add_(exp_avg_vars, deviations)
     else:
         torch._foreach_addcmul_(exp_avg_vars, deviations, deviations, c.blend)
-    _write_back(block.lists.exp_avg_vars, exp_avg_vars)
+    _write_back(block.lists.exp_avg_vars, exp_avg_vars, bits)
 
 
 def _mask(block: _Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype) -> list[Tensor] | None:
@@ -268,7 +249,8 @@ def _mask(block: _Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dt
     torch._foreach_clamp_max_(noises, bound)
     if hyper.debias:
         if isinstance(c.k, Tensor):
-            torch._foreach_sub_(signals, torch._foreach_mul(noises, _each(c.k, block)))
+            for signal, noise, k in zip(signals, noises, _each(c.k, block)):
+                signal.addcmul_(noise, k, value=-1)
         else:
             torch._foreach_add_(signals, noises, alpha=-c.k)
         torch._foreach_clamp_min_(signals, 0)
@@ -280,8 +262,8 @@ def _mask(block: _Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dt
             signals[i] = of_tensor(signals[i], noise, hyper.coefficient, hyper.softness, eps)
     q = signals
     if isinstance(c.open, Tensor):
-        torch._foreach_mul_(q, _each((~c.open).to(dtype), block))
-        torch._foreach_add_(q, _each(c.open.to(dtype), block))
+        for value, is_open in zip(q, _each(c.open, block)):
+            value.masked_fill_(is_open, 1)
     return q
 
 
@@ -293,20 +275,22 @@ def _pooled_mask(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """Return `q` of each tensor in the cohort, of shape `()`, from the means over whole tensors."""
-    if not _are_plain(cohort.params):
+    if not are_plain(cohort.params):
         # A mean over a sharded tensor is one over all ranks; the tensor itself knows how.
+        places = range(len(cohort.params))
+        each = [Corrections(*[x[i] if isinstance(x, Tensor) else x for x in c]) for i in places]
         pairs = zip(_widen(cohort.exp_avgs, dtype), _widen(cohort.exp_avg_vars, dtype))
-        return [evaluate(*signal_and_noise(m, s, c, hyper), c, hyper) for m, s in pairs]
-    device = cohort.params[0].device
-    sizes = torch.tensor([p.numel() for p in cohort.params], dtype=dtype, device=device)
-    sums_sq, sums_var = torch.zeros_like(sizes), torch.zeros_like(sizes)
+        return [evaluate(*signal_and_noise(m, s, ci, hyper), ci, hyper) for (m, s), ci in zip(pairs, each)]
+    signals: list[list[Tensor]] = [[] for _ in cohort.params]
+    noises: list[list[Tensor]] = [[] for _ in cohort.params]
+    # Blocks are summed pairwise, and so are their sums; the running sum of a norm loses digits with the length.
     for block in blocks:
-        owners = torch.tensor(block.owners, device=device)
-        norms = torch.stack(list(torch._foreach_norm(_widen(block.lists.exp_avgs, dtype))))
-        sums_sq.index_add_(0, owners, norms.square())
-        totals = torch._foreach_norm(_widen(block.lists.exp_avg_vars, dtype), 1)
-        sums_var.index_add_(0, owners, torch.stack(list(totals)))
-    signal, noise = finish_signal_and_noise(sums_sq / sizes / c.bias1**2, sums_var / sizes / c.bias_var, c, hyper)
+        for i, m, s in zip(block.owners, block.lists.exp_avgs, block.lists.exp_avg_vars):
+            n = cohort.params[i].numel()
+            signals[i].append(m.to(dtype).square().div_(n).sum())
+            noises[i].append(s.to(dtype).div(n).sum())
+    signal, noise = (torch.stack([torch.stack(parts).sum() for parts in means]) for means in (signals, noises))
+    signal, noise = finish_signal_and_noise(signal / c.bias1**2, noise / c.bias_var, c, hyper)
     return list(evaluate(signal, noise, c, hyper).unbind())
 
 

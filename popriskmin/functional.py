@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _foreach_supported_types
 
-from popriskmin.foreach import Lists, as_real, compute_dtype, is_compiling, multi_tensor_prm
+from popriskmin.foreach import multi_tensor_prm
+from popriskmin.lists import Lists, as_real, compute_dtype, is_compiling, local_parts
 from popriskmin.mask import Hyperparameters, corrections, evaluate, signal_and_noise
+from popriskmin.rounding import random_bits, round_stochastically
 
 
 def prm(
@@ -72,6 +74,8 @@ def prm(
 
     Raises
     ------
+    ValueError
+        For `amsgrad` without as many running maxima as parameters.
     RuntimeError
         For `fused=True` where no fused kernel is usable, or an implementation together with `differentiable`.
 
@@ -85,18 +89,18 @@ def prm(
     tensor([0.7500, 1.2500])
     """
     hyper = Hyperparameters(
-        lr=lr,
+        lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,
         beta1=beta1,
         beta2=beta2,
         rho=rho,
         eps=eps,
-        mask_eps=eps**2 if mask_eps is None else mask_eps,
+        mask_eps=eps * eps if mask_eps is None else mask_eps,
         weight_decay=weight_decay,
         softness=softness,
         coefficient=coefficient,
         mask=mask,
         reduction=reduction,
-        warmup_steps=warmup_steps,
+        warmup_steps=int(warmup_steps),
         amsgrad=amsgrad,
         bias_correction=bias_correction,
         decoupled_weight_decay=decoupled_weight_decay,
@@ -104,7 +108,12 @@ def prm(
         debias=debias,
         mask_decay=mask_decay,
     )
-    lists = Lists(params, grads, exp_avgs, exp_avg_sqs, exp_avg_vars, max_exp_avg_sqs)
+    if amsgrad and len(max_exp_avg_sqs) != len(params):
+        raise ValueError(
+            f"amsgrad=True needs one of max_exp_avg_sqs for each of {len(params)} parameters, "
+            f"got {len(max_exp_avg_sqs)}"
+        )
+    lists = Lists(params, grads, exp_avgs, exp_avg_sqs, exp_avg_vars, max_exp_avg_sqs if amsgrad else [])
     dispatch(lists, state_steps, hyper, foreach, capturable, differentiable, fused)
 
 
@@ -118,6 +127,9 @@ def dispatch(
     fused: bool | None,
 ) -> None:
     """Take one step of a parameter group with the implementation that fits; see `prm`."""
+    pooled = hyper.reduction == "per_tensor" and hyper.mask != "none"
+    if not (pooled or differentiable):
+        lists = local_parts(lists)
     if choose_implementation(lists.params, foreach, fused, differentiable):
         implementation = multi_tensor_prm
     else:
@@ -143,8 +155,8 @@ def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperpara
         state_steps[i] += 1
         if param.numel() == 0:
             continue
-        held = [as_real(tensors[i]) for tensors in lists if tensors]
-        held_g = held.pop(1)
+        held_g = as_real(lists.grads[i].resolve_conj())
+        held = [as_real(tensors[i]) for tensors in (lists.params, *lists[2:]) if tensors]
         dtype = compute_dtype(held[0], held[1])
         c = corrections(state_steps[i].to(dtype) if tensor_steps else state_steps[i].item(), hyper)
         # Autograd may keep the old values, which are overwritten at the end.
@@ -157,14 +169,18 @@ def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperpara
 
         deviation = g - (m / c.centre if hyper.debias else m)
         if isinstance(c.blend, Tensor):
+            deviation = torch.where(c.blend == 0, torch.zeros_like(deviation), deviation)
             s = s * hyper.rho + deviation.square() * c.blend
         elif c.blend > 0:
             s = s.mul(hyper.rho).addcmul(deviation, deviation, value=c.blend)
         m = m.lerp(g, 1 - hyper.beta1)
         v = v.mul(hyper.beta2).addcmul(g, g, value=1 - hyper.beta2)
-        new = [m, v, s] + [torch.maximum(old, v) for old in maximum]
         # The mask and the step use the moments as they are stored, rounded where the state is narrower.
-        new = [value.to(tensor.dtype) for value, tensor in zip(new, held[1:])]
+        if held[3].dtype == torch.bfloat16:
+            bits = random_bits(held[3], c.t)
+            v, s = round_stochastically(v, bits >> 16), round_stochastically(s, bits & 0xFFFF)
+        new = [value.to(tensor.dtype) for value, tensor in zip((m, v, s), held[1:])]
+        new += [torch.maximum(old.to(new[1].dtype), new[1]) for old in maximum]
         m, v, s = new[0].to(dtype), new[3 if maximum else 1].to(dtype), new[2].to(dtype)
 
         q = evaluate(*signal_and_noise(m, s, c, hyper), c, hyper)

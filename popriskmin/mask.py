@@ -48,21 +48,31 @@ class Hyperparameters(NamedTuple):
 
     @classmethod
     def of_group(cls, group: Mapping[str, Any]) -> Hyperparameters:
-        """Read a parameter group as it stands now, so that a schedule that writes to it takes effect."""
+        """Read a parameter group as it stands now, so that a schedule that writes to it takes effect.
+
+        Raises
+        ------
+        ValueError
+            For a mask, reduction or boundary that is none, or an empirical boundary without fitting counts.
+        """
         beta1, beta2 = group["betas"]
+        for name, known in (("mask", MASKS), ("reduction", REDUCTIONS)):
+            if group[name] not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {group[name]!r}")
+        lr = group["lr"]
         return cls(
-            lr=group["lr"],
+            lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,
             beta1=beta1,
             beta2=beta2,
             rho=group["rho"],
             eps=group["eps"],
-            mask_eps=group["eps"] ** 2 if group["mask_eps"] is None else group["mask_eps"],
+            mask_eps=group["eps"] * group["eps"] if group["mask_eps"] is None else group["mask_eps"],
             weight_decay=group["weight_decay"],
             softness=group["softness"],
             coefficient=boundary_coefficient(group["boundary"], group["batch_size"], group["n_dataset"]),
             mask=group["mask"],
             reduction=group["reduction"],
-            warmup_steps=group["warmup_steps"],
+            warmup_steps=int(group["warmup_steps"]),
             amsgrad=group["amsgrad"],
             bias_correction=group["bias_correction"],
             decoupled_weight_decay=group["decoupled_weight_decay"],
@@ -146,6 +156,7 @@ def _one_minus_power(beta: float, t: Any) -> Any:
 class Corrections(NamedTuple):
     """What depends on the step count `t` alone: numbers, or tensors of the shape of `t`."""
 
+    t: Any
     bias1: Any  # divisor of m
     bias2: Any  # divisor of v
     bias_var: Any  # divisor of s
@@ -159,17 +170,18 @@ def corrections(t: Any, hyper: Hyperparameters) -> Corrections:
     """Return the bias corrections and weights of step `t` (1 for the first one)."""
     warmup = t <= hyper.warmup_steps if hyper.warmup_steps > 0 else False
     if not hyper.bias_correction:
-        return Corrections(1.0, 1.0, 1.0, 1.0, 1 - hyper.rho, 0.0, warmup)
+        return Corrections(t, 1.0, 1.0, 1.0, 1.0, 1 - hyper.rho, 0.0, warmup)
     bias1 = _one_minus_power(hyper.beta1, t)
     bias2 = _one_minus_power(hyper.beta2, t)
     if not hyper.debias:
-        return Corrections(bias1, bias2, _one_minus_power(hyper.rho, t), 1.0, 1 - hyper.rho, 0.0, warmup)
+        return Corrections(t, bias1, bias2, _one_minus_power(hyper.rho, t), 1.0, 1 - hyper.rho, 0.0, warmup)
     # The first step has a mean to start from but no deviation from one: s begins at the second. There, numbers
     # for t = 1 stand in for t = 0, whose divisors vanish; blend = 0 keeps s at 0 and open leaves the mask alone.
     first = t <= 1
     before = t.sub(1).clamp(min=1) if isinstance(t, Tensor) else max(t - 1, 1)
     blend = (1 - hyper.rho) / (1 + variance_of_mean(hyper.beta1, before))
     return Corrections(
+        t=t,
         bias1=bias1,
         bias2=bias2,
         bias_var=_one_minus_power(hyper.rho, before),
@@ -216,7 +228,8 @@ def signal_and_noise(
     signal = (exp_avg / c.bias1).square()
     noise = exp_avg_var / c.bias_var
     if hyper.reduction == "per_tensor":
-        signal, noise = signal.mean(), noise.mean()
+        # Divided first, so that the sum of a large tensor does not overflow.
+        signal, noise = signal.div(signal.numel()).sum(), noise.div(noise.numel()).sum()
     return finish_signal_and_noise(signal, noise, c, hyper)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, overload
 
@@ -19,13 +20,12 @@ from popriskmin.checkpoint import (
     prepare_groups,
     prepare_state,
 )
-from popriskmin.foreach import Lists
+from popriskmin.compat import check_graph_capture, split_names
 from popriskmin.functional import dispatch
+from popriskmin.lists import Lists
 from popriskmin.mask import Hyperparameters
-from popriskmin.options import check_options, check_spelling
+from popriskmin.options import check_options, check_spelling, plain
 from popriskmin.stats import Row, mask_stats
-
-_NAMES_BUILT_IN = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
 
 
 class PRM(Optimizer):
@@ -42,7 +42,8 @@ class PRM(Optimizer):
         q = m^**2 / (m^**2 + softness * a * s^ + mask_eps)
         w = w - lr * weight_decay * w - lr * q * m^ / (sqrt(v^) + eps)
 
-    where `t` counts the steps of the tensor. Every argument from `lr` on can be given per parameter group.
+    where `t` counts the steps of the tensor. Every argument from `lr` on, but for `differentiable`, can be given per
+    parameter group.
 
     Parameters
     ----------
@@ -94,7 +95,9 @@ class PRM(Optimizer):
         Decay by ``lr * weight_decay * q * w``.
     state_dtype
         `torch.float32` or `torch.float64` for `m`, `v` and `s`. None takes the parameter's dtype, and float32 for
-        half-precision parameters. All arithmetic is in float32 at least.
+        half-precision parameters. `torch.bfloat16` stores `v` and `s` in it, rounded stochastically
+        (`popriskmin.rounding`), and `m` in float32: 8 bytes of state per parameter, as AdamW has. All arithmetic is
+        in float32 at least.
     maximize, capturable, differentiable
         As in `torch.optim.AdamW`. `capturable` is not limited to accelerators.
     foreach
@@ -183,7 +186,10 @@ class PRM(Optimizer):
             "fused": fused,
             "state_format": STATE_FORMAT,
         }
+        defaults = {name: plain(value) for name, value in defaults.items()}
         check_options(defaults)
+        # What each group's last step was taken with, for the statistics; a schedule may have moved on since.
+        self._applied: list[Hyperparameters] = []
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -202,8 +208,9 @@ class PRM(Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
-        param_group = _split_names(param_group)
+        param_group = split_names(param_group)
         check_spelling(param_group, self.defaults)
+        param_group.update({name: plain(param_group[name]) for name in self.defaults if name in param_group})
         check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -229,10 +236,10 @@ class PRM(Optimizer):
                 )
             state = self.state[p]
             if len(state) == 0:
-                dtype = dtype_of_state(p, group["state_dtype"])
                 state["step"] = new_step(p, group)
                 names = ["exp_avg", "exp_avg_sq", "exp_avg_var"]
                 for name in [*names, "max_exp_avg_sq"] if group["amsgrad"] else names:
+                    dtype = dtype_of_state(name, p, group["state_dtype"])
                     state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             params.append(p)
             grads.append(p.grad)
@@ -256,14 +263,14 @@ class PRM(Optimizer):
         closure
             Recomputes the model and its gradients, and returns the loss, which is then returned.
         """
-        _check_graph_capture(self)
+        check_graph_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         # Resolved before anything moves: a schedule may have written a batch size that does not fit.
-        resolved = [Hyperparameters.of_group(group) for group in self.param_groups]
-        for group, hyper in zip(self.param_groups, resolved):
+        self._applied = [Hyperparameters.of_group(group) for group in self.param_groups]
+        for group, hyper in zip(self.param_groups, self._applied):
             lists = Lists([], [], [], [], [], [])
             state_steps: list[Tensor] = []
             self._init_group(group, *lists, state_steps)
@@ -321,7 +328,7 @@ class PRM(Optimizer):
         >>> round(optimizer.get_mask_stats(by="parameter")["w"]["mean_q"], 4)
         0.25
         """
-        return mask_stats(self, by)
+        return mask_stats(self, by, self._applied)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint of PRM, or take over one of `torch.optim.AdamW` or `Adam`.
@@ -329,7 +336,8 @@ class PRM(Optimizer):
         Hyperparameters come from the checkpoint, as in torch; `foreach`, `fused`, `capturable`, `differentiable`
         and `state_dtype` stay as this optimizer was built, and so do options that the checkpoint does not know.
         From AdamW the moments and the step carry on, and `s` starts at the noise that they imply,
-        `max(v^ - m^**2, 0)`, so that no mask slams shut at the switch.
+        `max(v^ - m^**2, 0)`, so that no mask slams shut at the switch. Adam's checkpoints of torch before 2.7 do not
+        say that its decay is coupled: build PRM with `decoupled_weight_decay=False` for them.
 
         Parameters
         ----------
@@ -339,7 +347,7 @@ class PRM(Optimizer):
         Raises
         ------
         ValueError
-            For a checkpoint of another optimizer, of other shapes or group sizes, or of a newer format. The
+            For a checkpoint without Adam's moments, of other shapes or group sizes, or of a newer format. The
             optimizer is then as it was.
         """
         if not hasattr(self, "register_load_state_dict_pre_hook"):  # torch 2.0
@@ -365,32 +373,15 @@ class PRM(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a prepared checkpoint."""
         super().__setstate__(state)
+        self._applied = []
         for param_state in self.state.values():
             for name, value in param_state.items():
                 if isinstance(value, Prepared):
                     param_state[name] = value.tensor
+        # A pickle of an older version lacks what came later.
+        options = inspect.signature(PRM.__init__).parameters
+        newest = {name: p.default for name, p in options.items() if p.default is not p.empty}
+        self.defaults = {**newest, "state_format": STATE_FORMAT, **self.defaults}
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-
-
-def _split_names(group: dict[str, Any]) -> dict[str, Any]:
-    """Take the names off named parameters where torch, before 2.6, does not do it itself."""
-    if _NAMES_BUILT_IN or isinstance(group["params"], (Tensor, set)):
-        return group
-    params = list(group["params"])
-    if not any(isinstance(param, tuple) for param in params):
-        return {**group, "params": params}
-    if not all(isinstance(param, tuple) for param in params):
-        raise ValueError("all optimizer params should be with/without names. Some param names are missing")
-    return {**group, "params": [param for _, param in params], "param_names": [name for name, _ in params]}
-
-
-def _check_graph_capture(optimizer: Optimizer) -> None:
-    for name in (
-        "_accelerator_graph_capture_health_check",
-        "_cuda_graph_capture_health_check",
-    ):
-        if hasattr(optimizer, name):
-            getattr(optimizer, name)()
-            return

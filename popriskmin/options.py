@@ -22,6 +22,14 @@ def check_spelling(group: Mapping[str, Any], options: Mapping[str, Any]) -> None
             raise ValueError(f"unknown option {key} in a parameter group: did you mean {similar[0]}?")
 
 
+def plain(value: Any) -> Any:
+    """Turn numpy's numbers into Python's, so that checkpoints load with `weights_only=True`; leave others alone."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(plain(item) for item in value)
+    is_numpy = type(value).__module__ == "numpy" and hasattr(value, "item")
+    return value.item() if is_numpy and getattr(value, "ndim", 0) == 0 else value
+
+
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for the first option of a group that is out of range, naming it and showing its value."""
     _check_lr(options["lr"])
@@ -37,9 +45,12 @@ def check_options(options: Mapping[str, Any]) -> None:
             continue
         if not (isinstance(value, Real) and 0 <= float(value) < float("inf")):
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+    eps = float(options["eps"])
+    if options["mask_eps"] is None and eps * eps == float("inf"):
+        raise ValueError(f"eps must be so small that its square is finite, or mask_eps be given, got eps={eps!r}")
     _check_counts(options)
     for name, known in (("mask", MASKS), ("boundary", BOUNDARIES), ("reduction", REDUCTIONS)):
-        if options[name] not in known:
+        if not isinstance(options[name], str) or options[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {options[name]!r}")
     if options["boundary"] == "empirical":
         boundary_coefficient("empirical", options["batch_size"], options["n_dataset"])
@@ -50,8 +61,10 @@ def check_options(options: Mapping[str, Any]) -> None:
             "mask_decay=True needs decoupled_weight_decay=True, got decoupled_weight_decay=False, "
             "where the mask reaches the decay anyway"
         )
-    if options["state_dtype"] not in (None, torch.float32, torch.float64):
-        raise ValueError(f"state_dtype must be None, torch.float32 or torch.float64, got {options['state_dtype']!r}")
+    if options["state_dtype"] not in (None, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"state_dtype must be None, torch.bfloat16, torch.float32 or torch.float64, got {options['state_dtype']!r}"
+        )
     choose_implementation([], options["foreach"], options["fused"], options["differentiable"])
 
 
@@ -59,6 +72,8 @@ def _check_lr(lr: Any) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+        if lr.is_complex():
+            raise ValueError(f"lr must be real, got {lr!r}")
         lr = lr.detach()
     elif not isinstance(lr, Real):
         raise ValueError(f"lr must be a number or a tensor, got {lr!r}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -20,19 +21,27 @@ BY = (None, "group", "parameter")
 
 
 @overload
-def mask_stats(optimizer: Optimizer, by: None = None) -> Row: ...
+def mask_stats(optimizer: Optimizer, by: None = None, applied: Sequence[Hyperparameters] = ()) -> Row: ...
 @overload
-def mask_stats(optimizer: Optimizer, by: Literal["group"]) -> dict[int, Row]: ...
+def mask_stats(
+    optimizer: Optimizer, by: Literal["group"], applied: Sequence[Hyperparameters] = ()
+) -> dict[int, Row]: ...
 @overload
-def mask_stats(optimizer: Optimizer, by: Literal["parameter"]) -> dict[str | int, Row]: ...
-def mask_stats(optimizer: Optimizer, by: str | None = None) -> Any:
-    """Recompute the mask of the last step from the state of a `PRM` optimizer; see `PRM.get_mask_stats`."""
+def mask_stats(
+    optimizer: Optimizer, by: Literal["parameter"], applied: Sequence[Hyperparameters] = ()
+) -> dict[str | int, Row]: ...
+def mask_stats(optimizer: Optimizer, by: str | None = None, applied: Sequence[Hyperparameters] = ()) -> Any:
+    """Recompute the mask of the last step from the state of a `PRM` optimizer; see `PRM.get_mask_stats`.
+
+    `applied` is what each group's last step was taken with; groups beyond it are read as they stand.
+    """
     if by not in BY:
         raise ValueError(f"by must be None, 'group' or 'parameter', got {by!r}")
-    measured = list(_measure(optimizer))
+    measured = list(_measure(optimizer, applied))
     if not measured:
         raise RuntimeError(
-            "get_mask_stats() before the first step: no parameter has taken a step yet; call it after optimizer.step()"
+            "get_mask_stats() before the first step: no parameter (with any elements) has taken a step yet; "
+            "call it after optimizer.step()"
         )
     # One transfer to the host for each device, not one for each number.
     sums = _to_host([values for *_, values in measured])
@@ -56,18 +65,20 @@ def _names(optimizer: Optimizer) -> list[list[str | int]]:
         count = len(group["params"])
         names.append(list(group.get("param_names") or range(start, start + count)))
         start += count
-    flat = [name for group_names in names for name in group_names]
+    uses = Counter(name for group_names in names for name in group_names)
     return [
-        [f"group {i}: {name}" if flat.count(name) > 1 else name for name in group_names]
+        [f"group {i}: {name}" if uses[name] > 1 else name for name in group_names]
         for i, group_names in enumerate(names)
     ]
 
 
-def _measure(optimizer: Optimizer) -> Iterator[tuple[int, str | int, int, int, Tensor]]:
+def _measure(
+    optimizer: Optimizer, applied: Sequence[Hyperparameters]
+) -> Iterator[tuple[int, str | int, int, int, Tensor]]:
     """Yield group, name, number of scalars, weight of its sums and six numbers on the device, for what has moved."""
     names = _names(optimizer)
     for i, group in enumerate(optimizer.param_groups):
-        hyper = Hyperparameters.of_group(group)
+        hyper = applied[i] if i < len(applied) else Hyperparameters.of_group(group)
         for param, name in zip(group["params"], names[i]):
             state = optimizer.state.get(param)
             if state and param.numel() > 0 and float(state["step"]) > 0:
@@ -86,9 +97,11 @@ def _sums(m: Tensor, s: Tensor, t: float, hyper: Hyperparameters) -> Tensor:
     signal, noise = signal_and_noise(m.to(dtype), s.to(dtype), c, hyper)
     q = evaluate(signal, noise, c, hyper)
     noise = noise * hyper.coefficient
-    active = (signal > noise).sum().to(dtype)
-    # Sums in the state's own type, which torch makes pairwise; across tensors they are added in float64.
-    numbers = [q.sum(), active, signal.sum(), noise.sum(), q.min(), q.max()]
+    # A squared gradient that float32 still holds need not leave room for the sum of many.
+    wide = torch.float32 if m.device.type == "mps" else torch.float64
+    active = (signal > noise).sum().to(wide)
+    sums = [q.sum(dtype=wide), active, signal.sum(dtype=wide), noise.sum(dtype=wide)]
+    numbers = [*sums, q.min().to(wide), q.max().to(wide)]
     # Those of a tensor that is sharded over ranks are gathered.
     return torch.stack([getattr(number, "full_tensor", lambda number=number: number)() for number in numbers])
 

@@ -243,6 +243,17 @@ def test_parameter_names_go_into_the_checkpoint():
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
 
 
+def test_adamws_tensor_betas_are_taken_as_numbers():
+    params, theirs = make(torch.optim.AdamW)
+    run(params, theirs, 2, seed=0)
+    saved = theirs.state_dict()
+    saved["param_groups"][0]["betas"] = (torch.tensor(0.8), torch.tensor(0.99))
+    fresh_params, fresh = make()
+    fresh.load_state_dict(saved)
+    assert fresh.param_groups[0]["betas"] == pytest.approx((0.8, 0.99))
+    run(fresh_params, fresh, 1, seed=1)
+
+
 def test_a_step_counter_saved_as_a_number():
     params, optimizer = make()
     run(params, optimizer, 2, seed=1)

@@ -17,6 +17,8 @@ OPTIONS = [
     {"mask": "soft", "reduction": "per_tensor"},
     {"mask": "soft", "reduction": "per_tensor", "foreach": False, "debias": True},
     {"mask": "soft", "debias": True, "mask_decay": True, "amsgrad": True},
+    {"reduction": "per_tensor", "capturable": True},
+    {"reduction": "per_tensor", "state_dtype": torch.bfloat16},
 ]
 
 
@@ -48,9 +50,11 @@ def _rank(rank, rendezvous, failures):
             weights, stats = _train(lambda model: fully_shard(model, mesh=mesh), options)
             expected_weights, expected_stats = _train(lambda model: None, options)
             for got, expected in zip(weights, expected_weights):
-                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+                # Stored in bfloat16, the state is rounded by each element's place, which sharding changes.
+                narrow = options.get("state_dtype") == torch.bfloat16
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=5e-3 if narrow else 1e-6)
             for name, row in expected_stats.items():
-                assert stats[name] == pytest.approx(row, rel=1e-4, abs=1e-6), (options, name)
+                assert stats[name] == pytest.approx(row, rel=0.05 if narrow else 1e-4, abs=1e-6), (options, name)
     except BaseException as error:
         failures.put(f"rank {rank}: {error!r}")
         raise

@@ -297,7 +297,7 @@ def _peak(device, **kwargs):
 @pytest.mark.parametrize(
     "extra",
     [{}, {"amsgrad": True}, {"debias": True}, {"maximize": True}, {"decoupled_weight_decay": False},
-     {"mask_decay": True}, {"reduction": "per_tensor"}],
+     {"mask_decay": True}, {"reduction": "per_tensor"}, {"debias": True, "capturable": True}],
 )  # fmt: skip
 def test_foreach_keeps_to_two_lists_of_temporaries(mask, extra):
     # On a device that is not the CPU the lists are taken whole; the meta device shows it.
@@ -311,6 +311,20 @@ def test_foreach_on_the_cpu_needs_a_block_only(monkeypatch):
     assert _peak("cpu") < 7.5 / 26
 
 
+@pytest.fixture
+def no_copies_to_a_device(monkeypatch):
+    """Refuse what waits for a device though nothing is read back: a tensor made there of Python numbers."""
+    make = torch.tensor
+
+    def checked(data, **kwargs):
+        if str(kwargs.get("device") or "cpu") != "cpu":
+            raise AssertionError(f"torch.tensor(..., device={kwargs['device']}) waits for the device")
+        return make(data, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", checked)
+
+
+@pytest.mark.usefixtures("no_copies_to_a_device")
 @pytest.mark.parametrize("foreach", [False, True])
 def test_no_value_is_read_back_to_the_host(foreach):
     """Meta tensors have no values: a step that asked for one would raise."""
@@ -461,6 +475,55 @@ def test_functional_form_counts_steps_and_works_in_place():
     assert step == 1
     torch.testing.assert_close(s, torch.full((3,), 0.01))
     torch.testing.assert_close(w, torch.full((3,), 0.95))
+
+
+def test_functional_form_wants_as_many_maxima_as_parameters():
+    def tensors():
+        return [torch.ones(2)]
+
+    common = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "rho": 0.99, "eps": 1e-8, "weight_decay": 0.0}
+    with pytest.raises(ValueError, match="amsgrad=True needs one of max_exp_avg_sqs for each of 1 parameters, got 0"):
+        functional.prm(tensors(), tensors(), *[tensors() for _ in range(3)], [], [torch.tensor(0.0)], amsgrad=True,
+                       **common)  # fmt: skip
+    results = []
+    for maxima in ([], [torch.full((2,), 1e6)]):
+        for foreach in (False, True):
+            w = tensors()
+            functional.prm(w, tensors(), *[[torch.zeros(2)] for _ in range(3)], maxima, [torch.tensor(0.0)],
+                           foreach=foreach, **common)  # fmt: skip
+            results.append(w[0])
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "capturable"])
+def test_the_means_of_a_large_tensor_keep_their_digits(layout):
+    shape = (64, 256, 16, 16)
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(shape, generator=generator)
+    if layout == "channels_last":
+        g = g.contiguous(memory_format=torch.channels_last)
+    moved = []
+    for foreach in (False, True):
+        p = torch.nn.Parameter(torch.zeros_like(g))
+        p.grad = g
+        PRM([p], lr=1.0, betas=(0.0, 0.0), rho=0.9, eps=0.0, weight_decay=0.0, reduction="per_tensor", foreach=foreach,
+            capturable=layout == "capturable", softness=0.5).step()  # fmt: skip
+        moved.append(p.detach())
+    # The first step's signal is its noise: q = 1 / (1 + softness), and the step is q * sign(g).
+    for step in moved:
+        torch.testing.assert_close(step, -g.sign() / 1.5, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("first", [1e25, 3e38])
+def test_a_huge_first_gradient_does_not_poison_the_variance(foreach, first):
+    p = torch.nn.Parameter(torch.ones(1))
+    optimizer = PRM([p], debias=True, capturable=True, foreach=foreach)
+    for g in (first, 1.0, 1.0):
+        p.grad = torch.full((1,), g)
+        optimizer.step()
+    assert p.isfinite().all()
 
 
 def test_functional_form_with_no_parameters():

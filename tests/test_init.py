@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(popriskmin.__file__).parent
 
 # From the ground up: a module imports only from lines above its own.
 FLOORS = [
-    ["version"],
+    ["version", "compat", "lists", "rounding"],
     ["mask"],
     ["foreach", "stats", "checkpoint"],
     ["functional"],

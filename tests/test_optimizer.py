@@ -59,7 +59,10 @@ BAD = [
     ({"boundary": "empirical", "n_dataset": 100}, "got batch_size=None and n_dataset=100"),
     ({"debias": True, "bias_correction": False}, "debias=True needs bias_correction=True"),
     ({"mask_decay": True, "decoupled_weight_decay": False}, "mask_decay=True needs decoupled_weight_decay=True"),
-    ({"state_dtype": torch.bfloat16}, "torch.float32 or torch.float64, got torch.bfloat16"),
+    ({"state_dtype": torch.float16}, "torch.float32 or torch.float64, got torch.float16"),
+    ({"mask": ["snr"]}, "mask must be one of snr, soft, hard, none, got ['snr']"),
+    ({"lr": torch.tensor(1j)}, "lr must be real, got tensor(0.+1.j)"),
+    ({"eps": 1e200}, "eps must be so small that its square is finite, or mask_eps be given, got eps=1e+200"),
     ({"learning_rate": 0.1}, "learning_rate"),
 ]
 
@@ -88,6 +91,18 @@ def test_an_unknown_option_suggests_the_right_one():
 def test_groups_may_carry_keys_of_schedulers_and_users():
     optimizer = PRM([{"params": [a_parameter(2)], "name": "head", "lr_scale": 0.5, "initial_lr": 0.1}])
     assert optimizer.param_groups[0]["name"] == "head"
+
+
+def test_numpy_numbers_act_and_are_saved_as_pythons_own(tmp_path):
+    ours, theirs = a_parameter(3), a_parameter(3)
+    theirs.data.copy_(ours.data)
+    optimizers = [PRM([ours], warmup_steps=np.int64(2), lr=np.float32(0.5)), PRM([theirs], warmup_steps=2, lr=0.5)]
+    for p, optimizer in zip((ours, theirs), optimizers):
+        p.grad = torch.tensor([1.0, -2.0, 0.5])
+        optimizer.step()
+    assert torch.equal(ours, theirs)
+    torch.save(optimizers[0].state_dict(), tmp_path / "saved.pt")
+    assert torch.load(tmp_path / "saved.pt", weights_only=True)["param_groups"][0]["warmup_steps"] == 2
 
 
 def test_numpy_numbers_are_numbers():
@@ -144,9 +159,11 @@ def test_batch_size_schedules_take_effect_and_bad_ones_move_nothing():
     optimizer.step()
     before = optimizer.get_mask_stats()
     optimizer.param_groups[0]["batch_size"] = 500
-    assert optimizer.get_mask_stats()["noise_scale"] == pytest.approx(before["noise_scale"] * (500 / 500) / (10 / 990))
+    assert optimizer.get_mask_stats() == before
     moved = w.detach().clone()
     optimizer.step()
+    noise = optimizer.state[w]["exp_avg_var"].sum().item() / (1 - 0.99**2)
+    assert optimizer.get_mask_stats()["noise_scale"] == pytest.approx(noise * (500 / 500))
     optimizer.param_groups[0]["batch_size"] = 1000
     stepped = w.detach().clone()
     assert not torch.equal(moved, stepped)
@@ -209,6 +226,54 @@ def test_tensor_learning_rate_is_read_at_every_step(capturable, foreach):
         optimizer.step()
         other.step()
     torch.testing.assert_close(w, plain)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_learning_rate_of_shape_1_serves_tensors_of_any_shape(foreach):
+    results = []
+    for lr in (torch.tensor([0.1]), 0.1):
+        params = [torch.nn.Parameter(torch.ones(shape)) for shape in [(3,), (2,), ()]]
+        optimizer = PRM(params, lr=lr, foreach=foreach)
+        for p in params:
+            p.grad = torch.full_like(p, 0.3)
+        optimizer.step()
+        results.append(params)
+    for got, expected in zip(*results):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("foreach", [False, True, None])
+def test_the_default_device_is_not_the_parameters(foreach):
+    p = a_parameter(3)
+    p.grad = torch.ones_like(p)
+    before = p.detach().clone()
+    optimizer = PRM([p], foreach=foreach)
+    with torch.device("meta"):
+        optimizer.step()
+    assert optimizer.state[p]["step"].item() == 1
+    assert not torch.equal(p, before)
+
+
+@pytest.mark.parametrize(("name", "value"), [("mask", "sfot"), ("reduction", "per_tesnor")])
+def test_a_bad_value_written_to_a_group_moves_nothing(name, value):
+    p = a_parameter(3)
+    p.grad = torch.ones_like(p)
+    optimizer = PRM([p])
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"{name} must be one of .*, got '{value}'"):
+        optimizer.step()
+    for key, tensor in optimizer.state_dict()["state"][0].items():
+        assert torch.equal(tensor, before[0][key])
+
+
+def test_conjugated_complex_parameters_are_refused_as_torch_does():
+    p = torch.nn.Parameter(torch.randn(3, dtype=torch.cfloat).conj())
+    p.grad = torch.ones_like(p)
+    for foreach in (False, True):
+        with pytest.raises(RuntimeError, match="conjugated"):
+            PRM([p], foreach=foreach).step()
 
 
 def test_closure_returns_the_loss_and_sees_gradients_enabled():
@@ -365,9 +430,11 @@ def test_an_older_pickle_gets_options_that_came_later():
     optimizer = PRM([a_parameter(2)])
     state = optimizer.__getstate__()
     del state["param_groups"][0]["mask_decay"]
+    del state["defaults"]["mask_decay"]
     fresh = PRM.__new__(PRM)
     fresh.__setstate__(state)
     assert fresh.param_groups[0]["mask_decay"] is False
+    assert fresh.defaults["mask_decay"] is False
 
 
 @pytest.mark.parametrize("foreach", [False, True])

@@ -147,6 +147,49 @@ def test_only_parameters_that_have_moved_count():
     assert list(optimizer.get_mask_stats(by="parameter")) == ["used"]
 
 
+def test_a_schedule_that_moves_on_does_not_change_the_last_step():
+    p = torch.nn.Parameter(torch.zeros(50))
+    optimizer = PRM([p], boundary="empirical", batch_size=10, n_dataset=1000)
+    for seed in range(3):
+        p.grad = 0.5 + torch.randn(50, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+    before = optimizer.get_mask_stats()
+    optimizer.param_groups[0]["batch_size"] = 500
+    assert optimizer.get_mask_stats() == before
+
+
+def test_sums_do_not_overflow():
+    p = torch.nn.Parameter(torch.zeros(100))
+    p.grad = torch.full((100,), 3e18)
+    optimizer = PRM([p])
+    optimizer.step()
+    row = optimizer.get_mask_stats()
+    assert row["signal_sq"] == pytest.approx(100 * 9e36, rel=1e-5)
+    assert row["snr"] == pytest.approx(1, rel=1e-5)
+
+
+def test_thousands_of_names_take_no_time_to_speak_of():
+    """Every name was once compared with every other one: 20,000 took seconds. Counted, not timed."""
+    params = [(f"p{i}", torch.nn.Parameter(torch.zeros(1))) for i in range(3000)]
+    for _, p in params:
+        p.grad = torch.ones(1)
+    optimizer = PRM(params)
+    optimizer.step()
+    compared = 0
+
+    class Name(str):
+        def __eq__(self, other):
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    optimizer.param_groups[0]["param_names"] = [Name(name) for name, _ in params]
+    assert len(optimizer.get_mask_stats(by="parameter")) == 3000
+    assert compared < 20 * 3000
+
+
 def test_an_unknown_by_is_named():
     _, optimizer = trained(steps=1)
     with pytest.raises(ValueError, match="by must be None, 'group' or 'parameter', got 'layer'"):

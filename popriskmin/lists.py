@@ -1,0 +1,66 @@
+"""The parallel lists of tensors that a step reads and writes, and what every implementation asks of them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Lists(NamedTuple):
+    """Parallel lists of the tensors that a step reads and writes; the last is empty without `amsgrad`."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    exp_avg_vars: list[Tensor]
+    max_exp_avg_sqs: list[Tensor]
+
+    def of(self, indices: list[int]) -> Lists:
+        """Return the lists with these places only."""
+        return Lists(*[[tensors[i] for i in indices] if tensors else [] for tensors in self])
+
+
+def is_compiling() -> bool:
+    """Return whether torch.compile is tracing."""
+    compiler: Any = getattr(torch, "compiler", None)
+    return hasattr(compiler, "is_compiling") and bool(compiler.is_compiling())
+
+
+def are_plain(tensors: list[Tensor]) -> bool:
+    """Return whether these are ordinary tensors, and not a subclass such as one sharded over ranks."""
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
+def local_parts(lists: Lists) -> Lists:
+    """Return the lists with tensors that are sharded over ranks (DTensor) replaced by this rank's parts.
+
+    What is done to every scalar by itself needs no other rank. A tensor whose gradient or state lies differently
+    over the ranks is left as it is.
+    """
+    if are_plain(lists.params):
+        return lists
+    parts = Lists(*[list(tensors) for tensors in lists])
+    for i in range(len(lists.params)):
+        held: list[Any] = [tensors[i] for tensors in lists if tensors]
+        if all(hasattr(x, "to_local") for x in held) and len({(x.device_mesh, x.placements) for x in held}) == 1:
+            for tensors in parts:
+                if tensors:
+                    sharded: Any = tensors[i]
+                    tensors[i] = sharded.to_local()
+    return parts
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """View a complex tensor as real, the last dimension holding both parts."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the type to calculate in: the widest among the tensors, and float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
