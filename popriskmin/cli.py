@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import difflib
+import re
 import sys
-import types
-import typing
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import NoReturn
 
 from popriskmin.version import __version__
-
-if TYPE_CHECKING:
-    from popriskmin.compare import Task
 
 FAILED = 1
 WRONG_ARGUMENTS = 2
@@ -28,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="PRM, an optimizer that trains on population risk.",
     )
     parser.add_argument("--version", action="version", version=f"popriskmin {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    compare_parser = commands.add_parser(
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_CompareParser)
+    compare_parser: _CompareParser = commands.add_parser(
         "compare",
         help="train with AdamW and with PRM and say which was better",
         description="Train a task with AdamW, with PRM, and with AdamW at PRM's step size, and say which was better on "
@@ -37,9 +33,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_help=False,  # served below, when the task's own options are known
         allow_abbrev=False,
     )
+    compare_parser.words = arguments[1:]
     _add_compare_arguments(compare_parser)
-    known, _ = parser.parse_known_args(arguments)
-    return _compare(compare_parser, known, lambda: parser.parse_args(arguments))
+    try:
+        known, _ = parser.parse_known_args(arguments)
+        return _compare(compare_parser, known)
+    except KeyboardInterrupt:
+        print("interrupted; finished runs are kept, and the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
+
+
+class _CompareParser(argparse.ArgumentParser):
+    """Adds to argparse's messages what was most likely meant.
+
+    Attributes
+    ----------
+    words
+        What was given to the command.
+    """
+
+    words: Sequence[str] = ()
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message, and leave."""
+        # Flags that take several values take the task too, where it comes after them.
+        taken = re.search(r"invalid \w+ value: '(.+)'", message)
+        if taken and self.words[0].startswith("-"):
+            message += f"; if {taken[1]!r} is the task, it goes first: {self.with_task_first(taken[1])}"
+        super().error(message)
+
+    def with_task_first(self, task: str) -> str:
+        """Return the command as it was probably meant."""
+        return " ".join(["popriskmin", "compare", task, *(word for word in self.words if word != task)])
+
+    def refuse_unknown(self, words: Sequence[str]) -> NoReturn:
+        """Say that these flags are not known, and which ones resemble them."""
+        flags = [word.split("=")[0] for word in words if word.startswith("--")]
+        near = [difflib.get_close_matches(flag, self._option_string_actions, n=1) for flag in flags]
+        hint = f"; did you mean {', '.join(match[0] for match in near if match)}?" if any(near) else ""
+        self.error(f"unrecognized arguments: {' '.join(words)}{hint}")
 
 
 def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,13 +100,12 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", help="folder for the results (default: runs/TASK)")
 
 
-def _compare(
-    parser: argparse.ArgumentParser, known: argparse.Namespace, parse: Callable[[], argparse.Namespace]
-) -> int:
+def _compare(parser: _CompareParser, known: argparse.Namespace) -> int:
     try:
         from popriskmin.compare import compare
         from popriskmin.compare.arms import parse_options
-        from popriskmin.compare.task import load_task_class, shipped_tasks
+        from popriskmin.compare.flags import add_task_options, option_fields
+        from popriskmin.compare.loading import load_task_class, make_task, shipped_tasks
     except ImportError as error:
         needed = f"popriskmin compare needs a package that is not installed: {error.name}"
         print(f"{needed}; get all it needs with: pip install 'popriskmin[compare]'", file=sys.stderr)
@@ -83,20 +114,20 @@ def _compare(
         if known.help:
             parser.print_help()
             return 0
-        return _wrong(f"name a task: {', '.join(shipped_tasks())}, or a Python file that defines one")
+        meant = next((word for word in parser.words if word.endswith(".py") or word in shipped_tasks()), "TASK")
+        first = f"; the task goes first: {parser.with_task_first(meant)}" if parser.words else ""
+        return _wrong(f"name a task: {', '.join(shipped_tasks())}, or a Python file that defines one{first}")
     try:
         task_class = load_task_class(known.task)
-        _add_task_options(parser, task_class)
-    except ValueError as error:
-        return _wrong(str(error))
-    if known.help:
-        parser.print_help()
-        return 0
-    args = parse()
-    try:
-        options = {field.name: getattr(args, field.name) for field in dataclasses.fields(task_class)}
+        add_task_options(parser, task_class)
+        if known.help:
+            parser.print_help()
+            return 0
+        args, unknown = parser.parse_known_args(parser.words)
+        if unknown:
+            parser.refuse_unknown(unknown)
         results = compare(
-            task_class(**options),
+            make_task(task_class, {field.name: getattr(args, field.name) for field in option_fields(task_class)}),
             lr=args.lr,
             weight_decay=args.weight_decay,
             seeds=args.seeds if args.seed_list is None else args.seed_list,
@@ -111,9 +142,6 @@ def _compare(
     except OSError as error:
         print(f"popriskmin compare: {error}; finished runs are kept", file=sys.stderr)
         return FAILED
-    except KeyboardInterrupt:
-        print("interrupted; finished runs are kept, and the same command goes on from there", file=sys.stderr)
-        return INTERRUPTED
     results.print()
     print(f"\nThe page: {results.folder / 'report.html'}\nThe numbers: {results.folder / 'results.json'}")
     return FAILED if any(run.end["status"] == "failed" for run in results.runs) else 0
@@ -122,33 +150,3 @@ def _compare(
 def _wrong(message: str) -> int:
     print(f"popriskmin compare: {message}", file=sys.stderr)
     return WRONG_ARGUMENTS
-
-
-def _add_task_options(parser: argparse.ArgumentParser, task_class: type[Task]) -> None:
-    """Offer every field of a task as a flag."""
-    taken = set(parser._option_string_actions)
-    hints = typing.get_type_hints(task_class)
-    group = parser.add_argument_group(f"options of {task_class.__name__}")
-    for field in dataclasses.fields(task_class):
-        flag = "--" + field.name.replace("_", "-")
-        if flag in taken:
-            raise ValueError(
-                f"the option {field.name} of {task_class.__name__} would hide {flag} of popriskmin compare"
-            )
-        text = field.metadata.get("help", "")
-        if field.default is dataclasses.MISSING:
-            raise ValueError(f"the option {field.name} of {task_class.__name__} needs a default value")
-        kind = _plain_type(hints[field.name])
-        shown = f"{text} (default: {field.default})".strip()
-        if kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=shown)
-        else:
-            group.add_argument(flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=shown)
-
-
-def _plain_type(hint: Any) -> type:
-    """Return the type that a text on the command line becomes: of `float | None`, float."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        hint = kinds[0] if len(kinds) == 1 else str
-    return hint if hint in (int, float, bool, str) else str

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_NAMES_BUILT_IN = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
+_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def split_names(group: dict[str, Any]) -> dict[str, Any]:
     """Take the names off named parameters where torch, before 2.6, does not do it itself."""
-    if _NAMES_BUILT_IN or isinstance(group["params"], (Tensor, set)):
+    if _VERSION >= (2, 6) or isinstance(group["params"], (Tensor, set)):
         return group
     params = list(group["params"])
     if not any(isinstance(param, tuple) for param in params):
@@ -21,6 +21,17 @@ def split_names(group: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(param, tuple) for param in params):
         raise ValueError("all optimizer params should be with/without names. Some param names are missing")
     return {**group, "params": [param for _, param in params], "param_names": [name for name, _ in params]}
+
+
+def bump_versions(tensors: list[Tensor]) -> None:
+    """Tell autograd that these were written to, so that a graph that saved one of them refuses to go on."""
+    if any(map(Tensor.is_inference, tensors)):
+        tensors = [tensor for tensor in tensors if not tensor.is_inference()]
+    if _VERSION >= (2, 6):
+        torch.autograd.graph.increment_version(tensors)
+    else:
+        for tensor in tensors:
+            tensor.detach().as_strided((0,), (1,)).zero_()  # writing to an empty part of it counts
 
 
 def check_graph_capture(optimizer: Optimizer) -> None:

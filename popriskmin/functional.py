@@ -1,9 +1,10 @@
 """The step of PRM as a function of lists of tensors, shaped like `torch.optim.adamw`'s functional form.
 
 `prm` chooses an implementation. `_single_tensor_prm` states the mathematics, one tensor after another, and is
-the one that autograd can pass through; `popriskmin.foreach` does the same on whole lists, in place.
+the one that autograd can pass through; `popriskmin.foreach` does the same on whole lists, in place, and
+`popriskmin.kernels` in one pass over memory.
 
-Both compute in float32 or wider, whatever the type of the parameters, and round once, when they write back.
+All compute in float32 or wider, whatever the type of the parameters, and round once, when they write back.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import _foreach_supported_types
 
 from popriskmin.foreach import multi_tensor_prm
+from popriskmin.kernels import fused_prm, unusable
 from popriskmin.lists import Lists, as_real, compute_dtype, is_compiling, local_parts
 from popriskmin.mask import Hyperparameters, corrections, evaluate, signal_and_noise
 from popriskmin.rounding import random_bits, round_stochastically
@@ -65,8 +67,8 @@ def prm(
         Tensors of shape `()` that count the steps taken; each is increased by 1. With `capturable` they lie on
         the parameter's device and no value is read back to the host.
     foreach, fused
-        Which implementation; None chooses foreach where it works (not for tensor subclasses that torch does not
-        list as supported, and not with `differentiable`).
+        Which implementation. With None for both, the fused kernel takes what fits it on the CPU, and foreach the
+        rest (not tensor subclasses that torch does not list as supported, and nothing with `differentiable`).
     coefficient
         The boundary's `a`, see `popriskmin.mask.boundary_coefficient`.
     mask_eps
@@ -130,23 +132,50 @@ def dispatch(
     pooled = hyper.reduction == "per_tensor" and hyper.mask != "none"
     if not (pooled or differentiable):
         lists = local_parts(lists)
-    if choose_implementation(lists.params, foreach, fused, differentiable):
-        implementation = multi_tensor_prm
-    else:
-        implementation = _single_tensor_prm
+    compiling = is_compiling()
+    implementation = choose_implementation(lists.params, foreach, fused, differentiable)
+    if not lists.params:
+        return
+    if implementation == "fused" and not compiling:
+        left = fused_prm(lists, state_steps, hyper, insist=bool(fused))
+        if not left:
+            return
+        lists, state_steps = lists.of(left), [state_steps[i] for i in left]
+    elif fused:
+        raise RuntimeError("fused=True cannot be compiled; pass fused=None, and the compiler fuses the step itself")
     # Where tensors hold the step count its value is not needed on the host.
-    implementation(lists, state_steps, hyper, tensor_steps=capturable or is_compiling())
+    if implementation == "single" or not (foreach or _foreach_works(lists.params)):
+        _single_tensor_prm(lists, state_steps, hyper, tensor_steps=capturable or compiling)
+    else:
+        multi_tensor_prm(lists, state_steps, hyper, tensor_steps=capturable or compiling)
 
 
-def choose_implementation(params: list[Tensor], foreach: bool | None, fused: bool | None, differentiable: bool) -> bool:
-    """Return whether to take the foreach step (else the for-loop); RuntimeError for what cannot be had."""
+def choose_implementation(params: list[Tensor], foreach: bool | None, fused: bool | None, differentiable: bool) -> str:
+    """Return "fused", "foreach" or "single"; RuntimeError for what cannot be had.
+
+    "fused" stands for what fits a kernel, and the foreach step, or where that does not work the loop, for the rest.
+    """
     if fused:
-        raise RuntimeError("fused=True, but this version of popriskmin has no fused kernel; pass fused=None")
+        if foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together; pass foreach=None")
+        if differentiable:
+            raise RuntimeError("fused=True does not support differentiable=True; pass fused=None")
+        reason = unusable()
+        if reason is not None:
+            raise RuntimeError(f"fused=True, but no fused kernel is usable: {reason}; pass fused=None")
+        return "fused"
     if foreach and differentiable:
         raise RuntimeError("foreach=True does not support differentiable=True; pass foreach=None")
-    if foreach is not None:
-        return foreach
-    return not differentiable and all(type(p) in _foreach_supported_types for p in params)
+    if differentiable or foreach is False:
+        return "single"
+    if foreach or fused is False:
+        return "foreach" if foreach or _foreach_works(params) else "single"
+    return "fused"
+
+
+def _foreach_works(params: list[Tensor]) -> bool:
+    """Return whether torch lists the tensors' types as fit for `torch._foreach_*`."""
+    return all(type(p) in _foreach_supported_types for p in params)
 
 
 def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor_steps: bool) -> None:

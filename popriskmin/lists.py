@@ -53,6 +53,17 @@ def local_parts(lists: Lists) -> Lists:
     return parts
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether the elements fill a stretch of memory without gaps or overlaps."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
 def as_real(tensor: Tensor) -> Tensor:
     """View a complex tensor as real, the last dimension holding both parts."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from popriskmin.lists import is_dense
+
 _WORD = 0xFFFFFFFF
 
 
@@ -47,7 +49,7 @@ def random_bits(like: Tensor, t: Any) -> Tensor:
     like = _local(like)
     key = hash32(t.long() if isinstance(t, Tensor) else int(t))
     places = torch.arange(like.numel(), device=like.device)
-    if _is_dense(like):
+    if is_dense(like):
         places = places.as_strided(like.shape, like.stride())
     else:
         places = places.view(like.shape)
@@ -58,17 +60,6 @@ def _local(tensor: Any) -> Tensor:
     """Return this rank's part of a tensor that is sharded over ranks, else the tensor itself."""
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Return whether the elements fill a stretch of memory without gaps or overlaps."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from conftest import TORCH
+from conftest import HOW, TORCH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import options
@@ -39,14 +39,16 @@ def through_a_file(state_dict):
 
 
 @settings(max_examples=60)
-@given(options=options(), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), foreach=st.booleans())
-def test_going_on_is_the_uninterrupted_run_bit_for_bit(options, dtype, foreach):
-    params, optimizer = make(dtype=dtype, foreach=foreach, **options)
+@given(
+    options=options(), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), how=st.sampled_from(HOW)
+)
+def test_going_on_is_the_uninterrupted_run_bit_for_bit(options, dtype, how):
+    params, optimizer = make(dtype=dtype, **how, **options)
     run(params, optimizer, 3, seed=1)
     saved = through_a_file({"params": [p.detach() for p in params], "optimizer": optimizer.state_dict()})
     run(params, optimizer, 3, seed=2)
 
-    fresh_params, fresh = make(dtype=dtype, foreach=foreach)
+    fresh_params, fresh = make(dtype=dtype, **how)
     with torch.no_grad():
         for p, value in zip(fresh_params, saved["params"]):
             p.copy_(value)
@@ -96,8 +98,8 @@ def test_state_dtype_is_the_optimizers_own():
     assert again.state[again_params[0]]["exp_avg_var"].dtype == torch.float64
 
 
-@pytest.mark.parametrize("written", [{"foreach": False}, {"foreach": True}, {"capturable": True}])
-@pytest.mark.parametrize("read", [{"foreach": False}, {"foreach": True}, {"capturable": True}])
+@pytest.mark.parametrize("written", [*HOW, {"capturable": True}])
+@pytest.mark.parametrize("read", [*HOW, {"capturable": True}])
 def test_a_checkpoint_survives_a_change_of_implementation(written, read):
     params, optimizer = make(lr=0.1, **written)
     run(params, optimizer, 3, seed=1)
@@ -160,7 +162,7 @@ def test_the_moments_carry_on_exactly():
     with torch.no_grad():
         for a, b in zip(switched_params, params):
             a.copy_(b)
-    switched = PRM(switched_params, mask="none")
+    switched = PRM(switched_params, mask="none", foreach=True)
     switched.load_state_dict(copy.deepcopy(adam.state_dict()))
     run(params, adam, 5, seed=2)
     run(switched_params, switched, 5, seed=2)

@@ -51,7 +51,13 @@ def test_help_of_compare_with_and_without_a_task(capsys):
         (["compare", TINY, "--seeds", "0"], "seeds must be a number of seeds >= 1"),
         (["compare", TINY, "--lr", "-1"], "lr must be one or more finite numbers >= 0"),
         (["compare", TINY, "--lr", "fast"], "invalid float value: 'fast'"),
-        (["compare", TINY, "--nois", "1"], "unrecognized arguments: --nois 1"),
+        (["compare", TINY, "--nois", "1"], "popriskmin compare: error: unrecognized arguments: --nois 1; did you mean"),
+        (["compare", TINY, "--nois=1"], "did you mean --noise?"),
+        (["compare", TINY, "--zzz"], "unrecognized arguments: --zzz\n"),
+        (["compare", "--prm", "mask=soft", "digits"], "the task goes first: popriskmin compare digits --prm mask=soft"),
+        (["compare", "--lr", "1e-3", "digits"], "it goes first: popriskmin compare digits --lr 1e-3"),
+        (["compare", TINY, "--prm", "foreach=on", "differentiable=on"], "foreach=True does not support"),
+        (["compare", TINY, "--out", ""], "out must name a folder, got ''"),
         (["compare", "digits", "--noise", "40"], "noise must be a share from 0 to 1, got 40.0"),
         (["compare", "digits", "--imbalance", "0.5"], "imbalance must be from 1 to 50, got 0.5"),
         (["compare", "digits", "--epochs", "0"], "epochs must be at least 1, got 0"),
@@ -97,9 +103,8 @@ def test_a_failed_run_makes_the_status_1(capsys, tmp_path):
 def test_a_folder_that_cannot_be_written(capsys, tmp_path):
     (tmp_path / "runs").write_text("not a folder")
     status, _, err = run(capsys, "compare", TINY, "--seeds", "1", "--out", str(tmp_path))
-    assert status == 1
-    assert err.rstrip().splitlines()[-1].startswith("popriskmin compare: ")
-    assert "Traceback" not in err
+    assert status == 2
+    assert err == f"popriskmin compare: out must be a folder, but {tmp_path / 'runs'} is a file\n"
     assert (tmp_path / "runs").read_text() == "not a folder"
 
 
@@ -117,47 +122,76 @@ def test_python_dash_m(tmp_path):
     assert done.stdout == f"popriskmin {__version__}\n"
 
 
-def test_options_of_a_task_that_cannot_be_flags(capsys, tmp_path):
-    text = """
+TASK = """
 import dataclasses
 from popriskmin.compare import Task
 
 @dataclasses.dataclass
-class Clash(Task):
+class Mine(Task):
     {field}
     metrics = {{"x": "max"}}
-    def trial(self, seed): ...
+    def trial(self, seed):
+        {body}
 """
-    for field, message in (
-        ("jobs: int = 3", "the option jobs of Clash would hide --jobs"),
-        ("depth: int", "the option depth of Clash needs a default value"),
-    ):
-        path = tmp_path / "clash.py"
-        path.write_text(text.format(field=field))
-        status, _, err = run(capsys, "compare", str(path))
-        assert status == 2
-        assert message in err
+
+
+def task_file(folder, field="noise: float = 0.5", body="..."):
+    path = folder / "mine.py"
+    path.write_text(TASK.format(field=field, body=body))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("jobs: int = 3", "the option jobs of Mine would hide --jobs"),
+        ("task: str = 'x'", "the option task of Mine would hide the argument task"),
+        ("widths: tuple = (64, 64)", "the option widths of Mine has the type tuple"),
+        ("options: str = 'x'", "the option options of Mine would hide Task.options"),
+        ("noise: float = {}['x']", "mine.py, line 7: KeyError: 'x'"),
+        ("__post_init__ = lambda self: {}['x']", "mine.py, line 7: KeyError: 'x'"),
+        ("optimizer_options = {'lr': 0.5}", "optimizer_options of the task: lr is not an option"),
+    ],
+)
+def test_mistakes_in_the_file_of_a_task(capsys, tmp_path, field, message):
+    status, out, err = run(capsys, "compare", task_file(tmp_path, field), "--out", str(tmp_path / "o"))
+    assert (status, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "o").exists()
 
 
 def test_kinds_of_options(capsys, tmp_path):
-    path = tmp_path / "kinds.py"
-    path.write_text(
-        """
-import dataclasses
-from popriskmin.compare import Task
-
-@dataclasses.dataclass
-class Kinds(Task):
-    flag: bool = True
-    share: float | None = None
-    word: str = "a"
-    metrics = {"x": "max"}
-    def trial(self, seed):
-        raise ValueError(f"{self.flag} {self.share!r} {self.word}")
-"""
+    path = task_file(
+        tmp_path,
+        "flag: bool = True; share: float | None = None; word: str = 'a'; width: int = dataclasses.field(init=False)",
+        'raise ValueError(f"{self.flag} {self.share!r} {self.word}")',
     )
-    arguments = ["compare", str(path), "--seeds", "1", "--lr", "1", "--out", str(tmp_path / "o")]
+    arguments = ["compare", path, "--seeds", "1", "--lr", "1", "--out", str(tmp_path / "o")]
     _, _, err = run(capsys, *arguments, "--no-flag", "--share", "0.5", "--word", "b")
     assert "ValueError: False 0.5 b" in err
     _, _, err = run(capsys, *arguments)
     assert "ValueError: True None a" in err
+
+
+def test_help_with_a_percent_sign(capsys, tmp_path):
+    path = task_file(tmp_path, "word: str = dataclasses.field(default='5%', metadata={'help': 'in %'})")
+    status, out, _ = run(capsys, "compare", path, "--help")
+    assert status == 0
+    assert "in % (default: 5%)" in out
+
+
+def test_a_task_that_leaves_python_fails_and_the_others_go_on(capsys, tmp_path):
+    path = task_file(tmp_path, body="import sys; sys.exit(3)")
+    status, _, err = run(capsys, "compare", path, "--seeds", "2", "--lr", "1", "--out", str(tmp_path / "o"))
+    assert status == 1
+    assert err.count("SystemExit: 3") == 2 * 2 * 2
+    assert "[12/12]" in err
+
+
+def test_an_interruption_before_anything_is_trained(capsys, tmp_path):
+    path = tmp_path / "slow.py"
+    path.write_text("raise KeyboardInterrupt")
+    status, _, err = run(capsys, "compare", str(path))
+    assert status == 130
+    assert err == "interrupted; finished runs are kept, and the same command goes on from there\n"

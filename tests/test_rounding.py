@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import HOW
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,11 +60,11 @@ def test_nan_and_infinity_stay():
     assert rounded[1:].tolist() == [float("inf"), -float("inf"), 0.0]
 
 
-@pytest.mark.parametrize("foreach", [False, True])
-def test_an_average_in_bfloat16_moves(foreach):
+@pytest.mark.parametrize("how", HOW)
+def test_an_average_in_bfloat16_moves(how):
     """Rounded to nearest, `v` would stand still once a thousandth of the difference is below half a step."""
     p = torch.nn.Parameter(torch.zeros(2000))
-    optimizer = PRM([p], state_dtype=torch.bfloat16, foreach=foreach)
+    optimizer = PRM([p], state_dtype=torch.bfloat16, **how)
     generator = torch.Generator().manual_seed(0)
     expected = 0.0
     for step in range(1500):
@@ -78,24 +79,25 @@ def test_an_average_in_bfloat16_moves(foreach):
 
 @pytest.mark.parametrize("reduction", ["per_param", "per_tensor"])
 @pytest.mark.parametrize("options", [{}, {"debias": True, "amsgrad": True}, {"capturable": True}])
-def test_loop_and_foreach_round_alike(reduction, options):
+def test_all_round_alike(reduction, options):
     results = []
-    for foreach in (False, True):
+    for how in HOW:
         generator = torch.Generator().manual_seed(0)
         shapes = [(3, 5), (4,), (), (40, 50)]
         params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
         params.append(torch.nn.Parameter(torch.randn(7, 5, generator=generator).t()))
-        optimizer = PRM(params, state_dtype=torch.bfloat16, reduction=reduction, foreach=foreach, **options)
+        optimizer = PRM(params, state_dtype=torch.bfloat16, reduction=reduction, **how, **options)
         for _ in range(3):
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator)
             optimizer.step()
         results.append([*params, *(s["exp_avg_sq"] for s in optimizer.state.values())])
-    for one, other in zip(*results):
+    for one, *others in zip(*results):
         # Where a rounding of float32 differs, so may the one to bfloat16: by one of its steps, and rarely.
-        differ = (one != other).double().mean().item()
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
-        assert one.dtype != torch.bfloat16 or differ < 0.02
+        for other in others:
+            differ = (one != other).double().mean().item()
+            torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
+            assert one.dtype != torch.bfloat16 or differ < 0.02
 
 
 def test_checkpoints_keep_bfloat16_and_cross_to_float32(tmp_path):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import HOW
 
 from popriskmin import PRM
 
@@ -69,15 +70,15 @@ def test_numbers_are_plain():
     assert {type(v) for v in stats.values()} == {int, float}
 
 
-@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("mask", ["snr", "soft", "hard", "none"])
 @pytest.mark.parametrize("reduction", ["per_param", "per_tensor"])
 @pytest.mark.parametrize("debias", [False, True])
-def test_statistics_are_of_the_mask_as_applied(foreach, mask, reduction, debias):
+def test_statistics_are_of_the_mask_as_applied(how, mask, reduction, debias):
     """The change of a weight, divided by AdamW's change, is q."""
     torch.manual_seed(0)
     w = torch.nn.Parameter(torch.randn(40, dtype=torch.float64))
-    optimizer = PRM([w], weight_decay=0.0, mask=mask, reduction=reduction, debias=debias, foreach=foreach)
+    optimizer = PRM([w], weight_decay=0.0, mask=mask, reduction=reduction, debias=debias, **how)
     for _ in range(5):
         before = w.detach().clone()
         w.grad = torch.randn(40, dtype=torch.float64) + 0.5

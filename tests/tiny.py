@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import sys
 import time
 
 import torch
@@ -13,7 +14,7 @@ from popriskmin.compare import Task, Trial
 
 @dataclasses.dataclass
 class Tiny(Task):
-    """Fit a noisy line through nine inputs. `trouble` makes something go wrong: raise, diverge or die."""
+    """Fit a noisy line through nine inputs. `trouble` makes something go wrong: raise, exit, diverge, lost or die."""
 
     noise: float = dataclasses.field(default=0.5, metadata={"help": "standard deviation of the labels' noise"})
     steps: int = 12
@@ -43,6 +44,10 @@ class Tiny(Task):
             value = nn.functional.mse_loss(model(x[rows]), y[rows])
             if self.trouble == "raise":
                 raise ArithmeticError("the task is broken")
+            if self.trouble == "exit":
+                sys.exit(3)
+            if self.trouble == "lost":
+                return value * float("nan")
             if self.trouble == "diverge" and model.weight.abs().max() > 0.6:
                 return value * float("nan")
             if self.trouble == "die" and seed == 1 and not os.path.exists(self.scratch):

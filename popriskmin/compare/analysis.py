@@ -18,6 +18,7 @@ from scipy import integrate, stats
 
 from popriskmin.compare.arms import ADAMW, Arm
 from popriskmin.compare.runner import Job
+from popriskmin.compare.text import exact
 from popriskmin.compare.train import Record
 
 FIGURES = ("final", "best", "area")
@@ -37,7 +38,7 @@ class Run:
         For each metric its values at those steps.
     figures
         For each figure and metric, the pair of the value on validation and on test data; None where the run has none,
-        because it diverged or failed.
+        because it failed, or diverged (which leaves "best"), or the metric was not finite.
     best_step
         The step with the best validation metric.
     """
@@ -105,7 +106,9 @@ def _figure(figure: str, steps: np.ndarray, values: np.ndarray, best: int | None
 def choose(runs: Sequence[Run], figure: str, metrics: Mapping[str, str]) -> tuple[float, float] | None:
     """Return the (lr, weight decay) of one arm's runs with the best mean figure on validation data, over the seeds.
 
-    A configuration of which a run diverged or failed is not chosen; None if that leaves none.
+    A configuration of which a run lacks the figure is not chosen; None if that leaves none. A run that failed lacks
+    all of them, one that diverged "final" and "area". It has a "best": who stops at the best validation step has
+    stopped before.
     """
     metric, direction = next(iter(metrics.items()))
     sign = 1 if direction == "max" else -1
@@ -117,6 +120,16 @@ def choose(runs: Sequence[Run], figure: str, metrics: Mapping[str, str]) -> tupl
     means = {configuration: float(np.mean(found)) for configuration, found in values.items()}
     best = max(means, key=lambda configuration: means[configuration])
     return best if means[best] > -math.inf else None
+
+
+def why_none(runs: Sequence[Run], figure: str, metric: str) -> str:
+    """Say why no configuration of one arm's runs can be chosen by a figure."""
+    by_configuration: dict[tuple[float, float], list[Run]] = {}
+    for run in runs:
+        by_configuration.setdefault((run.job.configuration.lr, run.job.configuration.weight_decay), []).append(run)
+    if any(all(run.finished for run in mine) for mine in by_configuration.values()):
+        return f"no configuration had a finite {figure} {metric} on validation and test data with every seed"
+    return "no configuration came to its end with every seed"
 
 
 def interval(values: Sequence[float], resamples: int = RESAMPLES) -> tuple[float, float] | None:
@@ -322,6 +335,7 @@ def warnings_of(
     selections: Mapping[str, Any],
     learning_rates: Sequence[float],
     seeds: Sequence[int],
+    metrics: Mapping[str, str],
 ) -> list[str]:
     """Return what a reader must know before believing the table."""
     found = []
@@ -336,13 +350,12 @@ def warnings_of(
                 found.append(f"{arm.name}: {count} of {len(mine)} runs {status}.")
         chosen = selections["final"][arm.name]["chosen"]
         if chosen is None:
-            found.append(f"{arm.name}: no configuration came to its end with every seed.")
+            found.append(f"{arm.name}: {why_none(mine, 'final', next(iter(metrics)))}.")
             continue
         edge = _edge(chosen["lr"], learning_rates)
         if edge:
-            found.append(
-                f"{arm.name}: the chosen learning rate {chosen['lr']:g} is the {edge} of the grid; extend it with --lr."
-            )
+            lr = exact(chosen["lr"])
+            found.append(f"{arm.name}: the chosen learning rate {lr} is the {edge} of the grid; extend it with --lr.")
     shown = sum(len(one["against"]) for selection in selections.values() for one in selection.values())
     if len(arms) > 3:
         found.append(f"Of {shown} differences, expect about one in twenty to look clear by chance alone.")

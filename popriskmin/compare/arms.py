@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from popriskmin.compare.task import Trial
+from popriskmin.compare.text import exact
 from popriskmin.optimizer import PRM
 
 # Options of PRM that torch's AdamW and Adam have too; the matched arm takes them over.
@@ -76,30 +77,68 @@ def make_arms(prm: Sequence[Mapping[str, Any]] = (), match_all: bool = False) ->
 
 
 def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+    return exact(value) if isinstance(value, float) else str(value).replace(" ", "")
 
 
 def check_prm_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError if these are not options of PRM that the comparison can set."""
-    known = [name for name in inspect.signature(PRM).parameters if name not in ("params", "lr", "weight_decay")]
     if not options:
         raise ValueError("a further PRM arm needs at least one option, such as mask=soft")
+    _check_names(options)
+    _try(options)
+
+
+def check_common_options(common: Mapping[str, Any], arms: Sequence[Arm]) -> None:
+    """Raise ValueError if these are not options that the optimizers of all these arms can share."""
+    if not isinstance(common, Mapping):
+        raise ValueError(f'optimizer_options of a task must be a dict such as {{"betas": (0.9, 0.98)}}, got {common!r}')
+    try:
+        _check_names(common)
+        for arm in arms:
+            _try({**common, **arm.options})
+    except ValueError as error:
+        raise ValueError(f"optimizer_options of the task: {error}") from error
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    known = [name for name in _defaults() if name not in ("lr", "weight_decay")]
     for name in options:
         if name in ("lr", "weight_decay"):
             raise ValueError(
-                f"{name} is not an option of one arm: all arms share one grid, given by --lr and --weight-decay"
+                f"{name} is not an option of one arm or task: all arms share one grid, given by --lr and "
+                "--weight-decay, or by learning_rates and weight_decays of the task"
             )
         if name not in known:
             similar = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
             hint = f"did you mean {similar[0]}?" if similar else f"it has {', '.join(known)}"
             raise ValueError(f"PRM has no option {name!r}: {hint}")
+
+
+def _try(options: Mapping[str, Any]) -> None:
+    """Make an optimizer with these options, which names a bad one."""
     # The counts come from the trial unless they are given.
     counts = {"batch_size": 1, "n_dataset": 2} if options.get("boundary") == "empirical" else {}
-    PRM([torch.zeros(1, requires_grad=True)], **{**counts, **options})
+    try:
+        PRM([torch.zeros(1, requires_grad=True)], **{**counts, **options})
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _defaults() -> dict[str, Any]:
+    """Return the options of PRM with their defaults."""
+    parameters = inspect.signature(PRM).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.name != "params"}
+
+
+# Words for values, in any case of letters. "on" and its like are what configuration files and shells use.
+WORDS = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False, "none": None}
+DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read options given as NAME=VALUE: numbers, tuples, true, false, none, or text.
+    """Read options given as NAME=VALUE: numbers, tuples, true, false, none, dtypes, or text.
+
+    For true and false also on and off, yes and no. Options that are text by default take text alone.
 
     Examples
     --------
@@ -113,14 +152,20 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"options of PRM are given as NAME=VALUE, such as mask=soft, got {pair!r}")
         if name in options:
             raise ValueError(f"the option {name!r} is given twice in one arm")
-        literal = {"true": "True", "false": "False", "none": "None"}.get(text, text)
-        try:
-            options[name] = ast.literal_eval(literal)
-        except (ValueError, SyntaxError):
-            options[name] = text
-        if name == "mask" and text == "none":
-            options[name] = "none"
+        options[name] = text if isinstance(_defaults().get(name), str) else _value(text)
     return options
+
+
+def _value(text: str) -> Any:
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
+    dtype = DTYPES.get(text.removeprefix("torch."))
+    if dtype is not None:
+        return dtype
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 class Driver:

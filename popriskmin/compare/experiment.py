@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from popriskmin.compare.analysis import read_run
-from popriskmin.compare.arms import make_arms
+from popriskmin.compare.arms import check_common_options, make_arms
+from popriskmin.compare.digest import source_digest
+from popriskmin.compare.loading import load_task_class, make_task
 from popriskmin.compare.progress import Display, Silent
 from popriskmin.compare.report import write_report
 from popriskmin.compare.results import Results
 from popriskmin.compare.runner import make_jobs, make_runs, prepare_backend
-from popriskmin.compare.store import Store
-from popriskmin.compare.task import Task, check_task, load_task_class
+from popriskmin.compare.store import Store, prepare_folder
+from popriskmin.compare.task import Task, check_task
 
 
 def compare(
@@ -78,24 +82,32 @@ def compare(
     ['adamw', 'adamw-matched', 'prm']
     """
     if isinstance(task, str):
-        task = load_task_class(task)()
+        task = make_task(load_task_class(task), {})
     check_task(task)
     learning_rates = _numbers("lr", task.learning_rates if lr is None else lr)
     weight_decays = _numbers("weight_decay", task.weight_decays if weight_decay is None else weight_decay)
     seed_list = _seeds(seeds)
-    if not (isinstance(jobs, int) and jobs >= 1):
+    if not (isinstance(jobs, Integral) and int(jobs) >= 1):
         raise ValueError(f"jobs must be a whole number >= 1, got {jobs!r}")
-    arms = make_arms(prm, match_all)
+    arms = make_arms(_options_of_arms(prm), match_all)
+    check_common_options(task.optimizer_options, arms)
+    if out is not None and not str(out).strip():
+        raise ValueError(f"out must name a folder, got {out!r}")
     prepare_backend(backend, jobs)
     folder = Path("runs") / task.name if out is None else Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out must be a folder, but {folder} is a file")
+    for path in (folder, folder / "runs"):
+        prepare_folder(path)
 
     all_jobs = make_jobs(arms, learning_rates, weight_decays, seed_list)
+    # Of the task as it is before its code runs, which may change data that it shares.
+    source = source_digest(task)
     with Display(Console(stderr=True)) if progress else Silent() as display:
-        records = make_runs(task, all_jobs, Store(folder / "runs"), jobs, backend, display)
+        records = make_runs(task, all_jobs, Store(folder / "runs"), jobs, backend, display, source)
     runs = [read_run(job, records[job], task.metrics) for job in all_jobs]
-    results = Results.of_runs(task, arms, learning_rates, weight_decays, seed_list, runs, folder)
+    results = Results.of_runs(task, arms, learning_rates, weight_decays, seed_list, runs, folder, source)
+    note = _replaced(folder / "results.json", results.to_dict()) if progress else None
+    if note:
+        Console(stderr=True).print(note, highlight=False, markup=False, soft_wrap=True)
     results.write()
     write_report(results, records)
     return results
@@ -103,16 +115,50 @@ def compare(
 
 def _numbers(name: str, values: Sequence[float]) -> list[float]:
     """Return the distinct values of a grid in ascending order."""
-    if isinstance(values, (int, float)):
-        values = [values]
-    numbers = sorted({float(value) for value in values})
+    try:
+        listed = [values] if isinstance(values, Real) else list(values)
+        numbers = [] if any(isinstance(value, str) for value in listed) else sorted({float(value) for value in listed})
+    except (TypeError, ValueError):
+        numbers = []
     if not numbers or numbers[0] < 0 or not all(value < float("inf") for value in numbers):
-        raise ValueError(f"{name} must be one or more finite numbers >= 0, got {list(values)}")
+        raise ValueError(f"{name} must be one or more finite numbers >= 0, got {values!r}")
     return numbers
 
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
-    listed = list(range(seeds)) if isinstance(seeds, int) else sorted(set(seeds))
-    if not listed or not all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in listed):
-        raise ValueError(f"seeds must be a number of seeds >= 1, or a list of whole numbers >= 0, got {seeds!r}")
-    return listed
+    message = f"seeds must be a number of seeds >= 1, or a list of whole numbers >= 0, got {seeds!r}"
+    if isinstance(seeds, Integral):
+        listed: list[Any] = list(range(int(seeds)))
+    elif isinstance(seeds, Iterable):
+        listed = list(seeds)
+    else:
+        raise ValueError(message)
+    if not listed or not all(isinstance(seed, Integral) and 0 <= int(seed) < 2**32 for seed in listed):
+        raise ValueError(message)
+    return sorted({int(seed) for seed in listed})
+
+
+def _options_of_arms(prm: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    if isinstance(prm, (str, Mapping)) or not all(isinstance(options, Mapping) for options in prm):
+        raise ValueError(f'prm must be a list with a dict for each arm, such as [{{"mask": "soft"}}], got {prm!r}')
+    return list(prm)
+
+
+def _replaced(path: Path, data: Mapping[str, Any]) -> str | None:
+    """Return what to say where a file holds results that the new ones do not: those of another comparison."""
+    try:
+        former = json.loads(path.read_text(encoding="utf-8"))
+        options = data["task_options"]
+        lost = [f"{name}={value}" for name, value in former["task_options"].items() if options.get(name) != value]
+        for name in ("learning_rates", "weight_decays", "seeds"):
+            lost += [f"{name.replace('_', ' ')[:-1]} {value}" for value in former[name] if value not in data[name]]
+        names = [arm["name"] for arm in data["arms"]]
+        lost += [arm["name"] for arm in former["arms"] if arm["name"] not in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or it is not one of ours
+        return None
+    if not lost:
+        return None
+    return (
+        f"{path.parent} held the results of another comparison ({', '.join(lost)}), which these replace. Its runs are "
+        "kept: its command brings them back, and with another --out both stay."
+    )

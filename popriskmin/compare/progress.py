@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from popriskmin.compare.runner import Job
+from popriskmin.compare.text import brief
 from popriskmin.compare.train import Record
 
 
@@ -77,7 +78,7 @@ class Display(Silent):
             line = f"[{self.ended}/{self.total}] {job}: {end['status']}, {end['seconds']:.1f} s"
             self.console.print(f"{line}, {left}", highlight=False, markup=False, soft_wrap=True)
         if end["status"] == "failed":
-            self.console.print(str(end["error"]).strip().splitlines()[-1], style="red", markup=False, soft_wrap=True)
+            self.console.print(brief(end["error"]), style="red", markup=False, soft_wrap=True)
 
     def time_left(self) -> str:
         """Return the time that the remaining runs take at the pace so far, in words."""

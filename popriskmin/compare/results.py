@@ -13,12 +13,24 @@ import pandas as pd
 import torch
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
-from popriskmin.compare.analysis import FIGURES, Run, analyse, chosen_runs, interval, over_grid, warnings_of
+from popriskmin.compare.analysis import (
+    FIGURES,
+    Run,
+    analyse,
+    chosen_runs,
+    interval,
+    over_grid,
+    warnings_of,
+    why_none,
+)
 from popriskmin.compare.arms import Arm
 from popriskmin.compare.store import plain, write_whole
-from popriskmin.compare.task import Task, source_digest
+from popriskmin.compare.task import Task
+from popriskmin.compare.text import exact
 from popriskmin.version import __version__
 
 MEANING = {
@@ -54,6 +66,8 @@ class Results:
         What to know before believing the table.
     folder
         Where `results.json`, `report.html` and the runs are.
+    source
+        The digest of the task's source.
     """
 
     task: Task
@@ -66,6 +80,7 @@ class Results:
     over_grid: Mapping[str, Any]
     warnings: Sequence[str]
     folder: Path
+    source: str
 
     @classmethod
     def of_runs(
@@ -77,12 +92,13 @@ class Results:
         seeds: Sequence[int],
         runs: Sequence[Run],
         folder: Path,
+        source: str,
     ) -> Results:
         """Draw the conclusions from the runs."""
         selections = analyse(runs, arms, task.metrics)
-        found = warnings_of(runs, arms, selections, learning_rates, seeds)
+        found = warnings_of(runs, arms, selections, learning_rates, seeds, task.metrics)
         untuned = over_grid(runs, arms, task.metrics)
-        return cls(task, arms, learning_rates, weight_decays, seeds, runs, selections, untuned, found, folder)
+        return cls(task, arms, learning_rates, weight_decays, seeds, runs, selections, untuned, found, folder, source)
 
     @property
     def metric(self) -> str:
@@ -126,8 +142,8 @@ class Results:
         data: dict[str, Any] = plain(
             {
                 "task": self.task.name,
-                "task_options": self.task.options,
-                "task_source": source_digest(self.task),
+                "task_options": plain(self.task.options, setting=True),
+                "task_source": self.source,
                 "metrics": dict(self.task.metrics),
                 "optimizer_options": dict(self.task.optimizer_options),
                 "arms": [dataclasses.asdict(arm) for arm in self.arms],
@@ -180,7 +196,9 @@ class Results:
 
     def state_bytes(self, arm: str) -> int | None:
         """Return the bytes of an arm's optimizer state."""
-        return next((r.end["state_bytes"] for r in self.runs if r.job.arm.name == arm and "state_bytes" in r.end), None)
+        mine = [run.end for run in self.runs if run.job.arm.name == arm]
+        # A run that diverged before its first step has no state.
+        return max((end["state_bytes"] for end in mine if "state_bytes" in end), default=None)
 
     def cost(self, arm: str) -> dict[str, float] | None:
         """Return the medians over an arm's runs of seconds per step, whole and the optimizer's part, and its state."""
@@ -189,6 +207,10 @@ class Results:
             return None
         keys = ("seconds_per_step", "optimizer_seconds_per_step", "state_bytes", "parameters")
         return {key: float(np.median([end[key] for end in ends])) for key in keys}
+
+    def why_none(self, arm: str, figure: str) -> str:
+        """Say why an arm chose no configuration by a figure."""
+        return why_none([run for run in self.runs if run.job.arm.name == arm], figure, self.metric)
 
     def answers(self) -> dict[str, list[str]]:
         """Return the answer in sentences, by what they are about."""
@@ -209,16 +231,21 @@ class Results:
         # Where no terminal limits the width, names of arms need not be broken.
         console = console or (Console() if Console().is_terminal else Console(width=120))
         direction = "higher" if self.task.metrics[self.metric] == "max" else "lower"
-        console.print(f"\n{self.task.name}: test {self.metric}, {direction} is better", style="bold", highlight=False)
+        title = f"\n{self.task.name}: test {self.metric}, {direction} is better"
+        console.print(title, style="bold", highlight=False, markup=False)
+        # A terminal's lines are broken between words; elsewhere a sentence stays on one line.
+        style: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": not console.is_terminal}
         console.print("Each arm's configuration is the best on validation data by the same figure.\n", highlight=False)
         for figure in FIGURES:
             console.print(self._table(figure))
         for opening, sentences in self.answers().items():
-            console.print(f"{opening}:", highlight=False, markup=False)
+            console.print(f"{opening}:", **style)
             for sentence in sentences:
-                console.print(f"  {sentence}", highlight=False, markup=False, soft_wrap=True)
+                # Padding indents the lines that a sentence goes on to, too, but would break it where none should be.
+                line = Padding(Text(sentence), (0, 0, 0, 2)) if console.is_terminal else f"  {sentence}"
+                console.print(line, **style)
         for line in self.warnings:
-            console.print(f"Note: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"Note: {line}", style="yellow", **style)
 
     def _table(self, figure: str) -> Table:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left", title_style="")
@@ -231,12 +258,12 @@ class Results:
         for arm in self.arms:
             summary = self.selections[figure][arm.name]
             if summary["chosen"] is None:
-                table.add_row(arm.name, "-", "-", "-", "")
+                table.add_row(Text(arm.name), "-", "-", "-", "")
                 continue
-            chosen = (f"{summary['chosen']['lr']:g}", f"{summary['chosen']['weight_decay']:g}")
+            chosen = (exact(summary["chosen"]["lr"]), exact(summary["chosen"]["weight_decay"]))
             found = summary["against"].get("adamw", {}).get(figure, {}).get(self.metric)
             against = format_estimate(found, signed=True) if found else ""
-            table.add_row(arm.name, *chosen, format_estimate(summary["test"][figure][self.metric]), against)
+            table.add_row(Text(arm.name), *chosen, format_estimate(summary["test"][figure][self.metric]), against)
         return table
 
 

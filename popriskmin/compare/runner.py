@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Protocol
 
 import cloudpickle
@@ -21,6 +22,7 @@ from joblib.externals.loky import get_reusable_executor
 from popriskmin.compare.arms import Arm
 from popriskmin.compare.store import Store, settings_of
 from popriskmin.compare.task import Task
+from popriskmin.compare.text import describe, exact
 from popriskmin.compare.train import Configuration, Record, run
 
 
@@ -33,7 +35,7 @@ class Job:
 
     def __str__(self) -> str:
         c = self.configuration
-        return f"{self.arm.name} lr={c.lr:g} weight_decay={c.weight_decay:g} seed={c.seed}"
+        return f"{self.arm.name} lr={exact(c.lr)} weight_decay={exact(c.weight_decay)} seed={c.seed}"
 
 
 class Progress(Protocol):
@@ -63,28 +65,40 @@ def make_jobs(
 
 
 def make_runs(
-    task: Task, jobs: Sequence[Job], store: Store, n_jobs: int, backend: str, progress: Progress
+    task: Task,
+    jobs: Sequence[Job],
+    store: Store,
+    n_jobs: int,
+    backend: str,
+    progress: Progress,
+    source: str | None = None,
 ) -> dict[Job, list[Record]]:
     """Return the records of every job, read from the store or made now and written to it.
 
     Arms that follow another arm are made after all others, from the factors that those have recorded.
+
+    Parameters
+    ----------
+    source
+        The task's `source_digest`, where it is known already.
     """
+    pickled = _pickle_task(task)
+    settings = {job: settings_of(task, job.arm, job.configuration, source) for job in jobs}
     made: dict[Job, list[Record]] = {}
     for job in jobs:
-        records = store.read(settings_of(task, job.arm, job.configuration))
+        records = store.read(settings[job])
         if records is not None:
             made[job] = records
     progress.start(len(jobs), len(made))
 
     def keep(job: Job, records: list[Record]) -> None:
-        store.write(settings_of(task, job.arm, job.configuration), records)
+        store.write(settings[job], records)
         # Read back, so that what is reported does not depend on whether a run was just made.
-        made[job] = store.read(settings_of(task, job.arm, job.configuration)) or records
+        made[job] = store.read(settings[job]) or records
         progress.done(job, records)
 
     leaders = [job for job in jobs if job.arm.follows is None and job not in made]
-    for job, records in _parallel(task, [(job, None) for job in leaders], n_jobs, backend):
-        keep(job, records)
+    _each(_parallel(pickled, [(job, None) for job in leaders], n_jobs, backend), keep)
 
     followers: list[tuple[Job, list[float] | None]] = []
     for job in jobs:
@@ -98,9 +112,19 @@ def make_runs(
                 keep(job, [_failed(f"the run of {job.arm.follows!r} that it follows has failed")])
             else:
                 followers.append((job, factors(leader)))
-    for job, records in _parallel(task, followers, n_jobs, backend):
-        keep(job, records)
+    _each(_parallel(pickled, followers, n_jobs, backend), keep)
     return {job: made[job] for job in jobs}
+
+
+def _each(runs: Generator[tuple[Job, list[Record]], None, None], keep: Callable[[Job, list[Record]], None]) -> None:
+    """Keep each run as it ends. Where one cannot be kept, the others are given up without joblib's remarks on it."""
+    try:
+        for job, records in runs:
+            keep(job, records)
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            runs.close()
 
 
 def factors(records: Sequence[Record]) -> list[float]:
@@ -138,10 +162,9 @@ def _die_with(parent: int) -> None:
 
 
 def _parallel(
-    task: Task, work: list[tuple[Job, list[float] | None]], n_jobs: int, backend: str
-) -> Iterator[tuple[Job, list[Record]]]:
+    pickled: bytes, work: list[tuple[Job, list[float] | None]], n_jobs: int, backend: str
+) -> Generator[tuple[Job, list[Record]], None, None]:
     """Yield runs as they end. A worker process that dies takes no other run with it."""
-    pickled = _pickle_task(task)
     waiting = dict(work)
 
     def call(jobs: list[Job], n: int) -> Iterator[tuple[Job, list[Record]]]:
@@ -212,13 +235,25 @@ def prepare_backend(backend: str, n_jobs: int) -> None:
 
 
 def _pickle_task(task: Task) -> bytes:
-    """Pickle a task, with its code where workers cannot import it: a file of the user's, a notebook."""
+    """Pickle a task, with its code where workers cannot import it: a file of the user's, a notebook.
+
+    Raises
+    ------
+    ValueError
+        For a task that holds what cannot be pickled. It need not be with one job, but then a task that works with one
+        would not work with two.
+    """
     module = sys.modules.get(type(task).__module__)
     by_value = module is not None and module.__name__.split(".")[0] not in ("popriskmin", "__main__")
     if by_value:
         cloudpickle.register_pickle_by_value(module)
     try:
         pickled: bytes = cloudpickle.dumps(task)
+    except Exception as error:  # what the task's attributes raise, of whatever type
+        raise ValueError(
+            f"{type(task).__name__} holds something that cannot be sent to another process ({describe(error)}); "
+            "make it in trial(seed)"
+        ) from error
     finally:
         if by_value:
             cloudpickle.unregister_pickle_by_value(module)

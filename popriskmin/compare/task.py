@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import hashlib
-import importlib
-import importlib.util
+import difflib
 import inspect
-import pkgutil
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from types import GenericAlias, ModuleType
+from numbers import Integral
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -54,6 +49,18 @@ class Trial:
     batch_size: int | None = None
     n_dataset: int | None = None
     parameters: Iterable[Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Check what was given, so that a mistake is named before it shows somewhere else."""
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"Trial.model must be a torch.nn.Module, got {self.model!r}")
+        if not isinstance(self.batches, Iterable):
+            raise TypeError(f"Trial.batches must give one batch for each step, such as a list, got {self.batches!r}")
+        for name in ("loss", "validation", "test"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"Trial.{name} must be a function, got {getattr(self, name)!r}")
+        if not isinstance(self.evaluate_every, Integral) or self.evaluate_every < 1:
+            raise ValueError(f"Trial.evaluate_every must be a whole number >= 1, got {self.evaluate_every!r}")
 
 
 @dataclasses.dataclass
@@ -120,95 +127,42 @@ class Task(abc.ABC):
     @property
     def options(self) -> dict[str, Any]:
         """The options as a dict."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
 
 
 def check_task(task: Any) -> None:
     """Raise TypeError or ValueError that says what is missing, for something that is not a usable task."""
     if not isinstance(task, Task):
         raise TypeError(f"a task must be an instance of popriskmin.compare.Task, got {task!r}")
+    check_task_class(type(task))
+    name = type(task).__name__
+    if not isinstance(task.metrics, Mapping):
+        raise ValueError(f'{name}.metrics must be a dict such as {{"accuracy": "max"}}, got {task.metrics!r}')
     if not task.metrics:
-        raise ValueError(f'{type(task).__name__}.metrics is empty; give for example {{"accuracy": "max"}}')
-    for name, direction in task.metrics.items():
+        raise ValueError(f'{name}.metrics is empty; give for example {{"accuracy": "max"}}')
+    for metric, direction in task.metrics.items():
         if direction not in ("max", "min"):
             raise ValueError(
-                f"{type(task).__name__}.metrics[{name!r}] must be 'max' or 'min', the direction in which it is "
-                f"better, got {direction!r}"
+                f"{name}.metrics[{metric!r}] must be 'max' or 'min', the direction in which it is better, "
+                f"got {direction!r}"
             )
 
 
-def shipped_tasks() -> list[str]:
-    """Return the names of the tasks that come with the package: the modules of `popriskmin.tasks`."""
-    package = importlib.import_module("popriskmin.tasks")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-
-
-def load_task_class(name: str) -> type[Task]:
-    """Return the task of this name, or the one that a Python file defines.
-
-    Parameters
-    ----------
-    name
-        One of `shipped_tasks()`, or the path of a file that ends in .py.
-
-    Raises
-    ------
-    ValueError
-        If there is no such task or file, or the file defines no task or several.
-    """
-    if name.endswith(".py"):
-        path = Path(name)
-        if not path.is_file():
-            raise ValueError(f"there is no file {name}")
-        module = _load_file(path)
-    elif name in shipped_tasks():
-        module = importlib.import_module(f"popriskmin.tasks.{name}")
-    else:
-        raise ValueError(
-            f"there is no task {name!r}; the package has {', '.join(shipped_tasks())}, and a file of your own is given "
-            "by its path, ending in .py"
-        )
-    found = [
-        value
-        for value in vars(module).values()
-        # Python 3.10 takes an alias such as dict[str, float] for a type.
-        if isinstance(value, type)
-        and not isinstance(value, GenericAlias)
-        and issubclass(value, Task)
-        and value.__module__ == module.__name__
-    ]
-    if len(found) != 1:
-        names = ", ".join(task.__name__ for task in found) or "none"
-        raise ValueError(f"{name} must define one subclass of popriskmin.compare.Task, but defines {names}")
-    return found[0]
-
-
-def _load_file(path: Path) -> ModuleType:
-    module_name = path.stem
-    if module_name in sys.modules and getattr(sys.modules[module_name], "__file__", None) != str(path.resolve()):
-        module_name = f"{path.stem}_task"
-    # A task may import the files beside it, as it could if it were run as a script.
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location(module_name, path.resolve())
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path} cannot be loaded as a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def source_digest(task: Task) -> str | None:
-    """Return a digest of the source that defines the task; None where there is no source to read.
-
-    It is part of what identifies a run, so that results of an older version of the task are not taken for this one's.
-    """
-    try:
-        module = sys.modules.get(type(task).__module__)
-        file = getattr(module, "__file__", None)
-        source = Path(file).read_text() if file else inspect.getsource(type(task))
-    except (OSError, TypeError):
-        return None
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
+def check_task_class(kind: type[Task]) -> None:
+    """Raise ValueError for a class of which no usable task can be made: without `trial`, or whose options are none."""
+    if inspect.isabstract(kind):
+        similar = difflib.get_close_matches("trial", [name for name in vars(kind) if name[0] != "_"], n=1)
+        hint = f": did you mean it by {similar[0]}?" if similar else ""
+        raise ValueError(f"{kind.__name__} has no method trial(self, seed){hint}")
+    for base in kind.__mro__[: kind.__mro__.index(Task)]:
+        options = [name for name, hint in inspect.get_annotations(base).items() if "ClassVar" not in str(hint)]
+        if options and "__dataclass_fields__" not in vars(base):
+            raise ValueError(
+                f"{base.__name__} has options ({', '.join(options)}), but is no dataclass: put "
+                f"@dataclasses.dataclass above class {base.__name__}"
+            )
+    for field in dataclasses.fields(kind):
+        if field.name in vars(Task):
+            own = field.name in ("name", "options", "trial")
+            cure = "give it another name" if own else "write it without a type, so that it is no option"
+            raise ValueError(f"the option {field.name} of {kind.__name__} would hide Task.{field.name}: {cure}")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
-import pickle
 import random
 import statistics
 import threading
@@ -17,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from popriskmin.compare.arms import Arm, Driver, PRMDriver, make_driver
+from popriskmin.compare.digest import content_digest
 from popriskmin.compare.task import Task, Trial
 
 Record = dict[str, Any]
@@ -42,7 +40,8 @@ def run(task: Task, arm: Arm, configuration: Configuration, trace: Sequence[floa
 
     Every record has a `kind`: "step" for each step (its loss and, where the arm has one, the factor of the step);
     "evaluation" (the metrics on validation and test data); "mask" (per layer, for PRM); and a last "end" with the
-    status: "finished", "diverged" (a loss that is not finite), or "failed" with the error.
+    status: "finished", "diverged" (a loss that is not finite), or "failed" with the error. A task that calls
+    `sys.exit` has failed too.
     """
     records: list[Record] = []
     end: Record = {"kind": "end"}
@@ -50,7 +49,7 @@ def run(task: Task, arm: Arm, configuration: Configuration, trace: Sequence[floa
     with _isolated():
         try:
             end |= _train(task, arm, configuration, trace, records)
-        except Exception:  # one bad run must not stop the others
+        except (Exception, SystemExit):  # one bad run must not stop the others
             end |= {"status": "failed", "error": traceback.format_exc()}
     end["seconds"] = time.perf_counter() - start
     return [*records, end]
@@ -69,14 +68,14 @@ def _train(
         raise TypeError(f"{type(task).__name__}.trial must return a popriskmin.compare.Trial, got {trial!r}")
     seed_everything(configuration.seed)
     driver = make_driver(arm, trial, configuration.lr, configuration.weight_decay, task.optimizer_options, trace)
-    weights_digest = _digest(list(trial.model.parameters()))
+    weights_digest = content_digest(list(trial.model.parameters()))
     batch_digests: list[str] = []
     timer = _Timer()
     records.append(evaluate(task, trial, 0))
     status, number = "finished", 0
     for number, batch in enumerate(trial.batches, 1):
         if number <= BATCHES_CHECKED:
-            batch_digests.append(_digest(batch))
+            batch_digests.append(content_digest(batch))
         if trace is not None and number > len(trace):
             status = "diverged"  # as did the run that it follows, which has no further factor
             break
@@ -124,14 +123,23 @@ def evaluate(task: Task, trial: Trial, step: int) -> Record:
         trial.model.train(training)
     metrics = {}
     for name, values in found.items():
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{name}(model) must return a dict of {', '.join(task.metrics)}, got {values!r}")
         missing = [metric for metric in task.metrics if metric not in values]
         if missing:
             raise ValueError(
                 f"{name}(model) must return {', '.join(task.metrics)}, as {type(task).__name__}.metrics says, "
                 f"but returned {', '.join(values) or 'nothing'}"
             )
-        metrics[name] = {metric: float(values[metric]) for metric in task.metrics}
+        metrics[name] = {metric: _number(values[metric], f"{name}(model)[{metric!r}]") for metric in task.metrics}
     return {"kind": "evaluation", "step": step, **metrics}
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a number, got {value!r}") from error
 
 
 class _Timer:
@@ -145,6 +153,9 @@ class _Timer:
         start = time.perf_counter()
         driver.optimizer.zero_grad()
         loss = trial.loss(trial.model, batch)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            shown = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+            raise TypeError(f"loss(model, batch) must return a tensor with one element, got {shown}")
         loss.backward()  # type: ignore[no-untyped-call]
         value = float(loss.detach())
         before = time.perf_counter()
@@ -156,6 +167,9 @@ class _Timer:
         return value
 
     def medians(self) -> dict[str, float]:
+        """Return the medians; nothing for a run that took no step."""
+        if not self.whole:
+            return {}
         # The first steps allocate state and warm caches.
         whole, optimizer = self.whole[3:] or self.whole, self.optimizer[3:] or self.optimizer
         return {
@@ -204,27 +218,3 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
         for value in state.values()
         if isinstance(value, torch.Tensor)
     )
-
-
-def _digest(content: Any) -> str:
-    """Return a digest of tensors, arrays and plain values in any nesting; what cannot be read counts as nothing."""
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, (torch.Tensor, nn.Parameter)):
-            value = value.detach().cpu()
-            value = torch.view_as_real(value) if value.is_complex() else value
-            digest.update(value.double().numpy().tobytes())
-        elif isinstance(value, np.ndarray):
-            digest.update(value.tobytes())
-        elif isinstance(value, Mapping):
-            for item in value.values():
-                add(item)
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                add(item)
-        elif isinstance(value, (int, float, str, bytes, bool)):
-            digest.update(pickle.dumps(value))
-
-    add(content)
-    return digest.hexdigest()[:16]

@@ -16,6 +16,7 @@ from popriskmin.compare.analysis import (
     read_run,
     sentence,
     warnings_of,
+    why_none,
 )
 from popriskmin.compare.arms import make_arms
 from popriskmin.compare.runner import Job
@@ -67,7 +68,7 @@ def test_the_choice_sees_validation_alone():
     assert choose(runs, "final", {"loss": "min", "accuracy": "max"}) == (0.2, 0.1)
 
 
-def test_a_configuration_that_diverged_with_one_seed_is_not_chosen():
+def test_a_configuration_that_diverged_with_one_seed_has_no_end_but_may_have_the_best_stop():
     runs = [
         made_up(ARMS[0], 0, 0.1, [0, 0.9], [0, 0.9]),
         made_up(ARMS[0], 1, 0.1, [0, 0.9], [0, 0.9], status="diverged"),
@@ -77,6 +78,18 @@ def test_a_configuration_that_diverged_with_one_seed_is_not_chosen():
     assert choose(runs, "final", METRICS) == (0.2, 0.1)
     assert choose(runs, "best", METRICS) == (0.1, 0.1)
     assert choose(runs[:2], "final", METRICS) is None
+
+
+def test_a_metric_that_was_never_a_number_is_not_called_divergence():
+    nan = float("nan")
+    runs = [made_up(arm, seed, 0.1, [0.1, 0.5], [nan, nan] if arm.name == "prm" else [0.1, 0.5])
+            for arm in ARMS for seed in range(5)]  # fmt: skip
+    selections = analyse(runs, ARMS, METRICS)
+    assert selections["final"]["prm"]["chosen"] is None
+    found = warnings_of(runs, ARMS, selections, [0.1], range(5), METRICS)
+    assert found == ["prm: no configuration had a finite final accuracy on validation and test data with every seed."]
+    mine = [run for run in runs if run.job.arm.name == "prm"]
+    assert why_none(mine, "best", "accuracy").startswith("no configuration had a finite best accuracy")
 
 
 def test_each_figure_chooses_for_itself():
@@ -115,7 +128,7 @@ def test_an_arm_that_always_diverges():
     # Stopping early would have saved it.
     assert selections["best"]["prm"]["test"]["best"]["accuracy"]["mean"] == 0.5
     assert "final" not in selections["best"]["prm"]["test"]
-    found = warnings_of(runs, ARMS, selections, [0.1], range(5))
+    found = warnings_of(runs, ARMS, selections, [0.1], range(5), METRICS)
     assert "prm: 5 of 5 runs diverged." in found
     assert "prm: no configuration came to its end with every seed." in found
 
@@ -173,24 +186,27 @@ def test_over_the_grid():
 def test_warnings_name_the_edge_of_the_grid_and_unlike_starts():
     runs = [made_up(arm, seed, lr, [0, lr], [0, lr]) for arm in ARMS for seed in range(5) for lr in (0.1, 0.2, 0.3)]
     selections = analyse(runs, ARMS, METRICS)
-    found = warnings_of(runs, ARMS, selections, [0.1, 0.2, 0.3], range(5))
+    found = warnings_of(runs, ARMS, selections, [0.1, 0.2, 0.3], range(5), METRICS)
     assert found == [f"{arm.name}: the chosen learning rate 0.3 is the largest of the grid; extend it with --lr."
                      for arm in ARMS]  # fmt: skip
-    assert warnings_of(runs, ARMS, selections, [0.1, 0.2, 0.3, 0.4], range(5)) == []
-    assert warnings_of(runs, ARMS, selections, [0.1, 0.2, 0.3, 0.4], range(2))[0].startswith("With 2 seeds")
+    assert warnings_of(runs, ARMS, selections, [0.1, 0.2, 0.3, 0.4], range(5), METRICS) == []
+    assert warnings_of(runs, ARMS, selections, [0.1, 0.2, 0.3, 0.4], range(2), METRICS)[0].startswith("With 2 seeds")
     odd = [*runs, made_up(ARMS[1], 0, 0.1, [0, 0.1], [0, 0.1], initial_weights="others")]
-    assert warnings_of(odd, ARMS, selections, [0.3], range(5)) == [
+    assert warnings_of(odd, ARMS, selections, [0.3], range(5), METRICS) == [
         "seed 0: the arms did not get the same initial weights; trial(seed) must depend on seed alone."
     ]
     cut_short = [*runs, made_up(ARMS[1], 0, 0.1, [0, 0.1], [0, 0.1], first_batches=["a0"])]
-    assert warnings_of(cut_short, ARMS, selections, [0.3], range(5)) == []
+    assert warnings_of(cut_short, ARMS, selections, [0.3], range(5), METRICS) == []
     odd = [*cut_short, made_up(ARMS[1], 1, 0.1, [0, 0.1], [0, 0.1], first_batches=["a1", "other"])]
-    assert "seed 1: the arms did not get the same batches" in warnings_of(odd, ARMS, selections, [0.3], range(5))[0]
+    assert (
+        "seed 1: the arms did not get the same batches"
+        in warnings_of(odd, ARMS, selections, [0.3], range(5), METRICS)[0]
+    )
 
 
 def test_many_arms_are_warned_of():
     arms = make_arms([{"mask": "soft"}])
     runs = [made_up(arm, seed, 0.1, [0, 0.5], [0, 0.5]) for arm in arms for seed in range(5)]
-    found = warnings_of(runs, arms, analyse(runs, arms, METRICS), [0.1], range(5))
+    found = warnings_of(runs, arms, analyse(runs, arms, METRICS), [0.1], range(5), METRICS)
     # prm against two, the matched arm against one, the further one against two; in each of three figures.
     assert found == ["Of 15 differences, expect about one in twenty to look clear by chance alone."]

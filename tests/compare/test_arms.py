@@ -5,7 +5,7 @@ import torch
 from tiny import Tiny
 
 from popriskmin import PRM
-from popriskmin.compare.arms import Arm, make_arms, make_driver, parse_options
+from popriskmin.compare.arms import Arm, check_common_options, make_arms, make_driver, parse_options
 
 
 def test_the_three_arms_and_further_ones():
@@ -25,10 +25,11 @@ def test_the_three_arms_and_further_ones():
     [
         ({"softnes": 1.0}, "PRM has no option 'softnes': did you mean softness?"),
         ({"speed": 1.0}, "PRM has no option 'speed': it has betas, rho"),
-        ({"lr": 0.1}, "lr is not an option of one arm: all arms share one grid"),
+        ({"lr": 0.1}, "lr is not an option of one arm or task: all arms share one grid"),
         ({"mask": "sharp"}, "mask must be one of snr, soft, hard, none, got 'sharp'"),
         ({"softness": -1}, "softness must be a finite number >= 0, got -1"),
         ({}, "needs at least one option"),
+        ({"foreach": True, "differentiable": True}, "foreach=True does not support differentiable=True"),
     ],
 )
 def test_bad_options_are_refused_before_any_run(options, message):
@@ -45,11 +46,34 @@ def test_parse_options():
     assert parse_options(["mask=none", "mask_eps=none", "warmup_steps=32", "softness=1e-2", "debias=false"]) == {
         "mask": "none", "mask_eps": None, "warmup_steps": 32, "softness": 0.01, "debias": False,
     }  # fmt: skip
+    words = parse_options(["debias=off", "amsgrad=FALSE", "mask_decay=no", "maximize=On", "foreach=None"])
+    assert words == {"debias": False, "amsgrad": False, "mask_decay": False, "maximize": True, "foreach": None}
+    dtypes = parse_options(["state_dtype=torch.float64"]), parse_options(["state_dtype=bfloat16"])
+    assert [found["state_dtype"] for found in dtypes] == [torch.float64, torch.bfloat16]
     for bad in (["mask"], ["=soft"], ["mask="]):
         with pytest.raises(ValueError, match="given as NAME=VALUE, such as mask=soft"):
             parse_options(bad)
     with pytest.raises(ValueError, match="given twice"):
         parse_options(["mask=soft", "mask=hard"])
+
+
+def test_the_name_of_an_arm_tells_it_from_others():
+    names = [arm.name for arm in make_arms([{"softness": 0.12345678}, {"softness": 0.12345679}])[3:]]
+    assert names == ["prm softness=0.12345678", "prm softness=0.12345679"]
+
+
+@pytest.mark.parametrize(
+    ("common", "message"),
+    [
+        ({"lr": 0.5}, "optimizer_options of the task: lr is not an option of one arm or task"),
+        ({"btas": (0.9, 0.9)}, "PRM has no option 'btas': did you mean betas?"),
+        ({"bias_correction": False}, "debias=True needs bias_correction=True"),
+        ("betas", "optimizer_options of a task must be a dict such as .*, got 'betas'"),
+    ],
+)
+def test_common_options_that_cannot_be_shared(common, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        check_common_options(common, make_arms([{"debias": True}]))
 
 
 def train(arm, trace=None, common=None, steps=10, **grid):

@@ -89,6 +89,11 @@ def test_a_diverging_arm_is_reported(tmp_path, capsys):
     [
         ({"lr": []}, r"lr must be one or more finite numbers >= 0, got \[\]"),
         ({"lr": [-1.0]}, r"lr must be one or more finite numbers >= 0, got \[-1.0\]"),
+        ({"lr": "1e-3"}, r"lr must be one or more finite numbers >= 0, got '1e-3'"),
+        ({"seeds": 2.5}, "seeds must be a number of seeds >= 1, .*, got 2.5"),
+        ({"seeds": "12"}, "seeds must be"),
+        ({"prm": {"mask": "soft"}}, r"prm must be a list with a dict for each arm, .*, got {'mask': 'soft'}"),
+        ({"prm": "mask=soft"}, "prm must be a list with a dict for each arm"),
         ({"weight_decay": [float("nan")]}, "weight_decay must be one or more finite numbers"),
         ({"seeds": 0}, "seeds must be a number of seeds >= 1, or a list of whole numbers >= 0, got 0"),
         ({"seeds": [-1]}, "seeds must be"),
@@ -107,7 +112,43 @@ def test_out_that_is_a_file(tmp_path):
     (tmp_path / "x").write_text("mine")
     with pytest.raises(ValueError, match="out must be a folder, but .*x is a file"):
         compare(Tiny(), out=tmp_path / "x", **QUIET)
+    with pytest.raises(ValueError, match="out must be a folder, but .*x is a file"):
+        compare(Tiny(), out=tmp_path / "x" / "below", **QUIET)
     assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_out_that_is_empty(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="out must name a folder, got ''"):
+        compare(Tiny(), out="", **QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_is_said_where_the_results_of_another_comparison_are_replaced(tmp_path, capsys):
+    def told(**kwargs):
+        compare(Tiny(kwargs.pop("noise", 0.5)), lr=kwargs.pop("lr", 0.1), seeds=1, out=tmp_path, **kwargs)
+        return [line for line in capsys.readouterr().err.splitlines() if "another comparison" in line]
+
+    assert told() == []
+    assert told(lr=[0.1, 0.01], prm=[{"mask": "soft"}]) == []  # it holds all that was there
+    assert "another comparison (learning rate 0.01, prm mask=soft), which these replace" in told()[0]
+    assert "another comparison (noise=0.5), which these replace" in told(noise=0.7)[0]
+    (tmp_path / "results.json").write_text("[]")
+    assert told() == []
+
+
+def test_options_that_all_optimizers_share_are_checked_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(Tiny, "optimizer_options", {"lr": 0.5})
+    with pytest.raises(ValueError, match="optimizer_options of the task: lr is not an option"):
+        compare(Tiny(), out=tmp_path / "new", **QUIET)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_loss_that_is_never_a_number(tmp_path, capsys):
+    results = compare(Tiny(trouble="lost"), lr=0.1, seeds=1, out=tmp_path, **QUIET)
+    assert set(results.frame["status"]) == {"diverged"}
+    results.print()
+    assert "adamw-matched: 1 of 1 runs diverged." in capsys.readouterr().out
 
 
 def test_a_task_by_name_and_in_the_default_folder(tmp_path, monkeypatch):

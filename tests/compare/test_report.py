@@ -1,5 +1,6 @@
 """The page: complete, self-contained, and without fault in a real browser."""
 
+import html
 import html.parser
 import os
 import re
@@ -12,8 +13,10 @@ from tiny import Tiny
 from popriskmin.cli import main
 from popriskmin.compare import compare
 from popriskmin.compare.report import command
+from popriskmin.compare.results import OPENINGS
 from popriskmin.tasks.digits import Digits
 
+TINY = os.path.join(os.path.dirname(__file__), "..", "tiny.py")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -44,7 +47,9 @@ def test_it_needs_no_network_and_names_no_place(results, page):
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in Links(page).found)
     assert not re.search(r"url\((?!['\"]?#)", page)
     assert "<script" not in page
-    assert str(results.folder) not in page
+    # The command names what was given on the command line; beyond that no folder of this machine is told.
+    told = html.unescape(page).replace(command(results), "")
+    assert str(results.folder) not in told
     assert os.path.dirname(__file__) not in page
 
 
@@ -60,6 +65,8 @@ def test_it_says_everything(results, page):
     for expected in ("diverged at step", "To repeat it", "How open the mask was", "bytes per parameter", "torch 2"):
         assert expected in text
     assert page.count("<svg") == 3
+    for heading in OPENINGS.values():
+        assert f"<h2>{heading}</h2>" in page
     assert "nan" not in re.sub(r"[a-z]*nan[a-z]+|[a-z]+nan", "", text.lower())
 
 
@@ -70,10 +77,30 @@ def test_names_are_escaped(tmp_path):
 
 def test_the_command_on_the_page_repeats_the_comparison(results, tmp_path):
     words = shlex.split(command(results))
-    assert words[:3] == ["popriskmin", "compare", "tiny.py"]
-    words[2] = os.path.join(os.path.dirname(__file__), "..", "tiny.py")
-    assert main([*words[1:], "--out", str(tmp_path)]) == 0
+    assert words[:2] == ["popriskmin", "compare"]
+    assert words[-2:] == ["--out", str(results.folder)]
+    assert main([*words[1:-1], str(tmp_path)]) == 0
     assert (tmp_path / "results.json").read_text() == (results.folder / "results.json").read_text()
+
+
+def test_the_command_names_numbers_and_folders_as_they_were_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    shutil.copy(TINY, "sub/small.py")
+    assert main(["compare", "sub/small.py", "--lr", "0.00123456789", "--seeds", "1", "--noise=-inf"]) == 0
+    page = html.unescape((tmp_path / "runs" / "tiny" / "report.html").read_text(encoding="utf-8"))
+    assert "popriskmin compare sub/small.py --lr 0.00123456789 --weight-decay 0 --seeds 1 --noise=-inf" in page
+    assert "--out" not in page
+
+
+def test_where_no_command_can_repeat_it_the_call_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Tiny, "__module__", "__main__")
+    results = compare(Tiny(steps=2), seeds=1, lr=0.1, prm=[{"mask": "soft"}], out="here", progress=False)
+    assert command(results) == (
+        "compare(Tiny(noise=0.5, steps=2, trouble='', sleep=0.0, scratch=''), lr=[0.1], weight_decay=[0.0], "
+        "seeds=[0], prm=[{'mask': 'soft'}], out='here')"
+    )
 
 
 def test_the_command_of_a_shipped_task_with_chosen_seeds(tmp_path):
@@ -82,7 +109,7 @@ def test_the_command_of_a_shipped_task_with_chosen_seeds(tmp_path):
                       match_all=True, out=tmp_path, progress=False)  # fmt: skip
     assert command(results) == (
         "popriskmin compare digits --lr 0.1 --weight-decay 0 --seed-list 3 --prm mask=hard warmup_steps=1 --match-all "
-        "--noise 0.4 --imbalance 2.0 --epochs 1 --batch-size 64 --width 128"
+        f"--noise 0.4 --imbalance 2.0 --epochs 1 --batch-size 64 --width 128 --out {tmp_path}"
     )
     page = (tmp_path / "report.html").read_text()
     assert "accuracy on rare classes" in page

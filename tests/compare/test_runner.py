@@ -126,6 +126,24 @@ def test_seeds_come_first_so_that_what_is_there_is_whole(tmp_path):
     assert [job.configuration.seed for job in all_jobs(seeds=(4, 7))] == [4] * 6 + [7] * 6
 
 
+def test_a_task_that_cannot_be_sent_to_a_worker(tmp_path):
+    task = Tiny()
+    task.held = (i for i in range(3))
+    with pytest.raises(ValueError, match=r"Tiny holds something that cannot be sent .*generator.*make it in trial"):
+        make_runs(task, all_jobs(), Store(tmp_path), 1, "loky", Silent())
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_that_cannot_be_kept_end_without_remarks_of_joblib(tmp_path, monkeypatch, recwarn):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Store, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        make_runs(Tiny(), all_jobs(), Store(tmp_path), 2, "threading", Silent())
+    assert not [warning for warning in recwarn if "cancelled" in str(warning.message)]
+
+
 def test_unknown_backends_are_named():
     with pytest.raises(ValueError, match="backend must be one of .*loky.*got 'condor'"):
         prepare_backend("condor", 1)

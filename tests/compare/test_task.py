@@ -1,35 +1,13 @@
-"""Tasks: what they must give, and how they are found."""
+"""Tasks: what they must give."""
 
 import dataclasses
-import os
-import sys
-import textwrap
+from typing import ClassVar
 
 import pytest
 from tiny import Tiny
 
 from popriskmin.compare import Task
-from popriskmin.compare.task import check_task, load_task_class, shipped_tasks, source_digest
-
-GOOD = """
-    import dataclasses
-    import helper_beside_it
-    from popriskmin.compare import Task, Trial
-
-    @dataclasses.dataclass
-    class Mine(Task):
-        depth: int = 2
-        metrics = {"error": "min"}
-
-        def trial(self, seed):
-            return helper_beside_it.value
-"""
-
-
-def write(folder, text, name="mine.py"):
-    path = folder / name
-    path.write_text(textwrap.dedent(text))
-    return str(path)
+from popriskmin.compare.task import check_task
 
 
 def test_name_and_options():
@@ -66,55 +44,77 @@ def test_a_task_needs_trial_and_metrics():
         check_task(3)
 
 
-def test_shipped_tasks_are_found_by_name():
-    assert "digits" in shipped_tasks()
-    assert load_task_class("digits").__name__ == "Digits"
-    with pytest.raises(ValueError, match="there is no task 'digit'; the package has .*digits.*ending in .py"):
-        load_task_class("digit")
+def test_metrics_that_are_no_dict():
+    class Listed(Task):
+        metrics = ["mse"]
+
+        def trial(self, seed): ...
+
+    with pytest.raises(
+        ValueError, match=r"Listed.metrics must be a dict such as {\"accuracy\": \"max\"}, got \['mse'\]"
+    ):
+        check_task(Listed())
 
 
-def test_a_file_may_import_what_lies_beside_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    write(tmp_path, "value = 42", "helper_beside_it.py")
-    task = load_task_class(write(tmp_path, GOOD))(depth=3)
-    assert task.trial(0) == 42
-    assert task.options == {"depth": 3}
+def test_a_forgotten_dataclass():
+    class Plain(Task):
+        noise: float = 0.5
+        known: ClassVar[int] = 3
+        metrics = {"x": "max"}
+
+        def trial(self, seed): ...
+
+    with pytest.raises(
+        ValueError, match=r"Plain has options \(noise\), but is no dataclass: put @dataclasses.dataclass"
+    ):
+        check_task(Plain())
+    check_task(dataclasses.dataclass(Plain)())
 
 
-def test_a_file_that_is_named_like_a_module_does_not_replace_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    task_class = load_task_class(write(tmp_path, GOOD.replace("import helper_beside_it", ""), "json.py"))
-    assert task_class.__name__ == "Mine"
-    import json
+def test_an_option_that_would_hide_what_a_task_has():
+    @dataclasses.dataclass
+    class Hiding(Task):
+        options: str = "x"
+        metrics = {"x": "max"}
 
-    assert hasattr(json, "dumps")
+        def trial(self, seed): ...
 
+    with pytest.raises(ValueError, match="the option options of Hiding would hide Task.options: give it another name"):
+        check_task(Hiding())
 
-def test_files_that_define_no_task_or_two(tmp_path):
-    with pytest.raises(ValueError, match="must define one subclass of .*Task, but defines none"):
-        load_task_class(write(tmp_path, "from popriskmin.compare import Task"))
-    twice = GOOD.replace("import helper_beside_it", "") + "\n    class Other(Mine): pass\n"
-    with pytest.raises(ValueError, match="but defines Mine, Other"):
-        load_task_class(write(tmp_path, twice))
-    with pytest.raises(ValueError, match="there is no file nowhere.py"):
-        load_task_class("nowhere.py")
+    @dataclasses.dataclass
+    class Rates(Task):
+        learning_rates: tuple = (0.1,)
+        metrics = {"x": "max"}
 
+        def trial(self, seed): ...
 
-def test_the_digest_follows_the_source(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    source = GOOD.replace("import helper_beside_it", "")
-    one = source_digest(load_task_class(write(tmp_path, source))())
-    again = source_digest(load_task_class(write(tmp_path, source))())
-    other = source_digest(load_task_class(write(tmp_path, source + "\n    # changed\n"))())
-    assert one == again != other
-    assert source_digest(Tiny()) is not None
+    with pytest.raises(ValueError, match="would hide Task.learning_rates: write it without a type"):
+        check_task(Rates())
 
 
-def test_a_task_without_a_file_has_no_digest():
-    namespace = {"Task": Task, "__name__": "typed_at_a_prompt"}
-    exec("class Typed(Task):\n    metrics = {'x': 'max'}\n    def trial(self, seed): pass", namespace)
-    assert source_digest(namespace["Typed"]()) is None
+def test_what_is_not_given_is_no_option():
+    @dataclasses.dataclass
+    class Derived(Task):
+        width: int = 3
+        area: int = dataclasses.field(default=0, init=False)
+        metrics = {"x": "max"}
+
+        def trial(self, seed): ...
+
+    assert Derived().options == {"width": 3}
 
 
-def test_the_folder_of_this_test_is_not_littered():
-    assert "mine.py" not in os.listdir(os.path.dirname(__file__))
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"evaluate_every": 0}, ValueError, "Trial.evaluate_every must be a whole number >= 1, got 0"),
+        ({"evaluate_every": None}, ValueError, "Trial.evaluate_every must be a whole number >= 1, got None"),
+        ({"batches": 30}, TypeError, "Trial.batches must give one batch for each step, such as a list, got 30"),
+        ({"test": 0.5}, TypeError, "Trial.test must be a function, got 0.5"),
+        ({"model": "linear"}, TypeError, "Trial.model must be a torch.nn.Module, got 'linear'"),
+    ],
+)
+def test_a_trial_that_cannot_work(change, error, message):
+    with pytest.raises(error, match=message):
+        dataclasses.replace(Tiny().trial(0), **change)

@@ -89,10 +89,21 @@ def test_a_diverging_run_is_recorded_as_such():
     assert followed[-1]["status"] == "diverged"
 
 
+def test_a_run_that_diverges_before_its_first_step():
+    records = run(Tiny(trouble="lost"), PRM_ARM, SETTING)
+    assert (records[-1]["status"], records[-1]["steps"]) == ("diverged", 1)
+    followed = run(Tiny(trouble="lost"), MATCHED, SETTING, factors(records))
+    assert followed[-1]["status"] == "diverged"
+    assert "seconds_per_step" not in followed[-1]
+
+
 def test_an_error_becomes_a_record():
     end = run(Tiny(trouble="raise"), ADAMW, SETTING)[-1]
     assert end["status"] == "failed"
     assert "ArithmeticError: the task is broken" in end["error"]
+    end = run(Tiny(trouble="exit"), ADAMW, SETTING)[-1]
+    assert end["status"] == "failed"
+    assert "SystemExit: 3" in end["error"]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +112,16 @@ def test_an_error_becomes_a_record():
         (lambda trial: setattr(trial, "batches", []), "gave no batches"),
         (lambda trial: setattr(trial, "validation", lambda model: {"fit": 1.0}), "validation.* must return error, fit"),
         (lambda trial: setattr(trial, "test", lambda model: {}), "but returned nothing"),
+        (lambda trial: setattr(trial, "test", lambda model: 0.5), r"test\(model\) must return a dict .*, got 0.5"),
+        (
+            lambda trial: setattr(trial, "test", lambda model: {"error": "low", "fit": 1}),
+            r"test\(model\)\['error'\] must be a number, got 'low'",
+        ),
+        (lambda trial: setattr(trial, "loss", lambda model, rows: 0.5), "a tensor with one element, got 0.5"),
+        (
+            lambda trial: setattr(trial, "loss", lambda model, rows: model.weight),
+            r"a tensor with one element, got a tensor of shape \(1, 9\)",
+        ),
     ],
 )
 def test_a_trial_that_does_not_fit_says_why(monkeypatch, change, message):

@@ -1,0 +1,77 @@
+"""Small pieces of text that several parts of the comparison write: numbers, and errors in a line."""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+from pathlib import Path
+
+CAME_FROM_HERE = Path(__file__).resolve().parents[1]
+
+
+def exact(value: float) -> str:
+    """Write a number as short as reads back as the same.
+
+    Examples
+    --------
+    >>> exact(1e-3), exact(2.0), exact(0.00123456789)
+    ('0.001', '2', '0.00123456789')
+    """
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
+
+
+def brief(error: object) -> str:
+    r"""Return the line of a recorded error that says most: of a traceback what was raised, else the first line.
+
+    Examples
+    --------
+    >>> brief("its process died: TerminatedWorkerError: A worker process was killed.\nDetailed tracebacks ...")
+    'its process died: TerminatedWorkerError: A worker process was killed.'
+    """
+    lines = str(error).strip().splitlines() or [""]
+    if not lines[0].startswith("Traceback"):
+        return lines[0]
+    # What was raised follows the last frame, and may have lines of its own.
+    frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
+    said = [line for line in lines[frames[-1] :] if not line.startswith(" ")] if frames else []
+    return said[0] if said else lines[-1]
+
+
+def place_of(error: BaseException, name: str) -> str:
+    """Say in which line of the user's code an error arose, as `my_task.py, line 3`.
+
+    That is the innermost frame outside of installed packages, Python's own files and this package.
+
+    Parameters
+    ----------
+    name
+        The file's name, where no frame tells more.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{_shown(error.filename, name)}, line {error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    return f"{_shown(frames[-1].filename, name)}, line {frames[-1].lineno}" if frames else name
+
+
+def _is_users(filename: str) -> bool:
+    path = Path(filename)
+    foreign = {"site-packages", "dist-packages"} & set(path.parts) or CAME_FROM_HERE in path.parents
+    return not foreign and path.is_file() and Path(linecache.__file__).parent not in path.parents
+
+
+def _shown(filename: str, name: str) -> str:
+    """Return the file as the user gave it, or another one by its last name."""
+    return name if Path(filename).name == Path(name).name else Path(filename).name
+
+
+def describe(error: BaseException) -> str:
+    """Return `KeyError: 'a'`, in one line.
+
+    Examples
+    --------
+    >>> describe(KeyError("a"))
+    "KeyError: 'a'"
+    """
+    said = str(error.msg if isinstance(error, SyntaxError) else error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__

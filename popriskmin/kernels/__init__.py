@@ -1,0 +1,132 @@
+"""The fused step, one pass over memory: `cpu` in C, `cuda` in Triton; and what of it is usable here.
+
+A kernel takes addresses, so every tensor is looked at first; what does not fit is left to the foreach step.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from popriskmin.compat import bump_versions
+from popriskmin.kernels import cpu, cuda
+from popriskmin.kernels.fit import all_fit_on_the_cpu, matched, misfit
+from popriskmin.lists import Lists, as_real
+from popriskmin.mask import Hyperparameters
+
+
+class Kernel(NamedTuple):
+    """One kernel: `unusable()` says why it cannot run here, or None; `step(lists, state_steps, hyper)` runs it."""
+
+    unusable: Callable[[], str | None]
+    step: Callable[[Lists, list[Tensor], Hyperparameters], None]
+    by_default: bool
+
+
+# By the type of the device. What has not been run on hardware is not taken unless it is asked for.
+KERNELS = {
+    "cpu": Kernel(cpu.unusable, cpu.step, by_default=True),
+    "cuda": Kernel(cuda.unusable, cuda.step, by_default=False),
+}
+
+
+def unusable() -> str | None:
+    """Return why no kernel can be used here, or None if one can."""
+    reasons = {device: kernel.unusable() for device, kernel in KERNELS.items()}
+    if any(reason is None for reason in reasons.values()):
+        return None
+    return "; ".join(f"{device}: {reason}" for device, reason in reasons.items())
+
+
+def fused_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, insist: bool) -> list[int]:
+    """Take one step of the tensors that fit a kernel, in place, and return the places of the others.
+
+    Parameters
+    ----------
+    lists, state_steps, hyper
+        As for every implementation, not empty; see `popriskmin.functional.prm`.
+    insist
+        Raise where a tensor does not fit, before any has moved, and use kernels that are not used by default.
+
+    Raises
+    ------
+    RuntimeError
+        With `insist`, saying which tensor does not fit and why.
+    """
+    if _quickly_fits(lists, state_steps, hyper):
+        cpu.step(lists, state_steps, hyper)
+        bump_versions(lists.params)
+        return []
+    cohorts: dict[tuple[object, ...], list[int]] = {}
+    left = []
+    for i, param in enumerate(lists.params):
+        reason = _misfit_here(lists, state_steps, hyper, i, insist)
+        if reason is None:
+            key = (param.device, *(tensors[i].dtype for tensors in lists if tensors))
+            cohorts.setdefault(key, []).append(i)
+        elif insist:
+            raise RuntimeError(f"fused=True, but tensor {i} of a parameter group cannot take it: {reason}")
+        else:
+            left.append(i)
+    if not insist and any(lists.params[i].device.type == "cpu" for i in left):
+        _warn_without_kernel(cpu.unusable())
+    for indices in cohorts.values():
+        cohort = lists.of(indices)
+        grads = [matched(grad, param) for grad, param in zip(cohort.grads, cohort.params)]
+        real = Lists(*[[as_real(tensor) for tensor in tensors] for tensors in cohort._replace(grads=grads)])
+        KERNELS[real.params[0].device.type].step(real, [state_steps[i] for i in indices], hyper)
+        bump_versions(cohort.params)
+    return left
+
+
+@functools.lru_cache(maxsize=1)
+def _warn_without_kernel(reason: str | None) -> None:
+    if reason is not None:
+        warnings.warn(f"PRM works without its fused step, several times slower: {reason}", stacklevel=6)
+
+
+def _quickly_fits(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters) -> bool:
+    return (
+        cpu.unusable() is None
+        and hyper.mask in cpu.MASK_CODES
+        and not (isinstance(hyper.lr, Tensor) and hyper.lr.device.type != "cpu")
+        and all_fit_on_the_cpu(lists, state_steps)
+    )
+
+
+def _misfit_here(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, i: int, insist: bool) -> str | None:
+    device = lists.params[i].device.type
+    if device not in KERNELS:
+        return f"there is no kernel for {device}"
+    kernel = KERNELS[device]
+    if not (kernel.by_default or insist):
+        return f"the kernel for {device} is used with fused=True only"
+    if device == "cpu":
+        if isinstance(hyper.lr, Tensor) and hyper.lr.device.type != "cpu":
+            return f"lr is on {hyper.lr.device}, the parameter on the CPU"
+        if state_steps[i].device.type != "cpu":
+            return f"its step counter is on {state_steps[i].device}"
+    if hyper.mask not in cpu.MASK_CODES:
+        return f"the kernels do not know the mask {hyper.mask!r}"
+    return kernel.unusable() or misfit(lists, state_steps, i)
+
+
+def describe() -> dict[str, str]:
+    """Return what is usable here, in words: a line for each device."""
+    lines = {}
+    for device, kernel in KERNELS.items():
+        reason = kernel.unusable()
+        if reason is not None:
+            lines[device] = f"foreach; no fused step: {reason}"
+        elif device == "cpu":
+            lines[device] = (
+                f"fused, {cpu.LEVELS[cpu.level()]}, {torch.get_num_threads()} threads (torch.get_num_threads())"
+            )
+        else:
+            lines[device] = "foreach; fused (Triton) with fused=True, which has not been run on hardware"
+    return lines

@@ -1,0 +1,141 @@
+"""The fused step on the CPU: `cpu.c`, loaded with ctypes, which releases the interpreter's lock for the call.
+
+The library is built when the package is installed. It knows neither Python nor torch and gets plain addresses, so one
+build serves every version of both; every tensor is checked before its address is handed over.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import functools
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from popriskmin.lists import Lists
+from popriskmin.mask import Hyperparameters
+
+# As in cpu.c.
+ABI = 1
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+MASK_CODES = {"none": 0, "snr": 1, "soft": 2, "hard": 3}
+LEVELS = ("baseline", "AVX2", "AVX-512")
+
+NAME = "_cpu.dll" if sys.platform == "win32" else "_cpu.so"
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_double) for name in (
+            "lr", "beta1", "beta2", "rho", "eps", "mask_eps", "weight_decay", "softness", "coefficient",
+        )),
+        ("warmup_steps", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in (
+            "mask", "pooled", "amsgrad", "bias_correction", "decoupled_weight_decay", "maximize", "debias",
+            "mask_decay",
+        )),
+    ]  # fmt: skip
+
+
+def path() -> Path:
+    """Return where the library is: beside this file, or where POPRISKMIN_CPU_KERNEL says (another build of it)."""
+    return Path(os.environ.get("POPRISKMIN_CPU_KERNEL") or Path(__file__).with_name(NAME))
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> ctypes.CDLL | str:
+    """Return the library, or why it cannot be used."""
+    file = path()
+    if not file.exists():
+        return (
+            "the kernel for the CPU was not built when popriskmin was installed: it needs a C compiler (gcc or clang); "
+            "install one, then reinstall popriskmin"
+        )
+    try:
+        library = ctypes.CDLL(str(file))
+        abi = library.prm_abi()
+    except (OSError, AttributeError) as error:
+        return f"the kernel for the CPU cannot be loaded: {error}; reinstall popriskmin"
+    if abi != ABI:
+        return f"the kernel for the CPU is of another version ({abi}, not {ABI}): reinstall popriskmin"
+    library.prm_step.argtypes = [
+        ctypes.POINTER(_Options), ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_int] * 6,
+    ]  # fmt: skip
+    return library
+
+
+def unusable() -> str | None:
+    """Return why the kernel cannot be used here, or None if it can."""
+    library = _load()
+    return library if isinstance(library, str) else None
+
+
+def level() -> int:
+    """Return the instruction set that is used here, a place in `LEVELS`."""
+    library = _load()
+    return 0 if isinstance(library, str) else int(library.prm_best_level())
+
+
+def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters) -> None:
+    """Take one step in place, counters included.
+
+    Parameters
+    ----------
+    lists
+        Tensors that `popriskmin.kernels.fit` found to fit; those of one list are of one dtype.
+    state_steps
+        Float32 counters on the CPU.
+    hyper
+        The group's numbers; `lr` on the CPU if it is a tensor.
+
+    Raises
+    ------
+    MemoryError
+        If the kernel finds no memory for its tables, some bytes for each tensor; nothing has then changed.
+    """
+    library = _load()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    columns = [array.array("q", map(Tensor.data_ptr, tensors)) for tensors in lists]
+    nothing = array.array("q", bytes(8 * len(lists.params)))
+    table = array.array("q")
+    for column in (
+        *columns[:5],
+        columns[5] if hyper.amsgrad else nothing,
+        array.array("q", map(Tensor.data_ptr, state_steps)),
+        array.array("q", map(Tensor.numel, lists.params)),
+    ):
+        table.extend(column)
+    kinds = [TYPES[tensors[0].dtype] for tensors in (lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_vars)]
+    failed = library.prm_step(
+        _options(hyper), table.buffer_info()[0], len(lists.params), *kinds, torch.get_num_threads(), level()
+    )
+    if failed:
+        raise MemoryError(f"no memory for the step of {len(lists.params)} tensors; nothing was changed")
+
+
+def _options(hyper: Hyperparameters) -> _Options:
+    return _Options(
+        lr=float(hyper.lr),
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        rho=hyper.rho,
+        eps=hyper.eps,
+        mask_eps=hyper.mask_eps,
+        weight_decay=hyper.weight_decay,
+        softness=hyper.softness,
+        coefficient=hyper.coefficient,
+        warmup_steps=hyper.warmup_steps,
+        mask=MASK_CODES[hyper.mask],
+        pooled=hyper.reduction == "per_tensor",
+        amsgrad=hyper.amsgrad,
+        bias_correction=hyper.bias_correction,
+        decoupled_weight_decay=hyper.decoupled_weight_decay,
+        maximize=hyper.maximize,
+        debias=hyper.debias,
+        mask_decay=hyper.mask_decay,
+    )

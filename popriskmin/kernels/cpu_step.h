@@ -1,0 +1,382 @@
+/* The arithmetic of PRM's step on the CPU, over stretches of memory that lie in the first cache.
+ *
+ * A template: cpu.c includes this file once for every pair of an arithmetic type REAL and an instruction set TARGET, and
+ * NAME(x) gives x a name of its own. Every function does one pass, in loops that compilers turn into vector code.
+ * Nothing may contract a multiplication and an addition into one rounding (-ffp-contract=off): at the boundary the soft
+ * mask must be exactly 0, and every instruction set must give the same bits.
+ */
+
+/* The constants of `numbers` in the arithmetic type. */
+typedef struct {
+    REAL sign, coupled_decay, one_minus_beta1, beta2, one_minus_beta2, rho, blend, inv_centre;
+    REAL inv_bias1, inv_bias_var, k, coefficient, softness, mask_eps, bound;
+    REAL keep, masked_decay, step_size, inv_root_bias2, eps;
+    int debias, has_blend;
+} NAME(constants);
+
+static NAME(constants) NAME(convert)(const numbers *x) {
+    NAME(constants) c;
+    c.sign = (REAL)x->sign;
+    c.coupled_decay = (REAL)x->coupled_decay;
+    c.one_minus_beta1 = (REAL)x->one_minus_beta1;
+    c.beta2 = (REAL)x->beta2;
+    c.one_minus_beta2 = (REAL)x->one_minus_beta2;
+    c.rho = (REAL)x->rho;
+    c.blend = (REAL)x->blend;
+    c.debias = x->k > 0;
+    c.has_blend = x->blend != 0;
+    c.inv_centre = (REAL)x->inv_centre;
+    c.inv_bias1 = (REAL)x->inv_bias1;
+    c.inv_bias_var = (REAL)x->inv_bias_var;
+    c.k = (REAL)x->k;
+    c.coefficient = (REAL)x->coefficient;
+    /* The snr mask multiplies the noise by both. */
+    c.softness = (REAL)(x->mask == MASK_SNR ? x->softness * x->coefficient : x->softness);
+    /* As popriskmin.mask.floor and popriskmin.mask.largest. */
+    c.mask_eps = (REAL)(x->mask_eps > (double)REAL_TINY ? x->mask_eps : (double)REAL_TINY);
+    c.bound = (REAL)(REAL_MAX / 4);
+    c.keep = (REAL)x->keep;
+    c.masked_decay = (REAL)x->masked_decay;
+    c.step_size = (REAL)x->step_size;
+    c.inv_root_bias2 = (REAL)x->inv_root_bias2;
+    c.eps = (REAL)x->eps;
+    return c;
+}
+
+/* Comparisons are written so that NaN passes through, as it does in torch's clamp and maximum. */
+TARGET INLINE REAL NAME(at_most)(REAL x, REAL bound) { return x > bound ? bound : x; }
+TARGET INLINE REAL NAME(not_negative)(REAL x) { return x < 0 ? 0 : x; }
+
+/* q from signal and noise; `mask` and `debias` are constants wherever speed counts, so only one branch is left. */
+TARGET INLINE REAL NAME(mask)(int mask, int debias, REAL signal, REAL noise, const NAME(constants) *c) {
+    signal = NAME(at_most)(signal, c->bound);
+    noise = NAME(at_most)(noise, c->bound);
+    if (debias)
+        signal = NAME(not_negative)(signal - noise * c->k);
+    if (mask == MASK_SNR)
+        return signal / (noise * c->softness + c->mask_eps + signal);
+    if (mask == MASK_SOFT) {
+        REAL excess = NAME(not_negative)(signal - noise * c->coefficient);
+        return excess / (noise * c->softness + c->mask_eps + excess);
+    }
+    if (mask == MASK_HARD)
+        return signal > noise * c->coefficient ? 1 : 0;
+    return 1;
+}
+
+TARGET static REAL NAME(mask_of_means)(int mask, double signal, double noise, const NAME(constants) *c) {
+    return NAME(mask)(mask, c->debias, (REAL)signal, (REAL)noise, c);
+}
+
+/* m, v, s to this step. */
+TARGET INLINE void NAME(advance_loop)(int coupled, int64_t n, const REAL *restrict p, const REAL *restrict g,
+                                             REAL *restrict m, REAL *restrict v, REAL *restrict s,
+                                             const NAME(constants) *constants) {
+    const NAME(constants) c = *constants;
+    for (int64_t i = 0; i < n; i++) {
+        REAL grad = g[i] * c.sign;
+        if (coupled)
+            grad = grad + p[i] * c.coupled_decay;
+        REAL mean = m[i];
+        REAL deviation = grad - mean * c.inv_centre;
+        /* Where blend is 0 the square may be infinite, and 0 times infinity is not 0. */
+        deviation = c.has_blend ? deviation : 0;
+        s[i] = s[i] * c.rho + deviation * deviation * c.blend;
+        m[i] = mean + (grad - mean) * c.one_minus_beta1;
+        v[i] = v[i] * c.beta2 + grad * grad * c.one_minus_beta2;
+    }
+}
+
+TARGET static void NAME(advance)(int coupled, int64_t n, const REAL *p, const REAL *g, REAL *m, REAL *v, REAL *s,
+                                 const NAME(constants) *c) {
+    if (coupled)
+        NAME(advance_loop)(1, n, p, g, m, v, s, c);
+    else
+        NAME(advance_loop)(0, n, p, g, m, v, s, c);
+}
+
+TARGET static void NAME(raise_maximum)(int64_t n, REAL *restrict maximum, const REAL *restrict v) {
+    for (int64_t i = 0; i < n; i++)
+        maximum[i] = (v[i] > maximum[i]) | (v[i] != v[i]) ? v[i] : maximum[i];
+}
+
+/* p moves; `given` multiplies the step where the mask is MASK_NONE. */
+TARGET INLINE void NAME(move_loop)(int mask, int debias, int64_t n, REAL *restrict p, const REAL *restrict m,
+                                          const REAL *restrict v, const REAL *restrict s, REAL given,
+                                          const NAME(constants) *constants) {
+    const NAME(constants) c = *constants;
+    for (int64_t i = 0; i < n; i++) {
+        REAL mean = m[i], q = given;
+        if (mask != MASK_NONE) {
+            REAL root = mean * c.inv_bias1;
+            q = NAME(mask)(mask, debias, root * root, s[i] * c.inv_bias_var, &c);
+        }
+        REAL divisor = SQRT(v[i]) * c.inv_root_bias2 + c.eps;
+        REAL kept = p[i] * (c.keep - c.masked_decay * q);
+        p[i] = kept - c.step_size * ((q * mean) / divisor);
+    }
+}
+
+TARGET static void NAME(move)(int mask, int64_t n, REAL *p, const REAL *m, const REAL *v, const REAL *s, REAL given,
+                              const NAME(constants) *c) {
+    switch (mask) {
+    case MASK_SNR: NAME(move_loop)(MASK_SNR, c->debias, n, p, m, v, s, given, c); break;
+    case MASK_SOFT: NAME(move_loop)(MASK_SOFT, c->debias, n, p, m, v, s, given, c); break;
+    case MASK_HARD: NAME(move_loop)(MASK_HARD, c->debias, n, p, m, v, s, given, c); break;
+    default: NAME(move_loop)(MASK_NONE, 0, n, p, m, v, s, given, c);
+    }
+}
+
+/* Both at once, for tensors in the arithmetic type, with v and s there too or with `narrow` in bfloat16, and for the
+ * usual options (numbers.usual). The processor divides and takes roots while it waits for memory, which passes over a
+ * buffer in the cache would keep apart. */
+TARGET INLINE void NAME(whole_loop)(int mask, int debias, int narrow, int64_t n, uint32_t place, REAL *restrict p,
+                                    const REAL *restrict g, REAL *restrict m, REAL *restrict v, REAL *restrict s,
+                                    REAL *restrict maximum, uint16_t *restrict v16, uint16_t *restrict s16,
+                                    const NAME(constants) *constants) {
+    const NAME(constants) c = *constants;
+    for (int64_t i = 0; i < n; i++, place++) {
+        REAL grad = g[i], mean = m[i];
+        REAL square = narrow ? (REAL)from_bfloat16(v16[i]) : v[i];
+        REAL variance = narrow ? (REAL)from_bfloat16(s16[i]) : s[i];
+        REAL deviation = grad - (debias ? mean * c.inv_centre : mean);
+        if (debias)
+            deviation = c.has_blend ? deviation : 0;
+        variance = variance * c.rho + deviation * deviation * c.blend;
+        mean = mean + (grad - mean) * c.one_minus_beta1;
+        square = square * c.beta2 + grad * grad * c.one_minus_beta2;
+        if (narrow) {
+            /* NaN in one will be NaN in the parameter; without random bits it stays NaN. */
+            uint32_t bits = __builtin_isunordered(square, variance) ? 0 : hash32(place);
+            square = (REAL)float_of((bits_of((float)square) + (bits >> 16)) & 0xFFFF0000);
+            variance = (REAL)float_of((bits_of((float)variance) + (bits & 0xFFFF)) & 0xFFFF0000);
+            v16[i] = (uint16_t)(bits_of((float)square) >> 16);
+            s16[i] = (uint16_t)(bits_of((float)variance) >> 16);
+        } else {
+            v[i] = square;
+            s[i] = variance;
+        }
+        m[i] = mean;
+        if (maximum) {
+            square = (square > maximum[i]) | (square != square) ? square : maximum[i];
+            maximum[i] = square;
+        }
+        REAL root = mean * c.inv_bias1, q = 1;
+        if (mask != MASK_NONE)
+            q = NAME(mask)(mask, debias, root * root, variance * c.inv_bias_var, &c);
+        REAL divisor = SQRT(square) * c.inv_root_bias2 + c.eps;
+        p[i] = p[i] * c.keep - c.step_size * ((q * mean) / divisor);
+    }
+}
+
+#define WHOLE(mask, debias)                                                                                            \
+    (narrow    ? NAME(whole_loop)(mask, debias, 1, n, place, p, g, m, NULL, NULL, NULL, v, s, c)                       \
+     : maximum ? NAME(whole_loop)(mask, debias, 0, n, place, p, g, m, v, s, maximum, NULL, NULL, c)                    \
+               : NAME(whole_loop)(mask, debias, 0, n, place, p, g, m, v, s, NULL, NULL, NULL, c))
+TARGET static void NAME(whole)(int mask, int narrow, int64_t n, uint32_t place, REAL *p, const REAL *g, REAL *m, void *v,
+                               void *s, REAL *maximum, const NAME(constants) *c) {
+    switch (2 * mask + c->debias) {
+    case 2 * MASK_SNR: WHOLE(MASK_SNR, 0); break;
+    case 2 * MASK_SNR + 1: WHOLE(MASK_SNR, 1); break;
+    case 2 * MASK_SOFT: WHOLE(MASK_SOFT, 0); break;
+    case 2 * MASK_SOFT + 1: WHOLE(MASK_SOFT, 1); break;
+    case 2 * MASK_HARD: WHOLE(MASK_HARD, 0); break;
+    case 2 * MASK_HARD + 1: WHOLE(MASK_HARD, 1); break;
+    case 2 * MASK_NONE: WHOLE(MASK_NONE, 0); break;
+    default: WHOLE(MASK_NONE, 1);
+    }
+}
+#undef WHOLE
+
+/* The sums of m^2 and s are taken in double and in a fixed order, so that the result is always the same: LANES strands
+ * side by side, then one after the other. Compilers leave sums in their order; so these are vectors by hand. */
+#define LANES 8
+#define PART (DOUBLES < LANES ? DOUBLES : LANES) /* what a vector of doubles holds */
+#define PARTS (LANES / PART)
+typedef REAL NAME(reals) __attribute__((vector_size(LANES * sizeof(REAL))));
+typedef REAL NAME(part_of_reals) __attribute__((vector_size(PART * sizeof(REAL))));
+typedef double NAME(part_of_doubles) __attribute__((vector_size(PART * sizeof(double))));
+typedef struct {
+    NAME(part_of_doubles) signal[PARTS], noise[PARTS];
+} NAME(strands);
+
+TARGET INLINE void NAME(add)(NAME(strands) *strands, const NAME(reals) *m, const NAME(reals) *s) {
+    for (int part = 0; part < PARTS; part++) {
+        NAME(part_of_reals) mean, variance;
+        memcpy(&mean, (const char *)m + part * sizeof mean, sizeof mean);
+        memcpy(&variance, (const char *)s + part * sizeof variance, sizeof variance);
+        NAME(part_of_doubles) wide = __builtin_convertvector(mean, NAME(part_of_doubles));
+        strands->signal[part] += wide * wide;
+        strands->noise[part] += __builtin_convertvector(variance, NAME(part_of_doubles));
+    }
+}
+
+TARGET static void NAME(gather)(const NAME(strands) *strands, double *sums) {
+    for (int part = 0; part < PARTS; part++)
+        for (int j = 0; j < PART; j++) {
+            sums[0] += strands->signal[part][j];
+            sums[1] += strands->noise[part][j];
+        }
+}
+
+TARGET static void NAME(add_up)(int64_t n, const REAL *m, const REAL *s, double *sums) {
+    NAME(strands) strands = {{{0}}, {{0}}};
+    for (int64_t i = 0; i < n; i += LANES) {
+        size_t size = (size_t)(n - i < LANES ? n - i : LANES) * sizeof(REAL);
+        NAME(reals) mean = {0}, variance = {0};
+        memcpy(&mean, m + i, size);
+        memcpy(&variance, s + i, size);
+        NAME(add)(&strands, &mean, &variance);
+    }
+    NAME(gather)(&strands, sums);
+}
+
+/* m, v, s to this step and their sums at once; n is a multiple of LANES, and the options are the usual ones. */
+TARGET static void NAME(advance_and_add_up)(int64_t n, const REAL *g, REAL *m, REAL *v, REAL *s, double *sums,
+                                            const NAME(constants) *constants) {
+    const NAME(constants) c = *constants;
+    NAME(strands) strands = {{{0}}, {{0}}};
+    for (int64_t i = 0; i < n; i += LANES) {
+        NAME(reals) grad, mean, square, variance;
+        memcpy(&grad, g + i, sizeof grad);
+        memcpy(&mean, m + i, sizeof mean);
+        memcpy(&square, v + i, sizeof square);
+        memcpy(&variance, s + i, sizeof variance);
+        NAME(reals) deviation = grad - mean * c.inv_centre;
+        variance = variance * c.rho + deviation * deviation * c.blend;
+        mean = mean + (grad - mean) * c.one_minus_beta1;
+        square = square * c.beta2 + grad * grad * c.one_minus_beta2;
+        memcpy(m + i, &mean, sizeof mean);
+        memcpy(v + i, &square, sizeof square);
+        memcpy(s + i, &variance, sizeof variance);
+        NAME(add)(&strands, &mean, &variance);
+    }
+    NAME(gather)(&strands, sums);
+}
+
+TARGET static REAL *NAME(load)(const void *base, int type, int64_t start, int64_t n, REAL *restrict buffer) {
+    if (type == REAL_TYPE)
+        return (REAL *)base + start;
+    switch (type) {
+    case TYPE_FLOAT32: {
+        const float *x = (const float *)base + start;
+        for (int64_t i = 0; i < n; i++) buffer[i] = (REAL)x[i];
+        break;
+    }
+    case TYPE_FLOAT64: {
+        const double *x = (const double *)base + start;
+        for (int64_t i = 0; i < n; i++) buffer[i] = (REAL)x[i];
+        break;
+    }
+    case TYPE_BFLOAT16: {
+        const uint16_t *x = (const uint16_t *)base + start;
+        for (int64_t i = 0; i < n; i++) buffer[i] = (REAL)from_bfloat16(x[i]);
+        break;
+    }
+    default: {
+        const uint16_t *x = (const uint16_t *)base + start;
+        for (int64_t i = 0; i < n; i++) buffer[i] = (REAL)from_float16(x[i]);
+    }
+    }
+    return buffer;
+}
+
+/* Write a buffer back; where `load` gave the memory itself there is nothing to do. */
+TARGET static void NAME(store)(void *base, int type, int64_t start, int64_t n, const REAL *restrict buffer) {
+    switch (type) {
+    case REAL_TYPE: break;
+#if REAL_TYPE == TYPE_FLOAT64
+    case TYPE_FLOAT32: {
+        float *x = (float *)base + start;
+        for (int64_t i = 0; i < n; i++) x[i] = (float)buffer[i];
+        break;
+    }
+#endif
+    case TYPE_BFLOAT16: {
+        uint16_t *x = (uint16_t *)base + start;
+        for (int64_t i = 0; i < n; i++) x[i] = to_bfloat16((float)buffer[i]);
+        break;
+    }
+    default: {
+        uint16_t *x = (uint16_t *)base + start;
+        for (int64_t i = 0; i < n; i++) x[i] = to_float16((float)buffer[i]);
+    }
+    }
+}
+
+/* Round v and s to numbers of their bfloat16 storage; what is stored is what the mask and the step see. */
+TARGET static void NAME(round_state)(int64_t n, int64_t start, uint32_t key, REAL *restrict v, REAL *restrict s) {
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits = hash32((uint32_t)(start + i) + key);
+        v[i] = (REAL)round_stochastically((float)v[i], bits >> 16);
+        s[i] = (REAL)round_stochastically((float)s[i], bits & 0xFFFF);
+    }
+}
+
+/* What is to be done to a stretch: bring the state on, add up its sums, move the parameters. */
+TARGET static void NAME(work)(const job *job, int64_t index, int64_t begin, int64_t end, int what, double given,
+                              double *sums) {
+    const tensor t = tensor_of(job, index);
+    const numbers *x = &job->numbers[t.numbers];
+    const NAME(constants) c = NAME(convert)(x);
+    int narrow = job->s_type == TYPE_BFLOAT16;
+    if (what == (ADVANCE | MOVE) && !(t.maximum && narrow) && x->usual && job->p_type == REAL_TYPE && job->g_type == REAL_TYPE &&
+        job->m_type == REAL_TYPE && (job->s_type == REAL_TYPE || narrow)) {
+        int64_t wide = begin * (int64_t)sizeof(REAL), state = narrow ? 2 * begin : wide;
+        NAME(whole)(x->mask, narrow, end - begin, (uint32_t)begin + x->key,
+                    (REAL *)((char *)t.p + wide), (const REAL *)((const char *)t.g + wide),
+                    (REAL *)((char *)t.m + wide), (char *)t.v + state, (char *)t.s + state,
+                    t.maximum ? (REAL *)((char *)t.maximum + wide) : NULL, &c);
+        return;
+    }
+    int in_place = job->p_type == REAL_TYPE && job->g_type == REAL_TYPE && job->m_type == REAL_TYPE &&
+                   job->s_type == REAL_TYPE;
+    REAL buffers[6][CHUNK];
+    for (int64_t start = begin; start < end; start += CHUNK) {
+        int64_t n = end - start < CHUNK ? end - start : CHUNK;
+        int reads_p = (what & MOVE) || x->coupled;
+        REAL *p = reads_p ? NAME(load)(t.p, job->p_type, start, n, buffers[0]) : NULL;
+        REAL *m = NAME(load)(t.m, job->m_type, start, n, buffers[1]);
+        REAL *v = NAME(load)(t.v, job->s_type, start, n, buffers[2]);
+        REAL *s = NAME(load)(t.s, job->s_type, start, n, buffers[3]);
+        REAL *maximum = t.maximum ? NAME(load)(t.maximum, job->s_type, start, n, buffers[4]) : NULL;
+        if (what & ADVANCE) {
+            const REAL *g = NAME(load)(t.g, job->g_type, start, n, buffers[5]);
+            int64_t done = sums && in_place && x->usual && x->blend != 0 ? n / LANES * LANES : 0;
+            if (done > 0)
+                NAME(advance_and_add_up)(done, g, m, v, s, sums, &c);
+            NAME(advance)(x->coupled, n - done, p, g + done, m + done, v + done, s + done, &c);
+            if (sums && !narrow)
+                NAME(add_up)(n - done, m + done, s + done, sums);
+            if (narrow) {
+                NAME(round_state)(n, start, x->key, v, s);
+                if (sums)
+                    NAME(add_up)(n, m, s, sums);
+            }
+            if (maximum)
+                NAME(raise_maximum)(n, maximum, v);
+            NAME(store)(t.m, job->m_type, start, n, m);
+            NAME(store)(t.v, job->s_type, start, n, v);
+            NAME(store)(t.s, job->s_type, start, n, s);
+            if (maximum)
+                NAME(store)(t.maximum, job->s_type, start, n, maximum);
+        }
+        if (what & MOVE) {
+            NAME(move)(t.pooled ? MASK_NONE : x->mask, n, p, m, maximum ? maximum : v, s, (REAL)given, &c);
+            NAME(store)(t.p, job->p_type, start, n, p);
+        }
+    }
+}
+
+TARGET static double NAME(pooled_mask)(const job *job, int64_t index, const double *sums) {
+    const tensor t = tensor_of(job, index);
+    const numbers *x = &job->numbers[t.numbers];
+    const NAME(constants) c = NAME(convert)(x);
+    double n = (double)t.n;
+    return NAME(mask_of_means)(x->mask, sums[0] / n * x->inv_bias1 * x->inv_bias1, sums[1] / n * x->inv_bias_var, &c);
+}
+
+static const operations NAME(operations) = {NAME(work), NAME(pooled_mask)};
+#undef LANES
+#undef PART
+#undef PARTS
