@@ -27,12 +27,15 @@ benchmark: $(VENV)/.demo
 	$(BIN)/python benchmarks/step_time.py
 
 clean:
-	rm -rf $(VENV) site build popriskmin.egg-info
+	rm -rf $(VENV) site build popriskmin.egg-info popriskmin/kernels/*.so
 
 $(BIN)/python:
 	tools/make-venv $(VENV)
 
-$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+# What the fused step is built from: installed anew when it changes.
+KERNEL := setup.py popriskmin/kernels/cpu.c popriskmin/kernels/cpu_step.h
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt $(KERNEL)
 	@echo "installing torch and the compare extra into $(VENV), once"
 	$(PIP) --editable '.[compare]'
 	@touch $@

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
+import platform
 import re
 import sys
 from collections.abc import Sequence
@@ -15,6 +17,9 @@ FAILED = 1
 WRONG_ARGUMENTS = 2
 INTERRUPTED = 130
 
+# What `popriskmin compare` imports, as the extra `compare` installs it.
+COMPARE_NEEDS = ("cloudpickle", "jinja2", "joblib", "matplotlib", "numpy", "pandas", "rich", "sklearn", "scipy")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 if something failed, 2 for wrong arguments."""
@@ -24,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="PRM, an optimizer that trains on population risk.",
     )
     parser.add_argument("--version", action="version", version=f"popriskmin {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_CompareParser)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", dest="command", required=True, parser_class=_CompareParser
+    )
     compare_parser: _CompareParser = commands.add_parser(
         "compare",
         help="train with AdamW and with PRM and say which was better",
@@ -35,12 +42,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     compare_parser.words = arguments[1:]
     _add_compare_arguments(compare_parser)
+    commands.add_parser(
+        "info",
+        help="say what is usable here: versions, the fused step, extras",
+        description="Say what is usable here, and why what is not is not.",
+    )
     try:
-        known, _ = parser.parse_known_args(arguments)
+        known, unknown = parser.parse_known_args(arguments)
+        if known.command == "info":
+            if unknown:
+                parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+            return _info()
         return _compare(compare_parser, known)
     except KeyboardInterrupt:
         print("interrupted; finished runs are kept, and the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
+
+
+def _info() -> int:
+    """Print versions, what each device steps with, and which extras are installed."""
+    import torch
+
+    from popriskmin import kernels
+
+    print(f"popriskmin {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    print(f"{platform.system()} {platform.machine()}\n")
+    for device, line in kernels.describe().items():
+        print(f"{device + ':':10}{line}")
+    missing = [name for name in COMPARE_NEEDS if importlib.util.find_spec(name) is None]
+    state = f"missing {', '.join(missing)}: pip install 'popriskmin[compare]'" if missing else "installed"
+    print(f"{'compare:':10}{state}")
+    return 0
 
 
 class _CompareParser(argparse.ArgumentParser):

@@ -49,6 +49,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     if options["mask_eps"] is None and eps * eps == float("inf"):
         raise ValueError(f"eps must be so small that its square is finite, or mask_eps be given, got eps={eps!r}")
     _check_counts(options)
+    _check_switches(options)
     for name, known in (("mask", MASKS), ("boundary", BOUNDARIES), ("reduction", REDUCTIONS)):
         if not isinstance(options[name], str) or options[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {options[name]!r}")
@@ -79,6 +80,16 @@ def _check_lr(lr: Any) -> None:
         raise ValueError(f"lr must be a number or a tensor, got {lr!r}")
     if not 0 <= float(lr) < float("inf"):
         raise ValueError(f"lr must be finite and >= 0, got {lr!r}")
+
+
+def _check_switches(options: Mapping[str, Any]) -> None:
+    switches = ["amsgrad", "bias_correction", "decoupled_weight_decay", "debias", "mask_decay", "maximize"]
+    for name in [*switches, "capturable", "differentiable"]:
+        if not isinstance(options[name], bool):
+            raise ValueError(f"{name} must be True or False, got {options[name]!r}")
+    for name in ("foreach", "fused"):
+        if options[name] is not None and not isinstance(options[name], bool):
+            raise ValueError(f"{name} must be None, True or False, got {options[name]!r}")
 
 
 def _check_counts(options: Mapping[str, Any]) -> None:

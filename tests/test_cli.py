@@ -1,11 +1,13 @@
 """The command line: help, errors, and the whole way to a report."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
+from popriskmin import cli
 from popriskmin.cli import main
 from popriskmin.version import __version__
 
@@ -25,6 +27,20 @@ def test_help_names_the_commands(capsys):
     assert status == 0
     assert "compare" in out
     assert run(capsys, "--version")[1] == f"popriskmin {__version__}\n"
+
+
+def test_info_says_what_is_usable_and_why_the_rest_is_not(capsys, monkeypatch):
+    status, out, _ = run(capsys, "info")
+    assert status == 0
+    assert f"popriskmin {__version__}" in out
+    assert re.search(r"(?m)^cpu: +(fused, (baseline|AVX2|AVX-512), \d+ threads|foreach; no fused step: )", out)
+    assert re.search(r"(?m)^cuda: +foreach; ", out)
+    assert re.search(r"(?m)^compare: +installed", out)
+    monkeypatch.setattr(cli, "COMPARE_NEEDS", ("numpy", "no_such_module"))
+    assert "missing no_such_module: pip install 'popriskmin[compare]'" in run(capsys, "info")[1]
+    status, _, err = run(capsys, "info", "--all")
+    assert status == 2
+    assert "unrecognized arguments: --all" in err
 
 
 def test_help_of_compare_with_and_without_a_task(capsys):

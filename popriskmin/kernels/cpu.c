@@ -55,7 +55,7 @@ typedef struct {
 /* What follows from the options and a step count; see popriskmin.mask.corrections. */
 typedef struct {
     double t;
-    double sign, coupled_decay, one_minus_beta1, beta2, one_minus_beta2, rho, blend, inv_centre;
+    double sign, coupled_decay, beta1, beta2, one_minus_beta2, rho, blend, inv_centre;
     double inv_bias1, inv_bias_var, k, coefficient, softness, mask_eps;
     double keep, masked_decay, step_size, inv_root_bias2, eps;
     int mask, coupled;
@@ -262,7 +262,7 @@ static numbers numbers_of(const options *o, double t) {
     x.t = t;
     x.sign = o->maximize ? -1 : 1;
     x.coupled_decay = o->decoupled_weight_decay ? 0 : o->weight_decay;
-    x.one_minus_beta1 = 1 - o->beta1;
+    x.beta1 = o->beta1;
     x.beta2 = o->beta2;
     x.one_minus_beta2 = 1 - o->beta2;
     x.rho = rho;

@@ -8,17 +8,19 @@
 
 /* The constants of `numbers` in the arithmetic type. */
 typedef struct {
-    REAL sign, coupled_decay, one_minus_beta1, beta2, one_minus_beta2, rho, blend, inv_centre;
+    REAL sign, coupled_decay, pull, beta2, one_minus_beta2, rho, blend, inv_centre;
     REAL inv_bias1, inv_bias_var, k, coefficient, softness, mask_eps, bound;
     REAL keep, masked_decay, step_size, inv_root_bias2, eps;
-    int debias, has_blend;
+    int debias, has_blend, from_grad;
 } NAME(constants);
 
 static NAME(constants) NAME(convert)(const numbers *x) {
     NAME(constants) c;
     c.sign = (REAL)x->sign;
     c.coupled_decay = (REAL)x->coupled_decay;
-    c.one_minus_beta1 = (REAL)x->one_minus_beta1;
+    /* As torch's lerp: from the nearer end, which keeps the digits of a small gradient after a large mean. */
+    c.from_grad = x->beta1 <= 0.5;
+    c.pull = (REAL)(c.from_grad ? -x->beta1 : 1 - x->beta1);
     c.beta2 = (REAL)x->beta2;
     c.one_minus_beta2 = (REAL)x->one_minus_beta2;
     c.rho = (REAL)x->rho;
@@ -82,7 +84,7 @@ TARGET INLINE void NAME(advance_loop)(int coupled, int64_t n, const REAL *restri
         /* Where blend is 0 the square may be infinite, and 0 times infinity is not 0. */
         deviation = c.has_blend ? deviation : 0;
         s[i] = s[i] * c.rho + deviation * deviation * c.blend;
-        m[i] = mean + (grad - mean) * c.one_minus_beta1;
+        m[i] = (c.from_grad ? grad : mean) + (grad - mean) * c.pull;
         v[i] = v[i] * c.beta2 + grad * grad * c.one_minus_beta2;
     }
 }
@@ -143,7 +145,7 @@ TARGET INLINE void NAME(whole_loop)(int mask, int debias, int narrow, int64_t n,
         if (debias)
             deviation = c.has_blend ? deviation : 0;
         variance = variance * c.rho + deviation * deviation * c.blend;
-        mean = mean + (grad - mean) * c.one_minus_beta1;
+        mean = (c.from_grad ? grad : mean) + (grad - mean) * c.pull;
         square = square * c.beta2 + grad * grad * c.one_minus_beta2;
         if (narrow) {
             /* NaN in one will be NaN in the parameter; without random bits it stays NaN. */
@@ -244,7 +246,7 @@ TARGET static void NAME(advance_and_add_up)(int64_t n, const REAL *g, REAL *m, R
         memcpy(&variance, s + i, sizeof variance);
         NAME(reals) deviation = grad - mean * c.inv_centre;
         variance = variance * c.rho + deviation * deviation * c.blend;
-        mean = mean + (grad - mean) * c.one_minus_beta1;
+        mean = (c.from_grad ? grad : mean) + (grad - mean) * c.pull;
         square = square * c.beta2 + grad * grad * c.one_minus_beta2;
         memcpy(m + i, &mean, sizeof mean);
         memcpy(v + i, &square, sizeof square);

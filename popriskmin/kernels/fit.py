@@ -14,19 +14,19 @@ GRADIENT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MEAN_TYPES = (torch.float32, torch.float64)
 STATE_TYPES = (torch.float32, torch.float64, torch.bfloat16)
 
-_dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
+_dtype, _is_cpu, _shape = attrgetter("dtype"), attrgetter("is_cpu"), attrgetter("shape")
 
 
 def all_fit_on_the_cpu(lists: Lists, state_steps: list[Tensor]) -> bool:
     """Return whether all tensors are contiguous, on the CPU, and list by list of one type: the usual, soon seen."""
-    sizes = list(map(Tensor.numel, lists.params))
+    shapes = list(map(_shape, lists.params))
     try:
         for tensors in lists:
             if tensors and not (
                 are_plain(tensors)
                 and all(map(_is_cpu, tensors))
                 and all(map(Tensor.is_contiguous, tensors))
-                and list(map(Tensor.numel, tensors)) == sizes
+                and list(map(_shape, tensors)) == shapes
                 and len(set(map(_dtype, tensors))) == 1
             ):
                 return False
