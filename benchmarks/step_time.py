@@ -1,108 +1,127 @@
 """Time one optimizer step: PRM beside torch's AdamW, in turns within one run, on the shapes of real models.
 
-    python benchmarks/step_time.py                      # both shapes, on 1 and 2 threads
+    python benchmarks/step_time.py                      # both shapes, a transformer, on 1 and 2 threads
     python benchmarks/step_time.py --threads 2 --repeats 21
 
-Every figure is a median; the ratio is the median of the ratios of neighbouring runs, which a machine's slow
-moments hit on both sides.
+Every figure is a median; a ratio is the median of the ratios of neighbouring calls, which a machine's slow moments hit
+on both sides. It ends with the bars that the fused step is held to, and whether they were reached here.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import ADAMW, ADAMW_FUSED, OPTIMIZERS, build, gpt2_shapes, header, in_turns, small_shapes
 
-from popriskmin import PRM, __version__
-
-BASELINE = "AdamW(foreach=True)"
-
-
-def gpt2_shapes(width: int = 384, layers: int = 10, vocabulary: int = 50257, context: int = 1024) -> list[Any]:
-    """Return the shapes of a GPT-2-like model's parameters; 37 million scalars with the default sizes."""
-    layer = [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
-    layer += [(width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
-    return [(vocabulary, width), (context, width), *(layer * layers), (width,), (width,)]
-
-
-def small_shapes() -> list[Any]:
-    """Return 600 small shapes, as of a network of many thin layers; 317 thousand scalars."""
-    return [(32, 32), (32,)] * 300
-
+from popriskmin import PRM
 
 CASES: dict[str, Callable[[], list[Any]]] = {"GPT-2-like": gpt2_shapes, "600 small tensors": small_shapes}
 
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    BASELINE: lambda params: torch.optim.AdamW(params, foreach=True),
-    "AdamW(foreach=False)": lambda params: torch.optim.AdamW(params, foreach=False),
-    "AdamW(fused=True)": lambda params: torch.optim.AdamW(params, fused=True),
-    "PRM()": lambda params: PRM(params),
-    "PRM(mask='soft')": lambda params: PRM(params, mask="soft"),
-    "PRM(reduction='per_tensor')": lambda params: PRM(params, reduction="per_tensor"),
-    "PRM(debias=True)": lambda params: PRM(params, debias=True),
-    "PRM(amsgrad=True)": lambda params: PRM(params, amsgrad=True),
-    "PRM(foreach=False)": lambda params: PRM(params, foreach=False),
+# Numerator, denominator, the most that their ratio may be; for each case and number of threads.
+BARS = {
+    "GPT-2-like": [("PRM()", ADAMW_FUSED, 1.35), ("PRM(state_dtype=torch.bfloat16)", ADAMW_FUSED, 1.05)],
+    "600 small tensors": [("PRM()", ADAMW_FUSED, 1.0)],
 }
+EVERYWHERE = [
+    ("PRM(mask='soft', reduction='per_tensor')", "PRM()", 1.35),
+    ("PRM(debias=True)", "PRM()", 1.35),
+    ("PRM(amsgrad=True)", "PRM()", 1.35),
+    ("PRM()", ADAMW, 0.40),
+]
+TRAINING = ("training with PRM()", f"training with {ADAMW_FUSED}", 1.03)
+SLOW = "PRM(foreach=False)"
 
 
-def processor() -> str:
-    """Return the processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
+def ratio(seconds: dict[str, list[float]], numerator: str, denominator: str) -> float:
+    """Return the median ratio of neighbouring calls."""
+    return statistics.median(a / b for a, b in zip(seconds[numerator], seconds[denominator]))
+
+
+def table(seconds: dict[str, list[float]], baseline: str) -> None:
+    """Print milliseconds and the ratio to the baseline."""
+    print(f"| | ms | times {baseline} |\n| --- | ---: | ---: |")
+    for name, taken in seconds.items():
+        print(f"| `{name}` | {1e3 * statistics.median(taken):.2f} | {ratio(seconds, name, baseline):.2f} |")
+
+
+def transformer_training(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[], None]:
+    """Return one training step of a small transformer: 16 sequences of 64 tokens, 1.9 million parameters."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(192, 6, 768, dropout=0.0, batch_first=True, norm_first=True)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(256, 192),
+        torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False),
+        torch.nn.Linear(192, 256),
     )
-    return names[0] if names else platform.processor() or platform.machine()
+    tokens = torch.randint(256, (16, 65))
+    optimizer = make(model.parameters())
+
+    def train() -> None:
+        optimizer.zero_grad()
+        logits = model(tokens[:, :-1])
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+
+    return train
 
 
-def measure(shapes: list[Any], repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of `repeats` steps of every optimizer, taken in turns; one step each goes unmeasured."""
-    generator = torch.Generator().manual_seed(0)
-    grads = [torch.randn(shape, generator=generator) for shape in shapes]
-    optimizers = {}
-    for name, build in OPTIMIZERS.items():
-        params = [torch.nn.Parameter(torch.full_like(g, 0.02)) for g in grads]
-        for param, grad in zip(params, grads):
-            param.grad = grad
-        optimizers[name] = build(params)
-        optimizers[name].step()
-    seconds: dict[str, list[float]] = {name: [] for name in optimizers}
-    for _ in range(repeats):
-        for name, optimizer in optimizers.items():
-            start = time.perf_counter()
-            optimizer.step()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+def memory_of_a_step(shapes: list[Any]) -> float | None:
+    """Return by how many MiB the process grows during a step of PRM at most; None where the system does not tell."""
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not reset.exists():
+        return None
+    optimizer = build(shapes, PRM)
+
+    def kilobytes(name: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
+
+    growth = []
+    for _ in range(5):
+        reset.write_text("5")  # sets the high-water mark to what is in use now
+        before = kilobytes("VmRSS")
+        optimizer.step()
+        growth.append(max(kilobytes("VmHWM") - before, 0))
+    return statistics.median(growth) / 1024
 
 
 def main() -> None:
-    """Print a table for every case and number of threads."""
+    """Print a table for every case and number of threads, then the bars."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
-    print(
-        f"{datetime.date.today()}, {processor()}, {platform.python_implementation()} {platform.python_version()}, "
-        f"torch {torch.__version__}, popriskmin {__version__}, median of {args.repeats}"
-    )
+    print(header(args.repeats))
+    bars: list[tuple[str, float, float]] = []
     for threads in args.threads:
         torch.set_num_threads(threads)
         for case, shapes in CASES.items():
-            seconds = measure(shapes(), args.repeats)
+            optimizers = {name: build(shapes(), make) for name, make in OPTIMIZERS.items() if name != SLOW}
+            seconds = in_turns({name: optimizer.step for name, optimizer in optimizers.items()}, args.repeats)
             count = sum(torch.Size(shape).numel() for shape in shapes())
             print(f"\n{case}: {count:,} scalars, {len(shapes())} tensors, threads: {threads}\n")
-            print(f"| optimizer | ms per step | times {BASELINE} |\n| --- | ---: | ---: |")
-            for name, taken in seconds.items():
-                ratio = statistics.median(a / b for a, b in zip(taken, seconds[BASELINE]))
-                print(f"| `{name}` | {1e3 * statistics.median(taken):.1f} | {ratio:.2f} |")
+            table(seconds, ADAMW_FUSED)
+            for over, under, bar in BARS[case] + EVERYWHERE:
+                bars.append((f"{over} / {under}, {case}, threads: {threads}", ratio(seconds, over, under), bar))
+        training = {f"training with {name}": transformer_training(OPTIMIZERS[name]) for name in (ADAMW_FUSED, "PRM()")}
+        seconds = in_turns(training, 3 * args.repeats)
+        print(f"\nA training step of a small transformer, threads: {threads}\n")
+        table(seconds, TRAINING[1])
+        bars.append(
+            (f"a training step, PRM() / {ADAMW_FUSED}, threads: {threads}", ratio(seconds, *TRAINING[:2]), 1.03)
+        )
+    memory = memory_of_a_step(gpt2_shapes())
+    print("\n| bar | reached | at most | |\n| --- | ---: | ---: | --- |")
+    for name, reached, bar in bars:
+        print(f"| {name} | {reached:.2f} | {bar:.2f} | {'yes' if reached <= bar else 'NO'} |")
+    if memory is not None:
+        print(
+            f"| memory allocated by a step, GPT-2-like | {memory:.2f} MiB | 1 MiB | {'yes' if memory < 1 else 'NO'} |"
+        )
 
 
 if __name__ == "__main__":

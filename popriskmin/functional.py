@@ -9,6 +9,8 @@ All compute in float32 or wider, whatever the type of the parameters, and round 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _foreach_supported_types
@@ -116,7 +118,7 @@ def prm(
             f"got {len(max_exp_avg_sqs)}"
         )
     lists = Lists(params, grads, exp_avgs, exp_avg_sqs, exp_avg_vars, max_exp_avg_sqs if amsgrad else [])
-    dispatch(lists, state_steps, hyper, foreach, capturable, differentiable, fused)
+    dispatch(lists, state_steps, hyper, foreach, capturable, differentiable, fused, memory={})
 
 
 def dispatch(
@@ -127,8 +129,12 @@ def dispatch(
     capturable: bool,
     differentiable: bool,
     fused: bool | None,
+    memory: dict[str, Any],
 ) -> None:
-    """Take one step of a parameter group with the implementation that fits; see `prm`."""
+    """Take one step of a parameter group with the implementation that fits; see `prm`.
+
+    `memory` is kept by the caller from step to step of the group, empty at first.
+    """
     pooled = hyper.reduction == "per_tensor" and hyper.mask != "none"
     if not (pooled or differentiable):
         lists = local_parts(lists)
@@ -137,7 +143,7 @@ def dispatch(
     if not lists.params:
         return
     if implementation == "fused" and not compiling:
-        left = fused_prm(lists, state_steps, hyper, insist=bool(fused))
+        left = fused_prm(lists, state_steps, hyper, insist=bool(fused), memory=memory)
         if not left:
             return
         lists, state_steps = lists.of(left), [state_steps[i] for i in left]

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+PLAIN = {Tensor, torch.nn.Parameter}
+
 
 class Lists(NamedTuple):
     """Parallel lists of the tensors that a step reads and writes; the last is empty without `amsgrad`."""
@@ -31,7 +33,7 @@ def is_compiling() -> bool:
 
 def are_plain(tensors: list[Tensor]) -> bool:
     """Return whether these are ordinary tensors, and not a subclass such as one sharded over ranks."""
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    return set(map(type, tensors)) <= PLAIN
 
 
 def local_parts(lists: Lists) -> Lists:

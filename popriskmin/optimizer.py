@@ -190,6 +190,8 @@ class PRM(Optimizer):
         check_options(defaults)
         # What each group's last step was taken with, for the statistics; a schedule may have moved on since.
         self._applied: list[Hyperparameters] = []
+        # What the kernels keep from step to step, for each group.
+        self._memories: list[dict[str, Any]] = []
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -227,9 +229,10 @@ class PRM(Optimizer):
     ) -> None:
         """Append the tensors of the group's parameters that have a gradient, with zero state for new ones."""
         for p in group["params"]:
-            if p.grad is None:
+            grad = p.grad
+            if grad is None:
                 continue
-            if p.grad.is_sparse:
+            if grad.is_sparse:
                 raise RuntimeError(
                     "PRM does not support sparse gradients; use sparse=False, or torch.optim.SparseAdam "
                     "for the parameters that have them"
@@ -242,7 +245,7 @@ class PRM(Optimizer):
                     dtype = dtype_of_state(name, p, group["state_dtype"])
                     state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             params.append(p)
-            grads.append(p.grad)
+            grads.append(grad)
             exp_avgs.append(state["exp_avg"])
             exp_avg_sqs.append(state["exp_avg_sq"])
             exp_avg_vars.append(state["exp_avg_var"])
@@ -270,7 +273,8 @@ class PRM(Optimizer):
                 loss = closure()
         # Resolved before anything moves: a schedule may have written a batch size that does not fit.
         self._applied = [Hyperparameters.of_group(group) for group in self.param_groups]
-        for group, hyper in zip(self.param_groups, self._applied):
+        self._memories.extend({} for _ in self.param_groups[len(self._memories) :])
+        for group, hyper, memory in zip(self.param_groups, self._applied, self._memories):
             lists = Lists([], [], [], [], [], [])
             state_steps: list[Tensor] = []
             self._init_group(group, *lists, state_steps)
@@ -282,6 +286,7 @@ class PRM(Optimizer):
                 capturable=group["capturable"],
                 differentiable=group["differentiable"],
                 fused=group["fused"],
+                memory=memory,
             )
         return loss
 
@@ -374,6 +379,7 @@ class PRM(Optimizer):
         """Restore from a pickle or a prepared checkpoint."""
         super().__setstate__(state)
         self._applied = []
+        self._memories = []
         for param_state in self.state.values():
             for name, value in param_state.items():
                 if isinstance(value, Prepared):

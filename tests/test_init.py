@@ -15,7 +15,8 @@ PACKAGE = pathlib.Path(popriskmin.__file__).parent
 FLOORS = [
     ["version", "compat", "lists"],
     ["mask", "rounding"],
-    ["foreach", "stats", "checkpoint", "kernels.fit", "kernels.cpu", "kernels.cuda_math"],
+    ["foreach", "stats", "checkpoint", "kernels.fit", "kernels.cuda_math"],
+    ["kernels.cpu"],
     ["kernels.cuda_step"],
     ["kernels.cuda"],
     ["kernels"],

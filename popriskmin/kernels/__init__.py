@@ -15,7 +15,7 @@ from torch import Tensor
 
 from popriskmin.compat import bump_versions
 from popriskmin.kernels import cpu, cuda
-from popriskmin.kernels.fit import all_fit_on_the_cpu, matched, misfit
+from popriskmin.kernels.fit import State, fits_on_the_cpu, matched, misfit
 from popriskmin.lists import Lists, as_real
 from popriskmin.mask import Hyperparameters
 
@@ -43,7 +43,9 @@ def unusable() -> str | None:
     return "; ".join(f"{device}: {reason}" for device, reason in reasons.items())
 
 
-def fused_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, insist: bool) -> list[int]:
+def fused_prm(
+    lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, insist: bool, memory: dict[str, State]
+) -> list[int]:
     """Take one step of the tensors that fit a kernel, in place, and return the places of the others.
 
     Parameters
@@ -52,14 +54,18 @@ def fused_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, i
         As for every implementation, not empty; see `popriskmin.functional.prm`.
     insist
         Raise where a tensor does not fit, before any has moved, and use kernels that are not used by default.
+    memory
+        Kept by the caller from step to step of a group, to save time; empty at first.
 
     Raises
     ------
     RuntimeError
         With `insist`, saying which tensor does not fit and why.
     """
-    if _quickly_fits(lists, state_steps, hyper):
-        cpu.step(lists, state_steps, hyper)
+    state = _quickly_fits(lists, state_steps, hyper, memory.get("state"))
+    if state is not None:
+        memory["state"] = state
+        cpu.step(lists, state_steps, hyper, state)
         bump_versions(lists.params)
         return []
     cohorts: dict[tuple[object, ...], list[int]] = {}
@@ -90,13 +96,11 @@ def _warn_without_kernel(reason: str | None) -> None:
         warnings.warn(f"PRM works without its fused step, several times slower: {reason}", stacklevel=6)
 
 
-def _quickly_fits(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters) -> bool:
-    return (
-        cpu.unusable() is None
-        and hyper.mask in cpu.MASK_CODES
-        and not (isinstance(hyper.lr, Tensor) and hyper.lr.device.type != "cpu")
-        and all_fit_on_the_cpu(lists, state_steps)
-    )
+def _quickly_fits(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, known: State | None) -> State | None:
+    usable = cpu.unusable() is None and hyper.mask in cpu.MASK_CODES
+    if not usable or (isinstance(hyper.lr, Tensor) and hyper.lr.device.type != "cpu"):
+        return None
+    return fits_on_the_cpu(lists, state_steps, known)
 
 
 def _misfit_here(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, i: int, insist: bool) -> str | None:

@@ -6,7 +6,6 @@ build serves every version of both; every tensor is checked before its address i
 
 from __future__ import annotations
 
-import array
 import ctypes
 import functools
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from popriskmin.kernels.fit import State, packed
 from popriskmin.lists import Lists
 from popriskmin.mask import Hyperparameters
 
@@ -80,7 +80,7 @@ def level() -> int:
     return 0 if isinstance(library, str) else int(library.prm_best_level())
 
 
-def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters) -> None:
+def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, state: State | None = None) -> None:
     """Take one step in place, counters included.
 
     Parameters
@@ -91,6 +91,8 @@ def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters) -> Non
         Float32 counters on the CPU.
     hyper
         The group's numbers; `lr` on the CPU if it is a tensor.
+    state
+        The addresses of parameters and state, where they are known already.
 
     Raises
     ------
@@ -100,22 +102,21 @@ def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters) -> Non
     library = _load()
     if isinstance(library, str):
         raise RuntimeError(library)
-    columns = [array.array("q", map(Tensor.data_ptr, tensors)) for tensors in lists]
-    nothing = array.array("q", bytes(8 * len(lists.params)))
-    table = array.array("q")
-    for column in (
-        *columns[:5],
-        columns[5] if hyper.amsgrad else nothing,
-        array.array("q", map(Tensor.data_ptr, state_steps)),
-        array.array("q", map(Tensor.numel, lists.params)),
-    ):
-        table.extend(column)
+    count = len(lists.params)
+    if state is None:
+        held = (lists.params, *lists[2:], state_steps)
+        addresses = [packed(map(Tensor.data_ptr, tensors), len(tensors)) for tensors in held]
+        sizes = packed(map(Tensor.numel, lists.params), count)
+    else:
+        addresses, sizes = state.addresses, state.sizes
+    params, exp_avgs, exp_avg_sqs, exp_avg_vars, max_exp_avg_sqs, steps = addresses
+    grads = packed(map(Tensor.data_ptr, lists.grads), count)
+    maxima = max_exp_avg_sqs if hyper.amsgrad else bytes(8 * count)
+    table = b"".join([params, grads, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, steps, sizes])
     kinds = [TYPES[tensors[0].dtype] for tensors in (lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_vars)]
-    failed = library.prm_step(
-        _options(hyper), table.buffer_info()[0], len(lists.params), *kinds, torch.get_num_threads(), level()
-    )
+    failed = library.prm_step(_options(hyper), table, count, *kinds, torch.get_num_threads(), level())
     if failed:
-        raise MemoryError(f"no memory for the step of {len(lists.params)} tensors; nothing was changed")
+        raise MemoryError(f"no memory for the step of {count} tensors; nothing was changed")
 
 
 def _options(hyper: Hyperparameters) -> _Options:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import operator
+import struct
+from collections.abc import Iterable
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from popriskmin.lists import Lists, are_plain, is_dense
+from popriskmin.lists import PLAIN, Lists, are_plain, is_dense
 
 GRADIENT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MEAN_TYPES = (torch.float32, torch.float64)
@@ -17,33 +20,72 @@ STATE_TYPES = (torch.float32, torch.float64, torch.bfloat16)
 _dtype, _is_cpu, _shape = attrgetter("dtype"), attrgetter("is_cpu"), attrgetter("shape")
 
 
-def all_fit_on_the_cpu(lists: Lists, state_steps: list[Tensor]) -> bool:
-    """Return whether all tensors are contiguous, on the CPU, and list by list of one type: the usual, soon seen."""
-    shapes = list(map(_shape, lists.params))
+class State(NamedTuple):
+    """Parameters and state of a group that were found to fit, with what the kernel is told of them.
+
+    Looking at every property of every tensor takes longer than a step of small ones. While the tensors are the same
+    objects at the same addresses most of what they were found to be holds; the shapes and strides of the parameters,
+    which users may change in place, are looked at in every step, and so are gradients, which come anew with it.
+    """
+
+    tensors: list[list[Tensor]]
+    addresses: list[bytes]
+    shapes: list[torch.Size]
+    sizes: bytes
+
+
+def packed(numbers: Iterable[int], count: int) -> bytes:
+    """Return integers as the kernel reads them: 64 bits each, in this machine's order."""
+    return struct.pack(f"{count}q", *numbers)
+
+
+def fits_on_the_cpu(lists: Lists, state_steps: list[Tensor], known: State | None) -> State | None:
+    """Return what the kernel is told if all is contiguous, on the CPU, and list by list of one type.
+
+    That is the usual case, and soon seen. None says only that it is not the usual case. `known` is what this returned
+    for the step before.
+    """
+    params, grads, *state = lists
+    held = [params, *state, state_steps]
+    shapes = list(map(_shape, params))
     try:
-        for tensors in lists:
-            if tensors and not (
-                are_plain(tensors)
-                and all(map(_is_cpu, tensors))
-                and all(map(Tensor.is_contiguous, tensors))
-                and list(map(_shape, tensors)) == shapes
-                and len(set(map(_dtype, tensors))) == 1
-            ):
-                return False
-    except RuntimeError:  # sparse and other tensors without strides
-        return False
+        addresses = [packed(map(Tensor.data_ptr, tensors), len(tensors)) for tensors in held]
+        if known is not None and shapes == known.shapes and _are_same(held, addresses, known):
+            found = known
+            good = all(map(Tensor.is_contiguous, params)) and len(set(map(_dtype, params))) == 1
+        else:
+            found = State(held, addresses, shapes, packed(map(Tensor.numel, params), len(params)))
+            good = (
+                all(_are_usual(tensors, shapes) for tensors in (params, *state) if tensors)
+                and not any(map(Tensor.is_neg, params))
+                and all(map(_is_counter, state_steps))
+            )
+        good = good and _are_usual(grads, shapes) and not any(map(Tensor.is_neg, grads))
+    except RuntimeError:  # sparse and other tensors without strides or addresses
+        return None
+    if not good or params[0].is_complex() or grads[0].is_complex() or any(_misfit_of_types(lists, 0)):
+        return None
+    return found
+
+
+def _are_same(held: list[list[Tensor]], addresses: list[bytes], known: State) -> bool:
+    return addresses == known.addresses and all(
+        all(map(operator.is_, now, before)) for now, before in zip(held, known.tensors)
+    )
+
+
+def _are_usual(tensors: list[Tensor], shapes: list[torch.Size]) -> bool:
     return (
-        not lists.params[0].is_complex()
-        and not lists.grads[0].is_complex()
-        and not any(map(Tensor.is_neg, lists.params))
-        and not any(map(Tensor.is_neg, lists.grads))
-        and not any(_misfit_of_types(lists, 0))
-        and all(map(_is_counter, state_steps))
+        set(map(type, tensors)) <= PLAIN
+        and all(map(_is_cpu, tensors))
+        and all(map(Tensor.is_contiguous, tensors))
+        and list(map(_shape, tensors)) == shapes
+        and len(set(map(_dtype, tensors))) == 1
     )
 
 
 def _is_counter(step: Tensor) -> bool:
-    return step.is_cpu and step.dtype == torch.float32 and step.numel() == 1
+    return type(step) is Tensor and step.is_cpu and step.dtype == torch.float32 and step.numel() == 1
 
 
 def misfit(lists: Lists, state_steps: list[Tensor], i: int) -> str | None:
