@@ -5,7 +5,8 @@ rounded to nearest, such an average stands still. Rounded up with the probabilit
 
 The random bits are a hash of the step count and the element's place in memory, so that all implementations round
 alike, a resumed run goes on bit for bit, and torch's generators are left alone. `v` takes the upper 16 bits, `s` the
-lower ones. The hash is Chris Wellons' lowbias32 (https://nullprogram.com/blog/2018/07/31/).
+lower ones. The hash is Knuth's multiplication by the golden ratio, which over neighbouring places is an addition, and
+the second half of Chris Wellons' lowbias32 (https://nullprogram.com/blog/2018/07/31/).
 
 The kernels in `popriskmin/kernels` do the same in their languages.
 """
@@ -28,10 +29,9 @@ def hash32(x: Any) -> Any:
     Examples
     --------
     >>> hash32(1), hash32(torch.tensor([1, 2])).tolist()
-    (1753845952, [1753845952, 3507691905])
+    (2396652751, [2396652751, 4013380994])
     """
-    x = x & _WORD
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
+    x = (x * 0x9E3779B1) & _WORD
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
     return x ^ (x >> 16)
 

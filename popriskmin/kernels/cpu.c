@@ -4,12 +4,15 @@
  * checked them. prm_step is its one entry. The arithmetic is in cpu_step.h; here are the numbers that depend on the step
  * count, the conversions of the narrow types, and the division of the work among threads.
  *
- * Threads are started for the call and joined before it returns. That costs some 10 microseconds each where a step takes
- * milliseconds, and leaves nothing behind that a fork could break or that could compete with torch's own threads.
+ * The work goes to the threads that torch itself computes with, where its OpenMP runtime is known (prm_use_pool): they
+ * are awake, and while they wait for work they would keep others from the processor. Elsewhere, and in a forked child,
+ * which has none of its parent's threads, threads are started for the call and joined before it returns: some 10
+ * microseconds each where a step takes milliseconds.
  */
 #include <float.h>
 #include <math.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -19,7 +22,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* To be raised, here and in cpu.py, whenever a structure or a meaning below changes. */
-#define ABI 1
+#define ABI 2
 
 #define TYPE_FLOAT32 0
 #define TYPE_FLOAT64 1
@@ -37,8 +40,8 @@
 /* Scalars that are converted and computed at a time: their buffers stay in the first cache. */
 #define CHUNK 1024
 /* Threads meet at multiples of this many scalars, and means over large tensors are taken from sums over so many. */
-#define BLOCK 8192
-/* A tensor of at most so many scalars, or of less than a 16th of a thread's share, is not divided among threads. */
+#define BLOCK 65536
+/* A tensor of at most so many scalars is not divided among threads. */
 #define SMALL 65536
 /* Fewer scalars than this are not worth a thread. */
 #define WORTH_A_THREAD 131072
@@ -150,7 +153,7 @@ INLINE uint16_t to_float16(float x) {
 
 /* The hash and the rounding of popriskmin.rounding. */
 INLINE uint32_t hash32(uint32_t x) {
-    x = (x ^ (x >> 16)) * 0x7FEB352Du;
+    x = x * 0x9E3779B1u;
     x = (x ^ (x >> 15)) * 0x846CA68Bu;
     return x ^ (x >> 16);
 }
@@ -304,6 +307,12 @@ static void advance_blocks(const job *job, int64_t i, int64_t begin, int64_t end
     }
 }
 
+/* Backwards: what was brought on last is still in a cache. */
+static void move_blocks(const job *job, int64_t i, int64_t begin, int64_t end, double q) {
+    for (int64_t start = begin; start < end; start += BLOCK)
+        job->operations->work(job, i, start, smaller(start + BLOCK, end), MOVE, q, NULL);
+}
+
 static void first_pass(const job *job, int64_t i, int64_t begin, int64_t end) {
     const operations *ops = job->operations;
     const tensor t = tensor_of(job, i);
@@ -312,7 +321,7 @@ static void first_pass(const job *job, int64_t i, int64_t begin, int64_t end) {
     } else if (!needs_two_passes(job, &t)) {
         double sums[2] = {0, 0};
         advance_blocks(job, i, begin, end, sums, 0);
-        ops->work(job, i, begin, end, MOVE, ops->pooled_mask(job, i, sums), NULL);
+        move_blocks(job, i, begin, end, ops->pooled_mask(job, i, sums));
     } else {
         advance_blocks(job, i, begin, end, job->sums + 2 * (job->first_block[i] + begin / BLOCK), 2);
     }
@@ -321,7 +330,7 @@ static void first_pass(const job *job, int64_t i, int64_t begin, int64_t end) {
 static void second_pass(const job *job, int64_t i, int64_t begin, int64_t end) {
     const tensor t = tensor_of(job, i);
     if (needs_two_passes(job, &t))
-        job->operations->work(job, i, begin, end, MOVE, job->q[i], NULL);
+        move_blocks(job, i, begin, end, job->q[i]);
 }
 
 typedef struct {
@@ -338,8 +347,7 @@ static int64_t meeting_point(const job *job, int64_t index, int64_t place) {
     return n <= job->undivided ? start : start + (place - start) / BLOCK * BLOCK;
 }
 
-static void *run_share(void *argument) {
-    const share *mine = argument;
+static void run_share(const share *mine) {
     const job *job = mine->job;
     for (int64_t i = 0; i < job->count; i++) {
         int64_t start = job->before[i], stop = job->before[i + 1];
@@ -353,10 +361,31 @@ static void *run_share(void *argument) {
         if (begin < end)
             mine->pass(job, i, begin - start, end - start);
     }
-    return NULL;
 }
 
 #define MOST_THREADS 256
+
+/* The shares of a pass; each thread takes the next one until none is left, so fewer threads than shares will do. */
+typedef struct {
+    share shares[MOST_THREADS];
+    int count;
+    atomic_int next;
+} shares;
+
+static void run_shares(void *argument) {
+    shares *all = argument;
+    for (int k = atomic_fetch_add(&all->next, 1); k < all->count; k = atomic_fetch_add(&all->next, 1))
+        run_share(&all->shares[k]);
+}
+
+static void *run_shares_in_thread(void *argument) {
+    run_shares(argument);
+    return NULL;
+}
+
+/* GOMP_parallel of the OpenMP runtime that torch uses, or NULL. */
+typedef void parallel_function(void (*function)(void *), void *data, unsigned threads, unsigned flags);
+static parallel_function *pool;
 
 static int worthwhile_threads(int64_t total, int threads) {
     threads = (int)smaller(smaller(threads, MOST_THREADS), total / WORTH_A_THREAD);
@@ -364,30 +393,35 @@ static int worthwhile_threads(int64_t total, int threads) {
 }
 
 static void run(const job *job, int threads, void (*pass)(const struct job *, int64_t, int64_t, int64_t)) {
-    pthread_t started[MOST_THREADS];
-    int is_started[MOST_THREADS];
-    share shares[MOST_THREADS];
+    shares all;
     int64_t total = job->before[job->count];
+    all.count = threads;
+    atomic_init(&all.next, 0);
     for (int k = 0; k < threads; k++) {
-        shares[k].job = job;
-        shares[k].pass = pass;
-        shares[k].begin = (int64_t)((double)total * k / threads);
-        shares[k].end = k + 1 == threads ? total : (int64_t)((double)total * (k + 1) / threads);
+        all.shares[k].job = job;
+        all.shares[k].pass = pass;
+        all.shares[k].begin = (int64_t)((double)total * k / threads);
+        all.shares[k].end = k + 1 == threads ? total : (int64_t)((double)total * (k + 1) / threads);
     }
-    for (int k = 1; k < threads; k++)
-        is_started[k] = pthread_create(&started[k], NULL, run_share, &shares[k]) == 0;
-    run_share(&shares[0]);
-    for (int k = 1; k < threads; k++) {
-        if (is_started[k])
-            pthread_join(started[k], NULL);
-        else
-            run_share(&shares[k]); /* the system gave no thread */
+    if (threads > 1 && pool) {
+        pool(run_shares, &all, (unsigned)threads, 0);
+        return;
     }
+    pthread_t started[MOST_THREADS];
+    int count = 0;
+    while (count < threads - 1 && pthread_create(&started[count], NULL, run_shares_in_thread, &all) == 0)
+        count++; /* where the system gives fewer threads, the others take their shares */
+    run_shares(&all);
+    for (int k = 0; k < count; k++)
+        pthread_join(started[k], NULL);
 }
 
 /* ---- The entry. ---- */
 
 int prm_abi(void) { return ABI; }
+
+/* Use torch's threads from now on; NULL: start threads for each call. */
+void prm_use_pool(parallel_function *parallel) { pool = parallel; }
 
 /* The best instruction set here: 0 the compiler's baseline, 1 AVX2, 2 AVX-512. */
 int prm_best_level(void) {
@@ -448,7 +482,7 @@ static int step_with(job *job, const options *o, int threads) {
         job->before[i + 1] = job->before[i] + job->table[COLUMN_N * job->count + i];
     int64_t total = job->before[job->count];
     threads = worthwhile_threads(total, threads);
-    job->undivided = threads == 1 ? total : total / (16 * threads) > SMALL ? total / (16 * threads) : SMALL;
+    job->undivided = threads == 1 ? total : SMALL;
     for (int64_t i = 0; i < job->count; i++) {
         const tensor t = tensor_of(job, i);
         job->first_block[i] = blocks;

@@ -20,7 +20,7 @@ from popriskmin.lists import Lists
 from popriskmin.mask import Hyperparameters
 
 # As in cpu.c.
-ABI = 1
+ABI = 2
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 MASK_CODES = {"none": 0, "snr": 1, "soft": 2, "hard": 3}
 LEVELS = ("baseline", "AVX2", "AVX-512")
@@ -62,10 +62,36 @@ def _load() -> ctypes.CDLL | str:
         return f"the kernel for the CPU cannot be loaded: {error}; reinstall popriskmin"
     if abi != ABI:
         return f"the kernel for the CPU is of another version ({abi}, not {ABI}): reinstall popriskmin"
+    library.prm_use_pool.argtypes = [ctypes.c_void_p]
+    if hasattr(os, "register_at_fork"):
+        # A forked child has none of its parent's threads.
+        library.prm_use_pool(_threads_of_torch())
+        os.register_at_fork(after_in_child=lambda: library.prm_use_pool(None))
     library.prm_step.argtypes = [
         ctypes.POINTER(_Options), ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_int] * 6,
     ]  # fmt: skip
     return library
+
+
+def _threads_of_torch() -> int | None:
+    """Return the address of `GOMP_parallel` in the OpenMP runtime that torch brought along, or None.
+
+    GNU's and LLVM's runtimes have it. Threads of our own would compete with torch's, which keep a processor busy for a
+    while after each of torch's operations.
+    """
+    try:
+        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    except OSError:  # not Linux
+        return None
+    home = str(Path(torch.__file__).parent)
+    runtimes = [name for name in sorted(mapped) if "omp" in Path(name).name and name.startswith(home)]
+    for name in runtimes:
+        try:
+            runtime = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+            return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
 
 
 def unusable() -> str | None:

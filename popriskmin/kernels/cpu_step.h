@@ -223,14 +223,18 @@ TARGET static void NAME(gather)(const NAME(strands) *strands, double *sums) {
 
 TARGET static void NAME(add_up)(int64_t n, const REAL *m, const REAL *s, double *sums) {
     NAME(strands) strands = {{{0}}, {{0}}};
-    for (int64_t i = 0; i < n; i += LANES) {
-        size_t size = (size_t)(n - i < LANES ? n - i : LANES) * sizeof(REAL);
-        NAME(reals) mean = {0}, variance = {0};
-        memcpy(&mean, m + i, size);
-        memcpy(&variance, s + i, size);
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        NAME(reals) mean, variance;
+        memcpy(&mean, m + i, sizeof mean);
+        memcpy(&variance, s + i, sizeof variance);
         NAME(add)(&strands, &mean, &variance);
     }
     NAME(gather)(&strands, sums);
+    for (; i < n; i++) {
+        sums[0] += (double)m[i] * (double)m[i];
+        sums[1] += (double)s[i];
+    }
 }
 
 /* m, v, s to this step and their sums at once; n is a multiple of LANES, and the options are the usual ones. */
@@ -315,6 +319,40 @@ TARGET static void NAME(round_state)(int64_t n, int64_t start, uint32_t key, REA
     }
 }
 
+/* The same three, a chunk at a time, for tensors of any types and for any options. */
+TARGET static void NAME(work_in_chunks)(const job *job, const tensor *t, const numbers *x, const NAME(constants) *c,
+                                        int64_t begin, int64_t end, int what, REAL given, double *sums) {
+    int narrow = job->s_type == TYPE_BFLOAT16, reads_p = (what & MOVE) || x->coupled;
+    REAL buffers[6][CHUNK];
+    for (int64_t start = begin; start < end; start += CHUNK) {
+        int64_t n = end - start < CHUNK ? end - start : CHUNK;
+        REAL *p = reads_p ? NAME(load)(t->p, job->p_type, start, n, buffers[0]) : NULL;
+        REAL *m = NAME(load)(t->m, job->m_type, start, n, buffers[1]);
+        REAL *v = NAME(load)(t->v, job->s_type, start, n, buffers[2]);
+        REAL *s = NAME(load)(t->s, job->s_type, start, n, buffers[3]);
+        REAL *maximum = t->maximum ? NAME(load)(t->maximum, job->s_type, start, n, buffers[4]) : NULL;
+        if (what & ADVANCE) {
+            const REAL *g = NAME(load)(t->g, job->g_type, start, n, buffers[5]);
+            NAME(advance)(x->coupled, n, p, g, m, v, s, c);
+            if (narrow)
+                NAME(round_state)(n, start, x->key, v, s);
+            if (maximum)
+                NAME(raise_maximum)(n, maximum, v);
+            NAME(store)(t->m, job->m_type, start, n, m);
+            NAME(store)(t->v, job->s_type, start, n, v);
+            NAME(store)(t->s, job->s_type, start, n, s);
+            if (maximum)
+                NAME(store)(t->maximum, job->s_type, start, n, maximum);
+        }
+        if (sums)
+            NAME(add_up)(n, m, s, sums);
+        if (what & MOVE) {
+            NAME(move)(t->pooled ? MASK_NONE : x->mask, n, p, m, maximum ? maximum : v, s, given, c);
+            NAME(store)(t->p, job->p_type, start, n, p);
+        }
+    }
+}
+
 /* What is to be done to a stretch: bring the state on, add up its sums, move the parameters. */
 TARGET static void NAME(work)(const job *job, int64_t index, int64_t begin, int64_t end, int what, double given,
                               double *sums) {
@@ -322,52 +360,22 @@ TARGET static void NAME(work)(const job *job, int64_t index, int64_t begin, int6
     const numbers *x = &job->numbers[t.numbers];
     const NAME(constants) c = NAME(convert)(x);
     int narrow = job->s_type == TYPE_BFLOAT16;
-    if (what == (ADVANCE | MOVE) && !(t.maximum && narrow) && x->usual && job->p_type == REAL_TYPE && job->g_type == REAL_TYPE &&
-        job->m_type == REAL_TYPE && (job->s_type == REAL_TYPE || narrow)) {
-        int64_t wide = begin * (int64_t)sizeof(REAL), state = narrow ? 2 * begin : wide;
-        NAME(whole)(x->mask, narrow, end - begin, (uint32_t)begin + x->key,
-                    (REAL *)((char *)t.p + wide), (const REAL *)((const char *)t.g + wide),
-                    (REAL *)((char *)t.m + wide), (char *)t.v + state, (char *)t.s + state,
+    int direct = job->p_type == REAL_TYPE && job->g_type == REAL_TYPE && job->m_type == REAL_TYPE && x->usual;
+    int64_t wide = begin * (int64_t)sizeof(REAL), state = narrow ? 2 * begin : wide;
+    const REAL *g = (const REAL *)((const char *)t.g + wide);
+    REAL *m = (REAL *)((char *)t.m + wide);
+    if (what == (ADVANCE | MOVE) && direct && (narrow ? !t.maximum : job->s_type == REAL_TYPE)) {
+        NAME(whole)(x->mask, narrow, end - begin, (uint32_t)begin + x->key, (REAL *)((char *)t.p + wide), g, m,
+                    (char *)t.v + state, (char *)t.s + state,
                     t.maximum ? (REAL *)((char *)t.maximum + wide) : NULL, &c);
         return;
     }
-    int in_place = job->p_type == REAL_TYPE && job->g_type == REAL_TYPE && job->m_type == REAL_TYPE &&
-                   job->s_type == REAL_TYPE;
-    REAL buffers[6][CHUNK];
-    for (int64_t start = begin; start < end; start += CHUNK) {
-        int64_t n = end - start < CHUNK ? end - start : CHUNK;
-        int reads_p = (what & MOVE) || x->coupled;
-        REAL *p = reads_p ? NAME(load)(t.p, job->p_type, start, n, buffers[0]) : NULL;
-        REAL *m = NAME(load)(t.m, job->m_type, start, n, buffers[1]);
-        REAL *v = NAME(load)(t.v, job->s_type, start, n, buffers[2]);
-        REAL *s = NAME(load)(t.s, job->s_type, start, n, buffers[3]);
-        REAL *maximum = t.maximum ? NAME(load)(t.maximum, job->s_type, start, n, buffers[4]) : NULL;
-        if (what & ADVANCE) {
-            const REAL *g = NAME(load)(t.g, job->g_type, start, n, buffers[5]);
-            int64_t done = sums && in_place && x->usual && x->blend != 0 ? n / LANES * LANES : 0;
-            if (done > 0)
-                NAME(advance_and_add_up)(done, g, m, v, s, sums, &c);
-            NAME(advance)(x->coupled, n - done, p, g + done, m + done, v + done, s + done, &c);
-            if (sums && !narrow)
-                NAME(add_up)(n - done, m + done, s + done, sums);
-            if (narrow) {
-                NAME(round_state)(n, start, x->key, v, s);
-                if (sums)
-                    NAME(add_up)(n, m, s, sums);
-            }
-            if (maximum)
-                NAME(raise_maximum)(n, maximum, v);
-            NAME(store)(t.m, job->m_type, start, n, m);
-            NAME(store)(t.v, job->s_type, start, n, v);
-            NAME(store)(t.s, job->s_type, start, n, s);
-            if (maximum)
-                NAME(store)(t.maximum, job->s_type, start, n, maximum);
-        }
-        if (what & MOVE) {
-            NAME(move)(t.pooled ? MASK_NONE : x->mask, n, p, m, maximum ? maximum : v, s, (REAL)given, &c);
-            NAME(store)(t.p, job->p_type, start, n, p);
-        }
+    if (what == ADVANCE && direct && job->s_type == REAL_TYPE && !t.maximum && x->blend != 0) {
+        int64_t n = (end - begin) / LANES * LANES;
+        NAME(advance_and_add_up)(n, g, m, (REAL *)((char *)t.v + wide), (REAL *)((char *)t.s + wide), sums, &c);
+        begin += n;
     }
+    NAME(work_in_chunks)(job, &t, x, &c, begin, end, what, (REAL)given, sums);
 }
 
 TARGET static double NAME(pooled_mask)(const job *job, int64_t index, const double *sums) {

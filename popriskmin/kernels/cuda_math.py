@@ -117,7 +117,7 @@ def stochastic_bfloat16(x, random):
 @jit()
 def hash32(x):
     """Return what `popriskmin.rounding.hash32` does, of a uint32."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = x * 0x9E3779B1
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
 
