@@ -237,7 +237,7 @@ TARGET static void NAME(add_up)(int64_t n, const REAL *m, const REAL *s, double 
     }
 }
 
-/* m, v, s to this step and their sums at once; n is a multiple of LANES, and the options are the usual ones. */
+/* m, v, s to this step and their sums at once; n is a multiple of LANES, the options are the usual ones, blend is not 0. */
 TARGET static void NAME(advance_and_add_up)(int64_t n, const REAL *g, REAL *m, REAL *v, REAL *s, double *sums,
                                             const NAME(constants) *constants) {
     const NAME(constants) c = *constants;
@@ -353,6 +353,35 @@ TARGET static void NAME(work_in_chunks)(const job *job, const tensor *t, const n
     }
 }
 
+/* The same for tensors in the arithmetic type and the usual options, or v and s in bfloat16, straight in their memory. */
+TARGET static void NAME(work_in_place)(const job *job, const tensor *t, const numbers *x, const NAME(constants) *c,
+                                       int64_t begin, int64_t end, int what, REAL given, double *sums) {
+    int narrow = job->s_type == TYPE_BFLOAT16;
+    REAL *p = t->p, *m = t->m, *maximum = t->maximum;
+    const REAL *g = t->g;
+    char *v = t->v, *s = t->s;
+    int64_t size = narrow ? 2 : (int64_t)sizeof(REAL);
+    for (int64_t i = begin; i < end; i += AHEAD) {
+        int64_t n = smaller(end - i, AHEAD);
+        if (i + 2 * AHEAD <= end)
+            fetch_ahead(t, i + AHEAD, sizeof(REAL), size, what);
+        if (what == (ADVANCE | MOVE)) {
+            NAME(whole)(x->mask, narrow, n, (uint32_t)i + x->key, p + i, g + i, m + i, v + size * i, s + size * i,
+                        maximum ? maximum + i : NULL, c);
+        } else if (what == ADVANCE) {
+            int64_t lanes = n / LANES * LANES;
+            REAL *v_i = (REAL *)v + i, *s_i = (REAL *)s + i;
+            NAME(advance_and_add_up)(lanes, g + i, m + i, v_i, s_i, sums, c);
+            NAME(advance)(0, n - lanes, NULL, g + i + lanes, m + i + lanes, v_i + lanes, s_i + lanes, c);
+            NAME(add_up)(n - lanes, m + i + lanes, s_i + lanes, sums);
+            if (maximum)
+                NAME(raise_maximum)(n, maximum + i, v_i);
+        } else {
+            NAME(move)(MASK_NONE, n, p + i, m + i, maximum ? maximum + i : (REAL *)v + i, NULL, given, c);
+        }
+    }
+}
+
 /* What is to be done to a stretch: bring the state on, add up its sums, move the parameters. */
 TARGET static void NAME(work)(const job *job, int64_t index, int64_t begin, int64_t end, int what, double given,
                               double *sums) {
@@ -360,22 +389,12 @@ TARGET static void NAME(work)(const job *job, int64_t index, int64_t begin, int6
     const numbers *x = &job->numbers[t.numbers];
     const NAME(constants) c = NAME(convert)(x);
     int narrow = job->s_type == TYPE_BFLOAT16;
-    int direct = job->p_type == REAL_TYPE && job->g_type == REAL_TYPE && job->m_type == REAL_TYPE && x->usual;
-    int64_t wide = begin * (int64_t)sizeof(REAL), state = narrow ? 2 * begin : wide;
-    const REAL *g = (const REAL *)((const char *)t.g + wide);
-    REAL *m = (REAL *)((char *)t.m + wide);
-    if (what == (ADVANCE | MOVE) && direct && (narrow ? !t.maximum : job->s_type == REAL_TYPE)) {
-        NAME(whole)(x->mask, narrow, end - begin, (uint32_t)begin + x->key, (REAL *)((char *)t.p + wide), g, m,
-                    (char *)t.v + state, (char *)t.s + state,
-                    t.maximum ? (REAL *)((char *)t.maximum + wide) : NULL, &c);
-        return;
-    }
-    if (what == ADVANCE && direct && job->s_type == REAL_TYPE && !t.maximum && x->blend != 0) {
-        int64_t n = (end - begin) / LANES * LANES;
-        NAME(advance_and_add_up)(n, g, m, (REAL *)((char *)t.v + wide), (REAL *)((char *)t.s + wide), sums, &c);
-        begin += n;
-    }
-    NAME(work_in_chunks)(job, &t, x, &c, begin, end, what, (REAL)given, sums);
+    int in_place = x->usual && job->p_type == REAL_TYPE && job->g_type == REAL_TYPE && job->m_type == REAL_TYPE &&
+                   (narrow ? !t.pooled && !t.maximum : job->s_type == REAL_TYPE);
+    if (in_place)
+        NAME(work_in_place)(job, &t, x, &c, begin, end, what, (REAL)given, sums);
+    else
+        NAME(work_in_chunks)(job, &t, x, &c, begin, end, what, (REAL)given, sums);
 }
 
 TARGET static double NAME(pooled_mask)(const job *job, int64_t index, const double *sums) {
