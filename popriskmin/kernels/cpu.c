@@ -43,9 +43,11 @@
  * behind on five arrays at a time; twice as many, or half, were slower. */
 #define AHEAD 128
 /* Threads meet at multiples of this many scalars, and means over large tensors are taken from sums over so many. */
-#define BLOCK 65536
+#define BLOCK 16384
 /* A tensor of at most so many scalars is not divided among threads. */
 #define SMALL 65536
+/* Scalars that are pooled and moved together, some 4 MB of weights and state. */
+#define BATCH 262144
 /* Fewer scalars than this are not worth a thread. */
 #define WORTH_A_THREAD 131072
 
@@ -417,16 +419,18 @@ static int worthwhile_threads(int64_t total, int threads) {
     return threads < 1 ? 1 : threads;
 }
 
-static void run(const job *job, int threads, void (*pass)(const struct job *, int64_t, int64_t, int64_t)) {
+/* Run a pass over the tensors from `from` to before `to`. */
+static void run(const job *job, int threads, int64_t from, int64_t to,
+                void (*pass)(const struct job *, int64_t, int64_t, int64_t)) {
     shares all;
-    int64_t total = job->before[job->count];
+    int64_t first = job->before[from], total = job->before[to] - first;
     all.count = threads == 1 ? 1 : threads * SHARES_OF_A_THREAD;
     atomic_init(&all.next, 0);
     for (int k = 0; k < all.count; k++) {
         all.shares[k].job = job;
         all.shares[k].pass = pass;
-        all.shares[k].begin = (int64_t)((double)total * k / all.count);
-        all.shares[k].end = k + 1 == all.count ? total : (int64_t)((double)total * (k + 1) / all.count);
+        all.shares[k].begin = first + (int64_t)((double)total * k / all.count);
+        all.shares[k].end = first + (k + 1 == all.count ? total : (int64_t)((double)total * (k + 1) / all.count));
     }
     if (threads > 1 && pool) {
         pool(run_shares, &all, (unsigned)threads, 0);
@@ -493,6 +497,28 @@ static int count_up(job *job, const options *o) {
     return 1;
 }
 
+/* Both passes over a few tensors at a time, whose state then is still in a cache for the second. */
+static void run_in_batches(job *job, int threads) {
+    int64_t enough = BATCH > threads * WORTH_A_THREAD ? BATCH : threads * WORTH_A_THREAD;
+    for (int64_t from = 0, to = 0; from < job->count; from = to) {
+        while (to < job->count && job->before[to] - job->before[from] < enough)
+            to++;
+        run(job, threads, from, to, first_pass);
+        for (int64_t i = from; i < to; i++) {
+            const tensor t = tensor_of(job, i);
+            if (needs_two_passes(job, &t)) {
+                double sums[2] = {0, 0};
+                for (int64_t b = 0; b < (t.n + BLOCK - 1) / BLOCK; b++) {
+                    sums[0] += job->sums[2 * (job->first_block[i] + b)];
+                    sums[1] += job->sums[2 * (job->first_block[i] + b) + 1];
+                }
+                job->q[i] = job->operations->pooled_mask(job, i, sums);
+            }
+        }
+        run(job, threads, from, to, second_pass);
+    }
+}
+
 static int step_with(job *job, const options *o, int threads) {
     size_t count = (size_t)job->count;
     job->which = malloc(count * sizeof *job->which);
@@ -519,21 +545,10 @@ static int step_with(job *job, const options *o, int threads) {
     /* From here on nothing can fail: a step is taken whole or not at all. */
     for (int64_t i = 0; i < job->count; i++)
         *(float *)(intptr_t)job->table[COLUMN_STEP * job->count + i] += 1;
-    run(job, threads, first_pass);
     if (blocks == 0)
-        return 1;
-    for (int64_t i = 0; i < job->count; i++) {
-        const tensor t = tensor_of(job, i);
-        if (needs_two_passes(job, &t)) {
-            double sums[2] = {0, 0};
-            for (int64_t b = 0; b < (t.n + BLOCK - 1) / BLOCK; b++) {
-                sums[0] += job->sums[2 * (job->first_block[i] + b)];
-                sums[1] += job->sums[2 * (job->first_block[i] + b) + 1];
-            }
-            job->q[i] = job->operations->pooled_mask(job, i, sums);
-        }
-    }
-    run(job, threads, second_pass);
+        run(job, threads, 0, job->count, first_pass);
+    else
+        run_in_batches(job, threads);
     return 1;
 }
 
