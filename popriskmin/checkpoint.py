@@ -51,6 +51,14 @@ def new_step(param: Tensor, group: Mapping[str, Any], value: float = 0.0) -> Ten
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
+def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Replace `state_dtype` by its name: torch 2.0 does not load types with `weights_only=True`."""
+    for group in state_dict["param_groups"]:
+        if isinstance(group["state_dtype"], torch.dtype):
+            group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
+    return state_dict
+
+
 def prepare_groups(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Complete saved parameter groups, of this or of torch's optimizers, with what only the present ones know."""
     prepared = []

@@ -17,6 +17,7 @@ from popriskmin.checkpoint import (
     dtype_of_state,
     ids_match,
     new_step,
+    portable,
     prepare_groups,
     prepare_state,
 )
@@ -334,6 +335,10 @@ class PRM(Optimizer):
         0.25
         """
         return mask_stats(self, by, self._applied)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and the options of each group, as torch's optimizers do; `state_dtype` by its name."""
+        return portable(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint of PRM, or take over one of `torch.optim.AdamW` or `Adam`.

@@ -245,6 +245,21 @@ def test_parameter_names_go_into_the_checkpoint():
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
 
 
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float64, None])
+def test_the_state_dtype_is_saved_by_name_and_stays_the_optimizers_own(state_dtype):
+    params, optimizer = make(state_dtype=state_dtype)
+    run(params, optimizer, 2, seed=0)
+    saved = through_a_file(optimizer.state_dict())
+    assert saved["param_groups"][0]["state_dtype"] == {torch.bfloat16: "bfloat16", torch.float64: "float64"}.get(
+        state_dtype
+    )
+    assert optimizer.param_groups[0]["state_dtype"] == state_dtype
+    fresh_params, fresh = make(state_dtype=state_dtype)
+    fresh.load_state_dict(saved)
+    assert fresh.param_groups[0]["state_dtype"] == state_dtype
+    run(fresh_params, fresh, 1, seed=1)
+
+
 def test_adamws_tensor_betas_are_taken_as_numbers():
     params, theirs = make(torch.optim.AdamW)
     run(params, theirs, 2, seed=0)

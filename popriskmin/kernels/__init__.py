@@ -37,10 +37,13 @@ KERNELS = {
 
 def unusable() -> str | None:
     """Return why no kernel can be used here, or None if one can."""
-    reasons = {device: kernel.unusable() for device, kernel in KERNELS.items()}
-    if any(reason is None for reason in reasons.values()):
-        return None
-    return "; ".join(f"{device}: {reason}" for device, reason in reasons.items())
+    reasons = []
+    for device, kernel in KERNELS.items():
+        reason = kernel.unusable()
+        if reason is None:
+            return None  # without asking on, which would wake up a device
+        reasons.append(f"{device}: {reason}")
+    return "; ".join(reasons)
 
 
 def fused_prm(
@@ -68,9 +71,14 @@ def fused_prm(
         cpu.step(lists, state_steps, hyper, state)
         bump_versions(lists.params)
         return []
+    if not insist and not any(KERNELS[device].by_default for device in _devices(lists.params)):
+        return list(range(len(lists.params)))
     cohorts: dict[tuple[object, ...], list[int]] = {}
-    left = []
+    left, empty = [], []
     for i, param in enumerate(lists.params):
+        if param.numel() == 0:
+            empty.append(i)
+            continue
         reason = _misfit_here(lists, state_steps, hyper, i, insist)
         if reason is None:
             key = (param.device, *(tensors[i].dtype for tensors in lists if tensors))
@@ -81,6 +89,8 @@ def fused_prm(
             left.append(i)
     if not insist and any(lists.params[i].device.type == "cpu" for i in left):
         _warn_without_kernel(cpu.unusable())
+    for i in empty:
+        state_steps[i] += 1
     for indices in cohorts.values():
         cohort = lists.of(indices)
         grads = [matched(grad, param) for grad, param in zip(cohort.grads, cohort.params)]
@@ -88,6 +98,11 @@ def fused_prm(
         KERNELS[real.params[0].device.type].step(real, [state_steps[i] for i in indices], hyper)
         bump_versions(cohort.params)
     return left
+
+
+def _devices(params: list[Tensor]) -> set[str]:
+    """Return the types of the devices of the parameters for which there are kernels."""
+    return {device.type for device in {param.device for param in params}} & set(KERNELS)
 
 
 @functools.lru_cache(maxsize=1)

@@ -44,12 +44,12 @@
 #define AHEAD 128
 /* Threads meet at multiples of this many scalars, and means over large tensors are taken from sums over so many. */
 #define BLOCK 16384
-/* A tensor of at most so many scalars is not divided among threads. */
+/* A tensor of at most so many scalars, or of a 16th of a thread's share, is not divided among threads. */
 #define SMALL 65536
 /* Scalars that are pooled and moved together, some 4 MB of weights and state. */
 #define BATCH 262144
 /* Fewer scalars than this are not worth a thread. */
-#define WORTH_A_THREAD 131072
+#define WORTH_A_THREAD 32768
 
 enum { COLUMN_P, COLUMN_G, COLUMN_M, COLUMN_V, COLUMN_S, COLUMN_MAXIMUM, COLUMN_STEP, COLUMN_N, COLUMNS };
 
@@ -497,23 +497,31 @@ static int count_up(job *job, const options *o) {
     return 1;
 }
 
-/* Both passes over a few tensors at a time, whose state then is still in a cache for the second. */
+static int is_divided(const job *job, int64_t i) {
+    const tensor t = tensor_of(job, i);
+    return needs_two_passes(job, &t);
+}
+
+/* Both passes over a few divided tensors at a time, whose state then is still in a cache for the second. Between them
+ * tensors of which each is one thread's, as many as there are. */
 static void run_in_batches(job *job, int threads) {
     int64_t enough = BATCH > threads * WORTH_A_THREAD ? BATCH : threads * WORTH_A_THREAD;
     for (int64_t from = 0, to = 0; from < job->count; from = to) {
-        while (to < job->count && job->before[to] - job->before[from] < enough)
+        int divided = is_divided(job, from);
+        while (to < job->count && is_divided(job, to) == divided &&
+               !(divided && job->before[to] - job->before[from] >= enough))
             to++;
         run(job, threads, from, to, first_pass);
+        if (!divided)
+            continue;
         for (int64_t i = from; i < to; i++) {
-            const tensor t = tensor_of(job, i);
-            if (needs_two_passes(job, &t)) {
-                double sums[2] = {0, 0};
-                for (int64_t b = 0; b < (t.n + BLOCK - 1) / BLOCK; b++) {
-                    sums[0] += job->sums[2 * (job->first_block[i] + b)];
-                    sums[1] += job->sums[2 * (job->first_block[i] + b) + 1];
-                }
-                job->q[i] = job->operations->pooled_mask(job, i, sums);
+            int64_t blocks = (job->before[i + 1] - job->before[i] + BLOCK - 1) / BLOCK;
+            double sums[2] = {0, 0};
+            for (int64_t b = 0; b < blocks; b++) {
+                sums[0] += job->sums[2 * (job->first_block[i] + b)];
+                sums[1] += job->sums[2 * (job->first_block[i] + b) + 1];
             }
+            job->q[i] = job->operations->pooled_mask(job, i, sums);
         }
         run(job, threads, from, to, second_pass);
     }
@@ -533,7 +541,7 @@ static int step_with(job *job, const options *o, int threads) {
         job->before[i + 1] = job->before[i] + job->table[COLUMN_N * job->count + i];
     int64_t total = job->before[job->count];
     threads = worthwhile_threads(total, threads);
-    job->undivided = threads == 1 ? total : SMALL;
+    job->undivided = threads == 1 ? total : total / (16 * threads) > SMALL ? total / (16 * threads) : SMALL;
     for (int64_t i = 0; i < job->count; i++) {
         const tensor t = tensor_of(job, i);
         job->first_block[i] = blocks;

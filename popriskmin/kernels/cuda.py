@@ -55,13 +55,13 @@ def unusable() -> str | None:
     """
     try:
         triton = import_module("triton")
+        if int(triton.__version__.split(".")[0]) < 3:
+            return f"Triton {triton.__version__} is too old, version 3.0 is needed"
         interpreted = _is_interpreted()
     except Exception as error:  # a broken installation raises whatever it likes
         return f"Triton cannot be imported ({type(error).__name__}: {error})"
     if interpreted:
         return None
-    if int(triton.__version__.split(".")[0]) < 3:
-        return f"Triton {triton.__version__} is too old, version 3.0 is needed"
     if torch.version.hip is not None:
         return "this torch is built for ROCm, on which the kernel has not been tried"
     if not torch.cuda.is_available():

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from popriskmin.lists import Lists
 from popriskmin.mask import Hyperparameters, boundary_coefficient
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = find_spec("triton") is not None
+HAS_TRITON = find_spec("triton") is not None and int(version("triton").split(".")[0]) >= 3
 HERE = Path(__file__)
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton, not interpreting")

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from popriskmin import PRM
-from popriskmin.kernels import cpu, fit
+from popriskmin.kernels import cpu, fit, fused_prm
 from popriskmin.lists import Lists
+from popriskmin.mask import Hyperparameters
 
 needs_kernel = pytest.mark.skipif(cpu.unusable() is not None, reason=str(cpu.unusable()))
 
@@ -16,6 +17,10 @@ def lists(**changed):
     held = {name: torch.ones(4, 6) for name in Lists._fields}
     held |= {name: value for name, value in changed.items() if name in held}
     return Lists(*[[held[name]] for name in Lists._fields]), [changed.get("step", torch.tensor(0.0))]
+
+
+def hyper():
+    return Hyperparameters.of_group(PRM([torch.nn.Parameter(torch.ones(1))]).param_groups[0])
 
 
 class Own(torch.Tensor):
@@ -106,6 +111,41 @@ def test_a_mixed_list_takes_the_kernel_and_foreach():
     everything, _ = stepped(params, grads, fused=True)
     for a, b in zip(everything, ours):
         assert torch.equal(a, b)
+
+
+def test_devices_without_a_kernel_are_left_to_foreach_at_once():
+    params = [torch.ones(3, device="meta"), torch.ones(0, device="meta")]
+    held = Lists(params, params, params, params, params, [])
+    assert fused_prm(held, [torch.tensor(0.0)] * 2, hyper(), insist=False, memory={}) == [0, 1]
+    with pytest.raises(RuntimeError, match="tensor 0 of a parameter group cannot take it: there is no kernel for meta"):
+        fused_prm(held, [torch.tensor(0.0)] * 2, hyper(), insist=True, memory={})
+
+
+def test_an_unknown_mask_is_left_to_foreach():
+    held, steps = lists()
+    assert fused_prm(held, steps, hyper()._replace(mask="new"), insist=False, memory={}) == [0]
+    assert steps[0] == 0
+
+
+@needs_kernel
+def test_what_is_remembered_of_a_group_is_looked_at_again_when_it_changes():
+    """State that is replaced, or put elsewhere, between steps takes the step as any other."""
+    results = []
+    for how in ({"fused": True}, {"foreach": False}):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4).clone())
+        optimizer = PRM([p], lr=0.1, **how)
+        for number in range(6):
+            p.grad = torch.full((3, 4), 0.5 + number) if number != 4 else torch.ones(4, 3).t() * 2
+            optimizer.step()
+            state = optimizer.state[p]
+            if number == 1:
+                state["exp_avg"] = state["exp_avg"].clone()
+            if number == 2:
+                state["exp_avg_var"].data = state["exp_avg_var"].double().float() + 0.1
+            if number == 3:
+                p.data = p.data.clone() * 2
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
 
 
 @needs_kernel
