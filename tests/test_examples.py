@@ -1,5 +1,6 @@
 """The examples, the benchmark and the code in the README run as they stand."""
 
+import json
 import pathlib
 import re
 import runpy
@@ -34,14 +35,33 @@ def test_step_time_prints_ratios(monkeypatch, capsys):
     import step_time
 
     monkeypatch.setattr(step_time, "CASES", {"tiny": lambda: [(4, 4), (4,)]})
+    monkeypatch.setitem(step_time.BARS, "tiny", step_time.BARS["GPT-2-like"])
     monkeypatch.setattr(sys, "argv", ["step_time.py", "--threads", "1", "--repeats", "3"])
     step_time.main()
     out = capsys.readouterr().out
-    for name in step_time.OPTIMIZERS:
+    for name in set(step_time.OPTIMIZERS) - {step_time.SLOW}:
         assert f"| `{name}` |" in out
     assert f"torch {torch.__version__}" in out
-    assert re.search(r"\| `AdamW\(foreach=True\)` \| [\d.]+ \| 1.00 \|", out)
+    assert re.search(r"\| `AdamW\(fused=True\)` \| [\d.]+ \| 1.00 \|", out)
     assert "20 scalars, 2 tensors, threads: 1" in out
+    bars = re.findall(r"\| PRM.* / .*, tiny, threads: 1 \| [\d.]+ \| [\d.]+ \| (yes|NO) \|", out)
+    assert len(bars) == 2 + len(step_time.EVERYWHERE)
+    assert "a training step, PRM() / AdamW(fused=True), threads: 1" in out
+
+
+def test_scaling_draws_both_curves(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import scaling
+
+    monkeypatch.setattr(scaling, "OTHERS", [("no_such_library", "AdamW")])
+    arguments = ["--most", "1e4", "--budget", "0.01", "--threads", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *arguments])
+    scaling.main()
+    results = json.loads((tmp_path / "step-time.json").read_text())
+    assert set(results["parameters"]) == set(results["tensors"]) == set(scaling.NAMES)
+    assert list(results["parameters"]["PRM()"]) == ["1000", "10000"]
+    assert results["bytes_per_second"] > 0
+    assert (tmp_path / "step-time.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_shapes_of_the_benchmark():
@@ -58,7 +78,7 @@ def blocks(path):
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/optimizer.md", "docs/compare.md"])
+@pytest.mark.parametrize("path", ["README.md", "docs/optimizer.md", "docs/fused.md", "docs/compare.md"])
 def test_python_in_the_documentation(path, tmp_path, monkeypatch):
     """The blocks of a page run one after another, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
