@@ -8,8 +8,11 @@ import sys
 
 import pytest
 import torch
+from conftest import TORCH
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+needs_fused_adamw = pytest.mark.skipif(TORCH < (2, 4), reason="torch's fused AdamW runs on the CPU since 2.4")
 
 
 def run(monkeypatch, path, *arguments):
@@ -30,6 +33,7 @@ def test_synthetic_regression(monkeypatch, capsys):
     assert all(0 < float(number) < 10 for row in rows for number in row[36:].split())
 
 
+@needs_fused_adamw
 def test_step_time_prints_ratios(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import step_time
@@ -49,6 +53,7 @@ def test_step_time_prints_ratios(monkeypatch, capsys):
     assert "a training step, PRM() / AdamW(fused=True), threads: 1" in out
 
 
+@needs_fused_adamw
 def test_scaling_draws_both_curves(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import scaling
