@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from popriskmin.lists import Lists, are_plain, as_real, compute_dtype, is_compiling
+from popriskmin.lists import Lists, are_plain, compute_dtype, is_compiling
 from popriskmin.mask import (
     MASKS,
     Corrections,
@@ -38,8 +38,7 @@ def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparame
     for indices, t in _cohorts(lists, state_steps, tensor_steps):
         cohort = lists.of(indices)
         if cohort.params[0].is_complex():
-            grads = [g.resolve_conj() for g in cohort.grads]
-            cohort = Lists(*[[as_real(x) for x in tensors] for tensors in cohort._replace(grads=grads)])
+            cohort = cohort._replace(grads=[g.resolve_conj() for g in cohort.grads]).real()
         dtype = compute_dtype(cohort.params[0], cohort.exp_avgs[0])
         c = corrections(t.to(dtype) if tensor_steps else t, hyper)
         # Under a captured graph the number of kernels counts; on the host, the cache and the cost of a call.

@@ -142,18 +142,16 @@ def dispatch(
     implementation = choose_implementation(lists.params, foreach, fused, differentiable)
     if not lists.params:
         return
-    if implementation == "fused" and not compiling:
-        left = fused_prm(lists, state_steps, hyper, insist=bool(fused), memory=memory)
-        if not left:
-            return
-        lists, state_steps = lists.of(left), [state_steps[i] for i in left]
-    elif fused:
-        raise RuntimeError("fused=True cannot be compiled; pass fused=None, and the compiler fuses the step itself")
+    if implementation == "fused":
+        if not compiling:
+            left = fused_prm(lists, state_steps, hyper, insist=bool(fused), memory=memory)
+            lists, state_steps = lists.of(left), [state_steps[i] for i in left]
+        elif fused:
+            raise RuntimeError("fused=True cannot be compiled; pass fused=None, and the compiler fuses the step itself")
+        implementation = choose_implementation(lists.params, foreach, False, differentiable)
+    step = _single_tensor_prm if implementation == "single" else multi_tensor_prm
     # Where tensors hold the step count its value is not needed on the host.
-    if implementation == "single" or not (foreach or _foreach_works(lists.params)):
-        _single_tensor_prm(lists, state_steps, hyper, tensor_steps=capturable or compiling)
-    else:
-        multi_tensor_prm(lists, state_steps, hyper, tensor_steps=capturable or compiling)
+    step(lists, state_steps, hyper, tensor_steps=capturable or compiling)
 
 
 def choose_implementation(params: list[Tensor], foreach: bool | None, fused: bool | None, differentiable: bool) -> str:

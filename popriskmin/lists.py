@@ -24,6 +24,10 @@ class Lists(NamedTuple):
         """Return the lists with these places only."""
         return Lists(*[[tensors[i] for i in indices] if tensors else [] for tensors in self])
 
+    def real(self) -> Lists:
+        """Return the lists with complex tensors viewed as real."""
+        return Lists(*[[as_real(tensor) for tensor in tensors] for tensors in self])
+
 
 def is_compiling() -> bool:
     """Return whether torch.compile is tracing."""

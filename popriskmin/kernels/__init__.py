@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from popriskmin.compat import bump_versions
 from popriskmin.kernels import cpu, cuda
 from popriskmin.kernels.fit import State, fits_on_the_cpu, matched, misfit
-from popriskmin.lists import Lists, as_real
+from popriskmin.lists import Lists
 from popriskmin.mask import Hyperparameters
 
 
@@ -69,7 +68,6 @@ def fused_prm(
     if state is not None:
         memory["state"] = state
         cpu.step(lists, state_steps, hyper, state)
-        bump_versions(lists.params)
         return []
     if not insist and not any(KERNELS[device].by_default for device in _devices(lists.params)):
         return list(range(len(lists.params)))
@@ -94,9 +92,8 @@ def fused_prm(
     for indices in cohorts.values():
         cohort = lists.of(indices)
         grads = [matched(grad, param) for grad, param in zip(cohort.grads, cohort.params)]
-        real = Lists(*[[as_real(tensor) for tensor in tensors] for tensors in cohort._replace(grads=grads)])
-        KERNELS[real.params[0].device.type].step(real, [state_steps[i] for i in indices], hyper)
-        bump_versions(cohort.params)
+        kernel = KERNELS[cohort.params[0].device.type]
+        kernel.step(cohort._replace(grads=grads).real(), [state_steps[i] for i in indices], hyper)
     return left
 
 

@@ -22,7 +22,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* To be raised, here and in cpu.py, whenever a structure or a meaning below changes. */
-#define ABI 2
+#define ABI 3
 
 #define TYPE_FLOAT32 0
 #define TYPE_FLOAT64 1
@@ -57,7 +57,7 @@ enum { COLUMN_P, COLUMN_G, COLUMN_M, COLUMN_V, COLUMN_S, COLUMN_MAXIMUM, COLUMN_
 typedef struct {
     double lr, beta1, beta2, rho, eps, mask_eps, weight_decay, softness, coefficient;
     int64_t warmup_steps;
-    int32_t mask, pooled, amsgrad, bias_correction, decoupled_weight_decay, maximize, debias, mask_decay;
+    int32_t mask, pooled, bias_correction, decoupled_weight_decay, maximize, debias, mask_decay;
 } options;
 
 /* What follows from the options and a step count; see popriskmin.mask.corrections. */
@@ -331,12 +331,6 @@ static void advance_blocks(const job *job, int64_t i, int64_t begin, int64_t end
     }
 }
 
-/* Backwards: what was brought on last is still in a cache. */
-static void move_blocks(const job *job, int64_t i, int64_t begin, int64_t end, double q) {
-    for (int64_t start = begin; start < end; start += BLOCK)
-        job->operations->work(job, i, start, smaller(start + BLOCK, end), MOVE, q, NULL);
-}
-
 static void first_pass(const job *job, int64_t i, int64_t begin, int64_t end) {
     const operations *ops = job->operations;
     const tensor t = tensor_of(job, i);
@@ -345,7 +339,7 @@ static void first_pass(const job *job, int64_t i, int64_t begin, int64_t end) {
     } else if (!needs_two_passes(job, &t)) {
         double sums[2] = {0, 0};
         advance_blocks(job, i, begin, end, sums, 0);
-        move_blocks(job, i, begin, end, ops->pooled_mask(job, i, sums));
+        ops->work(job, i, begin, end, MOVE, ops->pooled_mask(job, i, sums), NULL);
     } else {
         advance_blocks(job, i, begin, end, job->sums + 2 * (job->first_block[i] + begin / BLOCK), 2);
     }
@@ -354,7 +348,7 @@ static void first_pass(const job *job, int64_t i, int64_t begin, int64_t end) {
 static void second_pass(const job *job, int64_t i, int64_t begin, int64_t end) {
     const tensor t = tensor_of(job, i);
     if (needs_two_passes(job, &t))
-        move_blocks(job, i, begin, end, job->q[i]);
+        job->operations->work(job, i, begin, end, MOVE, job->q[i], NULL);
 }
 
 typedef struct {

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from popriskmin.compat import bump_versions
 from popriskmin.kernels.fit import State, packed
 from popriskmin.lists import Lists
 from popriskmin.mask import Hyperparameters
 
 # As in cpu.c.
-ABI = 2
+ABI = 3
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 MASK_CODES = {"none": 0, "snr": 1, "soft": 2, "hard": 3}
 LEVELS = ("baseline", "AVX2", "AVX-512")
@@ -35,7 +36,7 @@ class _Options(ctypes.Structure):
         )),
         ("warmup_steps", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in (
-            "mask", "pooled", "amsgrad", "bias_correction", "decoupled_weight_decay", "maximize", "debias",
+            "mask", "pooled", "bias_correction", "decoupled_weight_decay", "maximize", "debias",
             "mask_decay",
         )),
     ]  # fmt: skip
@@ -100,6 +101,7 @@ def unusable() -> str | None:
     return library if isinstance(library, str) else None
 
 
+@functools.lru_cache(maxsize=1)
 def level() -> int:
     """Return the instruction set that is used here, a place in `LEVELS`."""
     library = _load()
@@ -143,6 +145,7 @@ def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, state:
     failed = library.prm_step(_options(hyper), table, count, *kinds, torch.get_num_threads(), level())
     if failed:
         raise MemoryError(f"no memory for the step of {count} tensors; nothing was changed")
+    bump_versions(lists.params)
 
 
 def _options(hyper: Hyperparameters) -> _Options:
@@ -159,7 +162,6 @@ def _options(hyper: Hyperparameters) -> _Options:
         warmup_steps=hyper.warmup_steps,
         mask=MASK_CODES[hyper.mask],
         pooled=hyper.reduction == "per_tensor",
-        amsgrad=hyper.amsgrad,
         bias_correction=hyper.bias_correction,
         decoupled_weight_decay=hyper.decoupled_weight_decay,
         maximize=hyper.maximize,

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from popriskmin.compat import bump_versions
 from popriskmin.lists import Lists
 from popriskmin.mask import Corrections, Hyperparameters, corrections, floor, largest
 
@@ -101,7 +102,7 @@ def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor
     with _on(device):
         for launch in _launches(lists, state_steps, hyper, tensor_steps):
             launch.run(device)
-    _mark_as_changed(lists)
+    bump_versions(lists.params)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -115,15 +116,6 @@ def _increase(state_steps: list[Tensor]) -> None:
         torch._foreach_add_(on_host, [torch.tensor(1.0, device="cpu")] * len(on_host))
     if len(on_host) < len(state_steps):
         torch._foreach_add_([t for t in state_steps if not t.is_cpu], 1)
-
-
-def _mark_as_changed(lists: Lists) -> None:
-    """Tell autograd, which cannot see a kernel write, that the parameters are no longer what a graph has saved."""
-    increment = getattr(torch.autograd.graph, "increment_version", None)
-    if increment is not None:
-        for param in lists.params:
-            if not param.is_inference():
-                increment(param)
 
 
 class _Types(NamedTuple):
