@@ -51,6 +51,16 @@ def new_step(param: Tensor, group: Mapping[str, Any], value: float = 0.0) -> Ten
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
+def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the state of a parameter that has taken no step."""
+    names = ["exp_avg", "exp_avg_sq", "exp_avg_var", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+    state = {"step": new_step(param, group)}
+    for name in names:
+        dtype = dtype_of_state(name, param, group["state_dtype"])
+        state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    return state
+
+
 def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Replace `state_dtype` by its name: torch 2.0 does not load types with `weights_only=True`."""
     for group in state_dict["param_groups"]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from popriskmin.lists import Lists, are_plain, compute_dtype, is_compiling
+from popriskmin.lists import Lists, are_plain, compute_dtype, count_up
 from popriskmin.mask import (
-    MASKS,
     Corrections,
     Hyperparameters,
     corrections,
     evaluate,
+    evaluate_lists,
     finish_signal_and_noise,
-    floor,
     largest,
     signal_and_noise,
 )
@@ -34,11 +33,11 @@ def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparame
     """Step whole lists at a time, in place. Temporaries stay within two lists the size of the parameters."""
     if not lists.params:
         return
-    _increase(state_steps)
+    count_up(state_steps)
     for indices, t in _cohorts(lists, state_steps, tensor_steps):
         cohort = lists.of(indices)
         if cohort.params[0].is_complex():
-            cohort = cohort._replace(grads=[g.resolve_conj() for g in cohort.grads]).real()
+            cohort = cohort.real()
         dtype = compute_dtype(cohort.params[0], cohort.exp_avgs[0])
         c = corrections(t.to(dtype) if tensor_steps else t, hyper)
         # Under a captured graph the number of kernels counts; on the host, the cache and the cost of a call.
@@ -58,19 +57,31 @@ def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparame
                 _move(block, _mask(block, c, hyper, dtype), c, hyper, dtype)
 
 
+def advance_variances(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters) -> None:
+    """Bring `s` to the coming step with the variances given, for a kernel that finds it there.
+
+    Parameters
+    ----------
+    lists
+        Tensors of one device and, but for the variances, list by list of one type; none complex.
+    state_steps
+        Counters of the steps taken before this one.
+    hyper
+        The group's numbers.
+    """
+    dtype = compute_dtype(lists.params[0], lists.exp_avgs[0])
+    narrow = lists.exp_avg_vars[0].dtype == torch.bfloat16
+    needed = Lists(lists.params, [], [], [], lists.exp_avg_vars, [], lists.grad_vars)
+    for block in _blocks(needed, cut=lists.params[0].device.type == "cpu" and not narrow, join=False):
+        steps = [state_steps[i] + 1 for i in block.owners] if narrow else []
+        _blend_in(block, _bits(block, steps), hyper, dtype)
+
+
 class _Block(NamedTuple):
     """Tensors, or flat parts of tensors, of one device, type and step; and which of the cohort each belongs to."""
 
     lists: Lists
     owners: list[int]
-
-
-def _increase(state_steps: list[Tensor]) -> None:
-    if state_steps[0].device.type == "cpu" and not is_compiling():
-        # The number is wrapped once; the slow path would wrap it for every tensor.
-        torch._foreach_add_(state_steps, [torch.tensor(1.0, device="cpu")] * len(state_steps))
-    else:
-        torch._foreach_add_(state_steps, 1)
 
 
 def _cohorts(lists: Lists, state_steps: list[Tensor], tensor_steps: bool) -> Iterator[tuple[list[int], Any]]:
@@ -79,10 +90,11 @@ def _cohorts(lists: Lists, state_steps: list[Tensor], tensor_steps: bool) -> Ite
     With `tensor_steps` the count stays on the device, as one tensor with an entry for each place.
     """
     cohorts: dict[Any, list[int]] = {}
-    for i, (p, g, m, s) in enumerate(zip(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_vars)):
+    for i, p in enumerate(lists.params):
         if p.numel() > 0:
             t = None if tensor_steps else state_steps[i].item()
-            cohorts.setdefault((type(p), p.device, p.dtype, g.dtype, m.dtype, s.dtype, t), []).append(i)
+            dtypes = [tensors[i].dtype for tensors in lists if tensors]
+            cohorts.setdefault((type(p), p.device, *dtypes, t), []).append(i)
     for key, indices in cohorts.items():
         yield indices, torch.stack([state_steps[i] for i in indices]) if tensor_steps else key[-1]
 
@@ -161,11 +173,10 @@ def _write_back(tensors: list[Tensor], wide: list[Tensor], bits: list[Tensor] | 
         _copy(tensors, wide)
 
 
-def _bits(block: _Block, c: Corrections) -> list[Tensor] | None:
-    """Return the random bits for `v` and `s` where these are stored in bfloat16."""
+def _bits(block: _Block, steps: Sequence[Any]) -> list[Tensor] | None:
+    """Return the random bits for `v` and `s` where these are stored in bfloat16; `steps` are the tensors' counts."""
     if block.lists.exp_avg_vars[0].dtype != torch.bfloat16:
         return None
-    steps = [c.t[i] for i in block.owners] if isinstance(c.t, Tensor) else [c.t] * len(block.owners)
     return [random_bits(s, t) for s, t in zip(block.lists.exp_avg_vars, steps)]
 
 
@@ -189,7 +200,8 @@ def _advance(block: _Block, c: Corrections, hyper: Hyperparameters, dtype: torch
             torch._foreach_add_(grads, params, alpha=hyper.weight_decay)
         del params
     exp_avgs = _widen(block.lists.exp_avgs, dtype)
-    bits = _bits(block, c)
+    steps = [c.t[i] for i in block.owners] if isinstance(c.t, Tensor) else [c.t] * len(block.owners)
+    bits = _bits(block, steps)
     _advance_variance(block, grads, exp_avgs, bits, c, hyper, dtype)
     torch._foreach_lerp_(exp_avgs, grads, 1 - hyper.beta1)
     _write_back(block.lists.exp_avgs, exp_avgs)
@@ -213,6 +225,9 @@ def _advance_variance(
     dtype: torch.dtype,
 ) -> None:
     """Bring `s` to this step; `exp_avgs` is the mean before this batch."""
+    if hyper.given:
+        _blend_in(block, bits, hyper, dtype)
+        return
     if not isinstance(c.blend, Tensor) and c.blend == 0:
         return
     if hyper.debias:
@@ -234,11 +249,20 @@ def _advance_variance(
     _write_back(block.lists.exp_avg_vars, exp_avg_vars, bits)
 
 
+def _blend_in(block: _Block, bits: list[Tensor] | None, hyper: Hyperparameters, dtype: torch.dtype) -> None:
+    """Bring `s` to this step with variances that are given."""
+    exp_avg_vars = _widen(block.lists.exp_avg_vars, dtype)
+    torch._foreach_mul_(exp_avg_vars, hyper.rho)
+    # Not by lerp: an infinite variance stays infinite here, and is not subtracted from itself.
+    torch._foreach_add_(exp_avg_vars, [z.to(dtype) for z in block.lists.grad_vars], alpha=1 - hyper.rho)
+    _write_back(block.lists.exp_avg_vars, exp_avg_vars, bits)
+
+
 def _mask(block: _Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype) -> list[Tensor] | None:
     """Return `q` of each tensor in the block, in its shape; None where the mask is open."""
     if hyper.mask == "none" or c.open is True:
         return None
-    bound, eps = largest(dtype), floor(hyper.mask_eps, dtype)
+    bound = largest(dtype)
     exp_avgs = _widen(block.lists.exp_avgs, dtype)
     signals = list(torch._foreach_div(exp_avgs, _each(c.bias1, block)))
     del exp_avgs
@@ -253,13 +277,7 @@ def _mask(block: _Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dt
         else:
             torch._foreach_add_(signals, noises, alpha=-c.k)
         torch._foreach_clamp_min_(signals, 0)
-    of_tensor, of_lists = MASKS[hyper.mask]
-    if of_lists is not None:
-        of_lists(signals, noises, hyper.coefficient, hyper.softness, eps)
-    else:
-        for i, noise in enumerate(noises):
-            signals[i] = of_tensor(signals[i], noise, hyper.coefficient, hyper.softness, eps)
-    q = signals
+    q = evaluate_lists(signals, noises, hyper)
     if isinstance(c.open, Tensor):
         for value, is_open in zip(q, _each(c.open, block)):
             value.masked_fill_(is_open, 1)

@@ -18,7 +18,7 @@ from torch.optim.optimizer import _foreach_supported_types
 from popriskmin.foreach import multi_tensor_prm
 from popriskmin.kernels import fused_prm, unusable
 from popriskmin.lists import Lists, as_real, compute_dtype, is_compiling, local_parts
-from popriskmin.mask import Hyperparameters, corrections, evaluate, signal_and_noise
+from popriskmin.mask import Corrections, Hyperparameters, corrections, evaluate, signal_and_noise
 from popriskmin.rounding import random_bits, round_stochastically
 
 
@@ -53,6 +53,8 @@ def prm(
     maximize: bool = False,
     debias: bool = False,
     mask_decay: bool = False,
+    min_q: float = 0.0,
+    grad_vars: list[Tensor] | None = None,
 ) -> None:
     """Take one PRM step, in place: the functional form of `popriskmin.PRM`, where every option is explained.
 
@@ -75,11 +77,14 @@ def prm(
         The boundary's `a`, see `popriskmin.mask.boundary_coefficient`.
     mask_eps
         None means `eps**2`.
+    grad_vars
+        The variance of each parameter's gradient, of its shape, in units of the squared gradient; complex parameters
+        have a complex one that holds the variances of the two parts. None estimates them from the gradients.
 
     Raises
     ------
     ValueError
-        For `amsgrad` without as many running maxima as parameters.
+        For `amsgrad` without as many running maxima as parameters, or another number of variances than of parameters.
     RuntimeError
         For `fused=True` where no fused kernel is usable, or an implementation together with `differentiable`.
 
@@ -92,32 +97,40 @@ def prm(
     >>> w  # the first step's signal equals its noise: q = 1/2
     tensor([0.7500, 1.2500])
     """
-    hyper = Hyperparameters(
-        lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,
+    hyper = Hyperparameters.of(
+        lr=lr,
         beta1=beta1,
         beta2=beta2,
         rho=rho,
         eps=eps,
-        mask_eps=eps * eps if mask_eps is None else mask_eps,
+        mask_eps=mask_eps,
         weight_decay=weight_decay,
         softness=softness,
         coefficient=coefficient,
         mask=mask,
         reduction=reduction,
-        warmup_steps=int(warmup_steps),
+        warmup_steps=warmup_steps,
         amsgrad=amsgrad,
         bias_correction=bias_correction,
         decoupled_weight_decay=decoupled_weight_decay,
         maximize=maximize,
         debias=debias,
         mask_decay=mask_decay,
+        min_q=min_q,
+        variance="streaming" if grad_vars is None else "given",
     )
     if amsgrad and len(max_exp_avg_sqs) != len(params):
         raise ValueError(
             f"amsgrad=True needs one of max_exp_avg_sqs for each of {len(params)} parameters, "
             f"got {len(max_exp_avg_sqs)}"
         )
-    lists = Lists(params, grads, exp_avgs, exp_avg_sqs, exp_avg_vars, max_exp_avg_sqs if amsgrad else [])
+    if grad_vars is not None and len(grad_vars) != len(params):
+        raise ValueError(
+            f"grad_vars needs a variance for each of {len(params)} parameters, got {len(grad_vars)}; "
+            "None estimates them from the gradients"
+        )
+    maxima = max_exp_avg_sqs if amsgrad else []
+    lists = Lists(params, grads, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, grad_vars or [])
     dispatch(lists, state_steps, hyper, foreach, capturable, differentiable, fused, memory={})
 
 
@@ -189,7 +202,7 @@ def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperpara
         if param.numel() == 0:
             continue
         held_g = as_real(lists.grads[i].resolve_conj())
-        held = [as_real(tensors[i]) for tensors in (lists.params, *lists[2:]) if tensors]
+        held = [as_real(tensors[i]) for tensors in lists.held if tensors]
         dtype = compute_dtype(held[0], held[1])
         c = corrections(state_steps[i].to(dtype) if tensor_steps else state_steps[i].item(), hyper)
         # Autograd may keep the old values, which are overwritten at the end.
@@ -200,12 +213,10 @@ def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperpara
         if hyper.weight_decay != 0 and not hyper.decoupled_weight_decay:
             g = g.add(w, alpha=hyper.weight_decay)
 
-        deviation = g - (m / c.centre if hyper.debias else m)
-        if isinstance(c.blend, Tensor):
-            deviation = torch.where(c.blend == 0, torch.zeros_like(deviation), deviation)
-            s = s * hyper.rho + deviation.square() * c.blend
-        elif c.blend > 0:
-            s = s.mul(hyper.rho).addcmul(deviation, deviation, value=c.blend)
+        if hyper.given:
+            s = s.mul(hyper.rho).add(as_real(lists.grad_vars[i].resolve_conj()).to(dtype), alpha=c.blend)
+        else:
+            s = _streaming_variance(s, g, m, c, hyper)
         m = m.lerp(g, 1 - hyper.beta1)
         v = v.mul(hyper.beta2).addcmul(g, g, value=1 - hyper.beta2)
         # The mask and the step use the moments as they are stored, rounded where the state is narrower.
@@ -228,3 +239,12 @@ def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperpara
             w = w.addcdiv(q * m, denominator, value=-step_size)
         for tensor, value in zip(held, [w, *new]):
             tensor.copy_(value)
+
+
+def _streaming_variance(s: Tensor, g: Tensor, m: Tensor, c: Corrections, hyper: Hyperparameters) -> Tensor:
+    """Return `s` of this step from the gradient and the mean before it."""
+    deviation = g - (m / c.centre if hyper.debias else m)
+    if isinstance(c.blend, Tensor):
+        deviation = torch.where(c.blend == 0, torch.zeros_like(deviation), deviation)
+        return s * hyper.rho + deviation.square() * c.blend
+    return s.mul(hyper.rho).addcmul(deviation, deviation, value=c.blend) if c.blend > 0 else s

@@ -11,7 +11,10 @@ PLAIN = {Tensor, torch.nn.Parameter}
 
 
 class Lists(NamedTuple):
-    """Parallel lists of the tensors that a step reads and writes; the last is empty without `amsgrad`."""
+    """Parallel lists of the tensors that a step reads and writes.
+
+    `max_exp_avg_sqs` is empty without `amsgrad`; `grad_vars`, the variances of the gradients, unless they are given.
+    """
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -19,6 +22,12 @@ class Lists(NamedTuple):
     exp_avg_sqs: list[Tensor]
     exp_avg_vars: list[Tensor]
     max_exp_avg_sqs: list[Tensor]
+    grad_vars: list[Tensor]
+
+    @property
+    def held(self) -> tuple[list[Tensor], ...]:
+        """What is written to: the parameters and their state."""
+        return (self.params, *self[2:6])
 
     def of(self, indices: list[int]) -> Lists:
         """Return the lists with these places only."""
@@ -26,13 +35,26 @@ class Lists(NamedTuple):
 
     def real(self) -> Lists:
         """Return the lists with complex tensors viewed as real."""
-        return Lists(*[[as_real(tensor) for tensor in tensors] for tensors in self])
+        lists = self._replace(
+            grads=[g.resolve_conj() for g in self.grads], grad_vars=[z.resolve_conj() for z in self.grad_vars]
+        )
+        return Lists(*[[as_real(tensor) for tensor in tensors] for tensors in lists])
 
 
 def is_compiling() -> bool:
     """Return whether torch.compile is tracing."""
     compiler: Any = getattr(torch, "compiler", None)
     return hasattr(compiler, "is_compiling") and bool(compiler.is_compiling())
+
+
+def count_up(state_steps: list[Tensor]) -> None:
+    """Add 1 to every step counter, wherever it lies."""
+    on_host = [] if is_compiling() else [t for t in state_steps if t.is_cpu]
+    if on_host:
+        # The number is wrapped once; the slow path would wrap it for every tensor.
+        torch._foreach_add_(on_host, [torch.tensor(1.0, device="cpu")] * len(on_host))
+    if len(on_host) < len(state_steps):
+        torch._foreach_add_([t for t in state_steps if not (on_host and t.is_cpu)], 1)
 
 
 def are_plain(tensors: list[Tensor]) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 BOUNDARIES = ("batch", "empirical")
 REDUCTIONS = ("per_param", "per_tensor")
+VARIANCES = ("streaming", "given")
 
 
 class Hyperparameters(NamedTuple):
@@ -45,6 +46,21 @@ class Hyperparameters(NamedTuple):
     maximize: bool
     debias: bool
     mask_decay: bool
+    min_q: float
+    variance: str
+
+    @classmethod
+    def of(
+        cls, *, lr: float | Tensor, eps: float, mask_eps: float | None, warmup_steps: int, **others: Any
+    ) -> Hyperparameters:
+        """Return the numbers, with what users may leave out or write in several ways brought to one."""
+        return cls(
+            lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,
+            eps=eps,
+            mask_eps=eps * eps if mask_eps is None else mask_eps,
+            warmup_steps=int(warmup_steps),
+            **others,
+        )
 
     @classmethod
     def of_group(cls, group: Mapping[str, Any]) -> Hyperparameters:
@@ -53,33 +69,21 @@ class Hyperparameters(NamedTuple):
         Raises
         ------
         ValueError
-            For a mask, reduction or boundary that is none, or an empirical boundary without fitting counts.
+            For a mask, reduction, boundary or source of the variance that is none, or an empirical boundary without
+            fitting counts.
         """
-        beta1, beta2 = group["betas"]
-        for name, known in (("mask", MASKS), ("reduction", REDUCTIONS)):
+        for name, known in (("mask", MASKS), ("reduction", REDUCTIONS), ("variance", VARIANCES)):
             if group[name] not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {group[name]!r}")
-        lr = group["lr"]
-        return cls(
-            lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,
-            beta1=beta1,
-            beta2=beta2,
-            rho=group["rho"],
-            eps=group["eps"],
-            mask_eps=group["eps"] * group["eps"] if group["mask_eps"] is None else group["mask_eps"],
-            weight_decay=group["weight_decay"],
-            softness=group["softness"],
-            coefficient=boundary_coefficient(group["boundary"], group["batch_size"], group["n_dataset"]),
-            mask=group["mask"],
-            reduction=group["reduction"],
-            warmup_steps=int(group["warmup_steps"]),
-            amsgrad=group["amsgrad"],
-            bias_correction=group["bias_correction"],
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-            maximize=group["maximize"],
-            debias=group["debias"],
-            mask_decay=group["mask_decay"],
-        )
+        beta1, beta2 = group["betas"]
+        coefficient = boundary_coefficient(group["boundary"], group["batch_size"], group["n_dataset"])
+        same = {name: group[name] for name in cls._fields if name not in ("beta1", "beta2", "coefficient")}
+        return cls.of(**same, beta1=beta1, beta2=beta2, coefficient=coefficient)
+
+    @property
+    def given(self) -> bool:
+        """Whether the variance of each gradient comes from outside."""
+        return self.variance == "given"
 
 
 def boundary_coefficient(boundary: str, batch_size: int | None, n_dataset: int | None) -> float:
@@ -161,7 +165,7 @@ class Corrections(NamedTuple):
     bias2: Any  # divisor of v
     bias_var: Any  # divisor of s
     centre: Any  # divisor of the mean before this batch, on which the new gradient is centred
-    blend: Any  # weight of the new squared deviation in s
+    blend: Any  # weight of the new squared deviation, or of the given variance, in s
     k: Any  # variance of m^, subtracted from the signal; 0 without debias
     open: Any  # true where the mask is held at 1: during warmup, and where debias has no estimate yet
 
@@ -173,8 +177,10 @@ def corrections(t: Any, hyper: Hyperparameters) -> Corrections:
         return Corrections(t, 1.0, 1.0, 1.0, 1.0, 1 - hyper.rho, 0.0, warmup)
     bias1 = _one_minus_power(hyper.beta1, t)
     bias2 = _one_minus_power(hyper.beta2, t)
-    if not hyper.debias:
-        return Corrections(t, bias1, bias2, _one_minus_power(hyper.rho, t), 1.0, 1 - hyper.rho, 0.0, warmup)
+    k = variance_of_mean(hyper.beta1, t) if hyper.debias else 0.0
+    if hyper.given or not hyper.debias:
+        # A variance that is given is one from the first step on, and holds nothing of the mean's.
+        return Corrections(t, bias1, bias2, _one_minus_power(hyper.rho, t), 1.0, 1 - hyper.rho, k, warmup)
     # The first step has a mean to start from but no deviation from one: s begins at the second. There, numbers
     # for t = 1 stand in for t = 0, whose divisors vanish; blend = 0 keeps s at 0 and open leaves the mask alone.
     first = t <= 1
@@ -189,7 +195,7 @@ def corrections(t: Any, hyper: Hyperparameters) -> Corrections:
         blend=torch.where(first, torch.zeros_like(blend), blend)
         if isinstance(t, Tensor)
         else (0.0 if first else blend),
-        k=variance_of_mean(hyper.beta1, t),
+        k=k,
         open=warmup | first,
     )
 
@@ -246,15 +252,34 @@ def finish_signal_and_noise(
 
 
 def evaluate(signal: Tensor, noise: Tensor, c: Corrections, hyper: Hyperparameters) -> Tensor:
-    """Return `q` in [0, 1], of the shape of `signal`: the mask, or 1 where the corrections hold it open."""
+    """Return `q` in [min_q, 1], of the shape of `signal`: the mask, or 1 where the corrections hold it open.
+
+    NaN in the signal or the noise is NaN in `q`.
+    """
     if c.open is True or hyper.mask == "none":
         return torch.ones_like(signal)
     q = MASKS[hyper.mask].of_tensor(
         signal, noise, hyper.coefficient, hyper.softness, floor(hyper.mask_eps, signal.dtype)
     )
+    if hyper.min_q > 0:
+        q = q.clamp(min=hyper.min_q)
     if isinstance(c.open, Tensor):
         q = torch.where(c.open, torch.ones_like(q), q)
     return q
+
+
+def evaluate_lists(signals: list[Tensor], noises: list[Tensor], hyper: Hyperparameters) -> list[Tensor]:
+    """Return `q` for lists of tensors of one type, as if the corrections left the mask alone; overwrites both lists."""
+    of_tensor, of_lists = MASKS[hyper.mask]
+    numbers = (hyper.coefficient, hyper.softness, floor(hyper.mask_eps, signals[0].dtype))
+    if of_lists is not None:
+        of_lists(signals, noises, *numbers)
+    else:
+        for i, noise in enumerate(noises):
+            signals[i] = of_tensor(signals[i], noise, *numbers)
+    if hyper.min_q > 0:
+        torch._foreach_clamp_min_(signals, hyper.min_q)
+    return signals
 
 
 def snr(signal: Tensor, noise: Tensor, coefficient: float, softness: float, eps: float) -> Tensor:

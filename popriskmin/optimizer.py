@@ -1,4 +1,4 @@
-"""`PRM`: the arguments, parameter groups, state and checkpoints of the optimizer."""
+"""`PRM`: the optimizer's arguments, its step, and the variances that it may be given."""
 
 from __future__ import annotations
 
@@ -8,28 +8,19 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from popriskmin.checkpoint import (
-    STATE_FORMAT,
-    Prepared,
-    dtype_of_state,
-    ids_match,
-    new_step,
-    portable,
-    prepare_groups,
-    prepare_state,
-)
-from popriskmin.compat import check_graph_capture, split_names
+from popriskmin.base import CheckedOptimizer
+from popriskmin.checkpoint import STATE_FORMAT, Prepared, new_state
+from popriskmin.compat import check_graph_capture
 from popriskmin.functional import dispatch
 from popriskmin.lists import Lists
 from popriskmin.mask import Hyperparameters
-from popriskmin.options import check_options, check_spelling, plain
+from popriskmin.options import check_options, check_variances, name_of, plain
 from popriskmin.stats import Row, mask_stats
 
 
-class PRM(Optimizer):
+class PRM(CheckedOptimizer):
     """AdamW that trains on population risk: each parameter moves as far as its mean gradient exceeds its noise.
 
     Beside AdamW's two moments PRM keeps `s`, a running variance of the minibatch gradient, and multiplies AdamW's step
@@ -94,6 +85,14 @@ class PRM(Optimizer):
         `s^ = s / (1 - rho**(t-1))`, and the signal is `max(m^**2 - k(t) * s^, 0)`. The first step has `q = 1`.
     mask_decay
         Decay by ``lr * weight_decay * q * w``.
+    min_q
+        Floor of the mask, in [0, 1]: where it would be lower, `q = min_q`, so that nothing stands still for its noise
+        alone. 0 is no floor, 1 is AdamW.
+    variance
+        "streaming" estimates the gradient's variance as above. "given" takes it from outside, at every step:
+        `s = rho * s + (1 - rho) * z`, with `z` what `set_variances` was handed for the parameter. Then `s^` holds
+        neither the mean's drift nor its own variance, `debias` only takes `k(t) * s^` out of the signal, with
+        `s^ = s / (1 - rho**t)`, and already the first step has an estimate.
     state_dtype
         `torch.float32` or `torch.float64` for `m`, `v` and `s`. None takes the parameter's dtype, and float32 for
         half-precision parameters. `torch.bfloat16` stores `v` and `s` in it, rounded stochastically
@@ -102,17 +101,19 @@ class PRM(Optimizer):
     maximize, capturable, differentiable
         As in `torch.optim.AdamW`. `capturable` is not limited to accelerators.
     foreach
-        None takes the implementation that works on whole lists wherever it can, also on the CPU. False is a loop
-        over tensors, slower, with the same result.
+        True takes the implementation that works on whole lists, False a loop over tensors, slower, with the same
+        result. None takes lists where nothing is fused and torch allows it, else the loop.
     fused
-        None; True is a RuntimeError, as this version has no fused kernel.
+        None takes the fused kernel for whatever fits it on the CPU. True insists on it, on a CUDA device too, and
+        raises saying why where it cannot be had; False does without.
 
     Raises
     ------
     ValueError
         For an argument out of range; the message names it, shows the value, and says what would be right.
     RuntimeError
-        In `step` for sparse gradients.
+        For `fused=True` where no fused kernel is usable. In `step` for sparse gradients, and for a gradient without
+        a variance where that is to be given; nothing has then moved.
 
     References
     ----------
@@ -153,6 +154,8 @@ class PRM(Optimizer):
         mask_eps: float | None = None,
         debias: bool = False,
         mask_decay: bool = False,
+        min_q: float = 0.0,
+        variance: str = "streaming",
         state_dtype: torch.dtype | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -179,6 +182,8 @@ class PRM(Optimizer):
             "mask_eps": mask_eps,
             "debias": debias,
             "mask_decay": mask_decay,
+            "min_q": min_q,
+            "variance": variance,
             "state_dtype": state_dtype,
             "maximize": maximize,
             "foreach": foreach,
@@ -193,29 +198,9 @@ class PRM(Optimizer):
         self._applied: list[Hyperparameters] = []
         # What the kernels keep from step to step, for each group.
         self._memories: list[dict[str, Any]] = []
+        # What the next step takes for the variances of the gradients.
+        self._variances: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters with its own options; its tensors start at step 1.
-
-        Parameters
-        ----------
-        param_group
-            "params", and any argument of `PRM` that differs for them.
-
-        Raises
-        ------
-        ValueError
-            For a bad value or a misspelt option, with nothing added. Keys that resemble no option are the
-            user's own and are kept.
-        """
-        if not isinstance(param_group, dict):
-            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
-        param_group = split_names(param_group)
-        check_spelling(param_group, self.defaults)
-        param_group.update({name: plain(param_group[name]) for name in self.defaults if name in param_group})
-        check_options({**self.defaults, **param_group})
-        super().add_param_group(param_group)
 
     def _init_group(
         self,
@@ -226,9 +211,13 @@ class PRM(Optimizer):
         exp_avg_sqs: list[Tensor],
         exp_avg_vars: list[Tensor],
         max_exp_avg_sqs: list[Tensor],
+        grad_vars: list[Tensor],
         state_steps: list[Tensor],
     ) -> None:
-        """Append the tensors of the group's parameters that have a gradient, with zero state for new ones."""
+        """Append the tensors of the group's parameters that have a gradient, with zero state for new ones.
+
+        `torch.compile` calls this by itself, outside of what it traces.
+        """
         for p in group["params"]:
             grad = p.grad
             if grad is None:
@@ -238,13 +227,16 @@ class PRM(Optimizer):
                     "PRM does not support sparse gradients; use sparse=False, or torch.optim.SparseAdam "
                     "for the parameters that have them"
                 )
+            if group["variance"] == "given":
+                if p not in self._variances:
+                    raise RuntimeError(
+                        f"{name_of(p, self.param_groups)} has a gradient, variance='given', and no variance: "
+                        "call set_variances with the variance of every gradient before each step"
+                    )
+                grad_vars.append(self._variances[p])
             state = self.state[p]
             if len(state) == 0:
-                state["step"] = new_step(p, group)
-                names = ["exp_avg", "exp_avg_sq", "exp_avg_var"]
-                for name in [*names, "max_exp_avg_sq"] if group["amsgrad"] else names:
-                    dtype = dtype_of_state(name, p, group["state_dtype"])
-                    state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                state.update(new_state(p, group))
             params.append(p)
             grads.append(grad)
             exp_avgs.append(state["exp_avg"])
@@ -272,13 +264,20 @@ class PRM(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Resolved before anything moves: a schedule may have written a batch size that does not fit.
-        self._applied = [Hyperparameters.of_group(group) for group in self.param_groups]
+        # Resolved before anything moves: a schedule may have written a batch size that does not fit, and a gradient may
+        # be sparse or lack its variance.
+        applied = [Hyperparameters.of_group(group) for group in self.param_groups]
+        gathered: list[tuple[Lists, list[Tensor]]] = []
+        for group in self.param_groups:
+            gathered.append((Lists([], [], [], [], [], [], []), []))
+            self._init_group(group, *gathered[-1][0], gathered[-1][1])
+        self._applied = applied
+        if self._variances:
+            self._variances = {}
         self._memories.extend({} for _ in self.param_groups[len(self._memories) :])
-        for group, hyper, memory in zip(self.param_groups, self._applied, self._memories):
-            lists = Lists([], [], [], [], [], [])
-            state_steps: list[Tensor] = []
-            self._init_group(group, *lists, state_steps)
+        for group, hyper, memory, (lists, state_steps) in zip(
+            self.param_groups, self._applied, self._memories, gathered
+        ):
             dispatch(
                 lists,
                 state_steps,
@@ -290,6 +289,39 @@ class PRM(Optimizer):
                 memory=memory,
             )
         return loss
+
+    def set_variances(self, variances: Mapping[Tensor, Tensor]) -> None:
+        """Hand over the variances of the gradients that the next step takes, in groups with `variance="given"`.
+
+        That step consumes them, and a call before it replaces them. Every parameter that then has a gradient needs one.
+
+        Parameters
+        ----------
+        variances
+            For each parameter a dense tensor of its shape and on its device, of any floating type, in units of the
+            squared gradient: the variance of the gradient that the step takes, which is that of the mean over the
+            batch. For a complex parameter a complex tensor with the variances of the real and imaginary parts. NaN and
+            infinities pass on into `s`. The tensors are kept, not copied.
+
+        Raises
+        ------
+        TypeError, ValueError
+            At once, for what is no such mapping, naming the parameter; what was handed over before then stays.
+
+        Examples
+        --------
+        >>> w = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = PRM([w], lr=0.1, variance="given", weight_decay=0.0)
+        >>> examples = torch.tensor([[1.0, 3.0, 2.0], [1.0, -1.0, 3.0]])  # the gradients of two examples
+        >>> w.grad = examples.mean(0)
+        >>> optimizer.set_variances({w: examples.var(0) / 2})
+        >>> optimizer.step()
+        >>> w  # q = 1, 1 / (1 + 4) and 2.5**2 / (2.5**2 + 0.25)
+        Parameter containing:
+        tensor([0.9000, 0.9800, 0.9038], requires_grad=True)
+        """
+        check_variances(variances, self.param_groups)
+        self._variances = dict(variances)
 
     @overload
     def get_mask_stats(self, by: None = None) -> Row: ...
@@ -336,55 +368,12 @@ class PRM(Optimizer):
         """
         return mask_stats(self, by, self._applied)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state and the options of each group, as torch's optimizers do; `state_dtype` by its name."""
-        return portable(super().state_dict())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint of PRM, or take over one of `torch.optim.AdamW` or `Adam`.
-
-        Hyperparameters come from the checkpoint, as in torch; `foreach`, `fused`, `capturable`, `differentiable`
-        and `state_dtype` stay as this optimizer was built, and so do options that the checkpoint does not know.
-        From AdamW the moments and the step carry on, and `s` starts at the noise that they imply,
-        `max(v^ - m^**2, 0)`, so that no mask slams shut at the switch. Adam's checkpoints of torch before 2.7 do not
-        say that its decay is coupled: build PRM with `decoupled_weight_decay=False` for them.
-
-        Parameters
-        ----------
-        state_dict
-            From `state_dict()`; `torch.load(..., weights_only=True)` reads it.
-
-        Raises
-        ------
-        ValueError
-            For a checkpoint without Adam's moments, of other shapes or group sizes, or of a newer format. The
-            optimizer is then as it was.
-        """
-        if not hasattr(self, "register_load_state_dict_pre_hook"):  # torch 2.0
-            super().load_state_dict(self._prepare(state_dict))
-            return
-        # Last among the hooks, so that it sees what the user's hooks have made of the checkpoint.
-        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: self._prepare(loaded))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-
-    def _prepare(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        saved_groups = state_dict["param_groups"]
-        if not ids_match(saved_groups, self.param_groups):
-            return dict(state_dict)  # the base class says what is wrong
-        groups = prepare_groups(saved_groups, self.param_groups)
-        for group in groups:
-            check_options({**self.defaults, **group})
-        state = prepare_state(state_dict["state"], groups, self.param_groups)
-        return {**state_dict, "param_groups": groups, "state": state}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a prepared checkpoint."""
         super().__setstate__(state)
         self._applied = []
         self._memories = []
+        self._variances = {}
         for param_state in self.state.values():
             for name, value in param_state.items():
                 if isinstance(value, Prepared):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from popriskmin.functional import choose_implementation
-from popriskmin.mask import BOUNDARIES, MASKS, REDUCTIONS, boundary_coefficient
+from popriskmin.mask import BOUNDARIES, MASKS, REDUCTIONS, VARIANCES, boundary_coefficient
+from popriskmin.stats import parameter_names
 
 
 def check_spelling(group: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -45,12 +46,15 @@ def check_options(options: Mapping[str, Any]) -> None:
             continue
         if not (isinstance(value, Real) and 0 <= float(value) < float("inf")):
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+    if not (isinstance(options["min_q"], Real) and 0 <= float(options["min_q"]) <= 1):
+        raise ValueError(f"min_q must be a number in [0, 1], got {options['min_q']!r}")
     eps = float(options["eps"])
     if options["mask_eps"] is None and eps * eps == float("inf"):
         raise ValueError(f"eps must be so small that its square is finite, or mask_eps be given, got eps={eps!r}")
     _check_counts(options)
     _check_switches(options)
-    for name, known in (("mask", MASKS), ("boundary", BOUNDARIES), ("reduction", REDUCTIONS)):
+    known_values = {"mask": MASKS, "boundary": BOUNDARIES, "reduction": REDUCTIONS, "variance": VARIANCES}
+    for name, known in known_values.items():
         if not isinstance(options[name], str) or options[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {options[name]!r}")
     if options["boundary"] == "empirical":
@@ -101,3 +105,54 @@ def _check_counts(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
     if batch_size is not None and n is not None and n <= batch_size:
         raise ValueError(f"n_dataset must be larger than batch_size, got n_dataset={n} and batch_size={batch_size}")
+
+
+def check_variances(variances: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise for what is no mapping from parameters of `variance="given"` groups to fitting variances, and name it."""
+    if not isinstance(variances, Mapping):
+        raise TypeError(f"variances must be a mapping from parameters to tensors, got {type(variances).__name__}")
+    group_of = {param: group for group in groups for param in group["params"]}
+    for param, variance in variances.items():
+        if not isinstance(param, Tensor):
+            raise TypeError(f"the keys of variances must be the parameters themselves, got {param!r}")
+        if param not in group_of:
+            raise ValueError(
+                f"variances has a key that is no parameter of this optimizer: a {type(param).__name__} of shape "
+                f"{tuple(param.shape)}"
+            )
+        if group_of[param]["variance"] != "given":
+            raise ValueError(
+                f"{name_of(param, groups)} is in a group with variance={group_of[param]['variance']!r}, which takes no "
+                "variances; build the group with variance='given'"
+            )
+        if not isinstance(variance, Tensor):
+            raise TypeError(f"the variance of {name_of(param, groups)} must be a tensor, got {variance!r}")
+        wrong = _mismatch(variance, param)
+        if wrong is not None:
+            raise ValueError(f"the variance of {name_of(param, groups)} {wrong}")
+
+
+def _mismatch(variance: Tensor, param: Tensor) -> str | None:
+    """Return in words why a variance does not fit its parameter."""
+    if variance.layout != torch.strided:
+        return f"must be dense, got layout {variance.layout}"
+    if variance.shape != param.shape:
+        return f"must have the parameter's shape {tuple(param.shape)}, got {tuple(variance.shape)}"
+    if variance.device != param.device:
+        return f"must be on the parameter's device {param.device}, got {variance.device}"
+    if param.is_complex() and not variance.is_complex():
+        return f"must be complex, with the variances of the real and imaginary parts, got {variance.dtype}"
+    if not param.is_complex() and not variance.is_floating_point():
+        return f"must be of a floating type, got {variance.dtype}"
+    if hasattr(param, "to_local") != hasattr(variance, "to_local"):
+        return f"must be sharded as the parameter is, a {type(param).__name__}, got a {type(variance).__name__}"
+    return None
+
+
+def name_of(param: Tensor, groups: Sequence[Mapping[str, Any]]) -> str:
+    """Return how messages name a parameter: `parameter 0.weight`, or `parameter 3` by its place among all of them."""
+    for names, group in zip(parameter_names(groups), groups):
+        for name, candidate in zip(names, group["params"]):
+            if candidate is param:
+                return f"parameter {name}"
+    raise KeyError("not a parameter of these groups")

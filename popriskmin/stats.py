@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -53,12 +53,11 @@ def mask_stats(optimizer: Optimizer, by: str | None = None, applied: Sequence[Hy
     return rows[None] if by is None else rows
 
 
-def _names(optimizer: Optimizer) -> list[list[str | int]]:
-    """Return a key for every parameter: its name, or where it has none its place in the whole list.
+def parameter_names(groups: Sequence[Mapping[str, Any]]) -> list[list[str | int]]:
+    """Return a key for every parameter of each group: its name, or where it has none its place in the whole list.
 
     A name that several groups share, as when two models are trained together, gets its group's number.
     """
-    groups = optimizer.param_groups
     names: list[list[str | int]] = []
     start = 0
     for group in groups:
@@ -76,7 +75,7 @@ def _measure(
     optimizer: Optimizer, applied: Sequence[Hyperparameters]
 ) -> Iterator[tuple[int, str | int, int, int, Tensor]]:
     """Yield group, name, number of scalars, weight of its sums and six numbers on the device, for what has moved."""
-    names = _names(optimizer)
+    names = parameter_names(optimizer.param_groups)
     for i, group in enumerate(optimizer.param_groups):
         hyper = applied[i] if i < len(applied) else Hyperparameters.of_group(group)
         for param, name in zip(group["params"], names[i]):

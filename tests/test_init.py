@@ -22,6 +22,7 @@ FLOORS = [
     ["kernels"],
     ["functional"],
     ["options"],
+    ["base"],
     ["optimizer"],
     ["compare.task", "compare.text"],
     ["compare.digest", "compare.flags", "compare.loading"],

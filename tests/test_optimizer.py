@@ -24,7 +24,8 @@ def test_arguments_and_defaults_of_the_readme():
                  "warmup_steps": 0, "amsgrad": False, "bias_correction": True,
                  "decoupled_weight_decay": True}  # fmt: skip
     ours = {"mask_eps": None, "debias": False, "mask_decay": False, "state_dtype": None, "maximize": False,
-            "foreach": None, "capturable": False, "differentiable": False, "fused": None}  # fmt: skip
+            "foreach": None, "capturable": False, "differentiable": False, "fused": None, "min_q": 0.0,
+            "variance": "streaming"}  # fmt: skip
     defaults = {name: p.default for name, p in signature.parameters.items() if name != "params"}
     assert defaults == published | ours
     assert list(defaults)[:15] == list(published)

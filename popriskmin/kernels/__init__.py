@@ -64,6 +64,8 @@ def fused_prm(
     RuntimeError
         With `insist`, saying which tensor does not fit and why.
     """
+    if hyper.given or hyper.min_q > 0:
+        return list(range(len(lists.params)))
     state = _quickly_fits(lists, state_steps, hyper, memory.get("state"))
     if state is not None:
         memory["state"] = state

@@ -132,7 +132,7 @@ def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, state:
         raise RuntimeError(library)
     count = len(lists.params)
     if state is None:
-        held = (lists.params, *lists[2:], state_steps)
+        held = (*lists.held, state_steps)
         addresses = [packed(map(Tensor.data_ptr, tensors), len(tensors)) for tensors in held]
         sizes = packed(map(Tensor.numel, lists.params), count)
     else:

@@ -45,8 +45,8 @@ def fits_on_the_cpu(lists: Lists, state_steps: list[Tensor], known: State | None
     That is the usual case, and soon seen. None says only that it is not the usual case. `known` is what this returned
     for the step before.
     """
-    params, grads, *state = lists
-    held = [params, *state, state_steps]
+    params, grads = lists.params, lists.grads
+    held = [*lists.held, state_steps]
     shapes = list(map(_shape, params))
     try:
         addresses = [packed(map(Tensor.data_ptr, tensors), len(tensors)) for tensors in held]
@@ -56,7 +56,7 @@ def fits_on_the_cpu(lists: Lists, state_steps: list[Tensor], known: State | None
         else:
             found = State(held, addresses, shapes, packed(map(Tensor.numel, params), len(params)))
             good = (
-                all(_are_usual(tensors, shapes) for tensors in (params, *state) if tensors)
+                all(_are_usual(tensors, shapes) for tensors in lists.held if tensors)
                 and not any(map(Tensor.is_neg, params))
                 and all(map(_is_counter, state_steps))
             )
@@ -138,7 +138,7 @@ def _misfit_of_types(lists: Lists, i: int) -> Any:
     ):
         if dtype not in known:
             yield f"{name} has type {dtype}, not one of {', '.join(map(str, known))}"
-    others = [exp_avg_sq] + [tensors[i].dtype for tensors in lists[5:] if tensors]
+    others = [exp_avg_sq] + [tensors[i].dtype for tensors in lists[5:6] if tensors]
     if any(real.get(dtype, dtype) != exp_avg_var for dtype in others):
         yield "exp_avg_sq, exp_avg_var and max_exp_avg_sq differ in type"
 

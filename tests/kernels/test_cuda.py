@@ -68,6 +68,7 @@ DEFAULTS = {
     "debias": False,
     "mask_decay": False,
     "maximize": False,
+    "min_q": 0.0,
 }
 NEEDED_BY_PRM = set(DEFAULTS) - {"betas"}
 
@@ -87,10 +88,7 @@ def arguments(drawn):
 
 
 def hyperparameters(drawn):
-    given = arguments(drawn)
-    if given["mask_eps"] is None:
-        given["mask_eps"] = given["eps"] ** 2
-    return Hyperparameters(**given)
+    return Hyperparameters.of(**arguments(drawn), variance="streaming")
 
 
 class Guarded:
@@ -138,7 +136,7 @@ class Problem:
         self.grads = [Guarded(self._in_memory(g), self.grad_type, self.offset, self.device) for g in grads]
         p, *state = [[self._seen(guarded.tensor) for guarded in column] for column in self.columns]
         maxima = state.pop() if self.amsgrad else []
-        return Lists(p, [self._seen(g.tensor) for g in self.grads], *state, maxima)
+        return Lists(p, [self._seen(g.tensor) for g in self.grads], *state, maxima, [])
 
     def check_memory(self, grads):
         for column in [*self.columns, self.grads]:
@@ -372,7 +370,7 @@ def test_autograd_notices_the_step():
     loss = (w * w).sum()
     state = [torch.zeros(3) for _ in range(3)]
     with torch.no_grad():
-        cuda.step(Lists([w], [torch.ones(3)], *[[x] for x in state], []), [torch.tensor(0.0)], hyperparameters({}))
+        cuda.step(Lists([w], [torch.ones(3)], *[[x] for x in state], [], []), [torch.tensor(0.0)], hyperparameters({}))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -393,7 +391,7 @@ def test_a_default_device_does_not_matter():
 @interpreted
 def test_it_is_usable_in_the_interpreter_and_does_nothing_to_empty_lists():
     assert cuda.unusable() is None
-    cuda.step(Lists([], [], [], [], [], []), [], hyperparameters({}))
+    cuda.step(Lists(*[[] for _ in Lists._fields]), [], hyperparameters({}))
 
 
 # In this process, whatever it has.
@@ -683,5 +681,5 @@ def test_a_tensor_of_more_than_two_to_the_31_elements():
     m = torch.zeros(n, dtype=f32, device="cuda")
     v, s = torch.zeros(n, dtype=bf16, device="cuda"), torch.zeros(n, dtype=bf16, device="cuda")
     hyper = hyperparameters({"mask": "none", "lr": 0.5, "weight_decay": 0.0})
-    cuda.step(Lists([w], [g], [m], [v], [s], []), [torch.tensor(0.0)], hyper)
+    cuda.step(Lists([w], [g], [m], [v], [s], [], []), [torch.tensor(0.0)], hyper)
     assert bool(((w - 0.5).abs_() < 0.05).all())

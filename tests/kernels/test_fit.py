@@ -115,7 +115,7 @@ def test_a_mixed_list_takes_the_kernel_and_foreach():
 
 def test_devices_without_a_kernel_are_left_to_foreach_at_once():
     params = [torch.ones(3, device="meta"), torch.ones(0, device="meta")]
-    held = Lists(params, params, params, params, params, [])
+    held = Lists(params, params, params, params, params, [], [])
     assert fused_prm(held, [torch.tensor(0.0)] * 2, hyper(), insist=False, memory={}) == [0, 1]
     with pytest.raises(RuntimeError, match="tensor 0 of a parameter group cannot take it: there is no kernel for meta"):
         fused_prm(held, [torch.tensor(0.0)] * 2, hyper(), insist=True, memory={})
