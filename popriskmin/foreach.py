@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +37,8 @@ def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparame
     for indices, t in _cohorts(lists, state_steps, tensor_steps):
         cohort = lists.of(indices)
         if cohort.params[0].is_complex():
-            cohort = cohort.real()
+            grads, grad_vars = ([x.resolve_conj() for x in given] for given in (cohort.grads, cohort.grad_vars))
+            cohort = cohort._replace(grads=grads, grad_vars=grad_vars).real()
         dtype = compute_dtype(cohort.params[0], cohort.exp_avgs[0])
         c = corrections(t.to(dtype) if tensor_steps else t, hyper)
         # Under a captured graph the number of kernels counts; on the host, the cache and the cost of a call.
@@ -55,26 +56,6 @@ def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparame
             for block in _blocks(cohort, cut=on_host, join=on_host):
                 _advance(block, c, hyper, dtype)
                 _move(block, _mask(block, c, hyper, dtype), c, hyper, dtype)
-
-
-def advance_variances(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters) -> None:
-    """Bring `s` to the coming step with the variances given, for a kernel that finds it there.
-
-    Parameters
-    ----------
-    lists
-        Tensors of one device and, but for the variances, list by list of one type; none complex.
-    state_steps
-        Counters of the steps taken before this one.
-    hyper
-        The group's numbers.
-    """
-    dtype = compute_dtype(lists.params[0], lists.exp_avgs[0])
-    narrow = lists.exp_avg_vars[0].dtype == torch.bfloat16
-    needed = Lists(lists.params, [], [], [], lists.exp_avg_vars, [], lists.grad_vars)
-    for block in _blocks(needed, cut=lists.params[0].device.type == "cpu" and not narrow, join=False):
-        steps = [state_steps[i] + 1 for i in block.owners] if narrow else []
-        _blend_in(block, _bits(block, steps), hyper, dtype)
 
 
 class _Block(NamedTuple):
@@ -173,10 +154,11 @@ def _write_back(tensors: list[Tensor], wide: list[Tensor], bits: list[Tensor] | 
         _copy(tensors, wide)
 
 
-def _bits(block: _Block, steps: Sequence[Any]) -> list[Tensor] | None:
-    """Return the random bits for `v` and `s` where these are stored in bfloat16; `steps` are the tensors' counts."""
+def _bits(block: _Block, c: Corrections) -> list[Tensor] | None:
+    """Return the random bits for `v` and `s` where these are stored in bfloat16."""
     if block.lists.exp_avg_vars[0].dtype != torch.bfloat16:
         return None
+    steps = [c.t[i] for i in block.owners] if isinstance(c.t, Tensor) else [c.t] * len(block.owners)
     return [random_bits(s, t) for s, t in zip(block.lists.exp_avg_vars, steps)]
 
 
@@ -200,8 +182,7 @@ def _advance(block: _Block, c: Corrections, hyper: Hyperparameters, dtype: torch
             torch._foreach_add_(grads, params, alpha=hyper.weight_decay)
         del params
     exp_avgs = _widen(block.lists.exp_avgs, dtype)
-    steps = [c.t[i] for i in block.owners] if isinstance(c.t, Tensor) else [c.t] * len(block.owners)
-    bits = _bits(block, steps)
+    bits = _bits(block, c)
     _advance_variance(block, grads, exp_avgs, bits, c, hyper, dtype)
     torch._foreach_lerp_(exp_avgs, grads, 1 - hyper.beta1)
     _write_back(block.lists.exp_avgs, exp_avgs)
@@ -226,7 +207,11 @@ def _advance_variance(
 ) -> None:
     """Bring `s` to this step; `exp_avgs` is the mean before this batch."""
     if hyper.given:
-        _blend_in(block, bits, hyper, dtype)
+        exp_avg_vars = _widen(block.lists.exp_avg_vars, dtype)
+        torch._foreach_mul_(exp_avg_vars, hyper.rho)
+        # Not by lerp: an infinite variance stays infinite here, and is not subtracted from itself.
+        torch._foreach_add_(exp_avg_vars, _widen(block.lists.grad_vars, dtype), alpha=c.blend)
+        _write_back(block.lists.exp_avg_vars, exp_avg_vars, bits)
         return
     if not isinstance(c.blend, Tensor) and c.blend == 0:
         return
@@ -246,15 +231,6 @@ def _advance_variance(
         torch._foreach_add_(exp_avg_vars, deviations)
     else:
         torch._foreach_addcmul_(exp_avg_vars, deviations, deviations, c.blend)
-    _write_back(block.lists.exp_avg_vars, exp_avg_vars, bits)
-
-
-def _blend_in(block: _Block, bits: list[Tensor] | None, hyper: Hyperparameters, dtype: torch.dtype) -> None:
-    """Bring `s` to this step with variances that are given."""
-    exp_avg_vars = _widen(block.lists.exp_avg_vars, dtype)
-    torch._foreach_mul_(exp_avg_vars, hyper.rho)
-    # Not by lerp: an infinite variance stays infinite here, and is not subtracted from itself.
-    torch._foreach_add_(exp_avg_vars, [z.to(dtype) for z in block.lists.grad_vars], alpha=1 - hyper.rho)
     _write_back(block.lists.exp_avg_vars, exp_avg_vars, bits)
 
 

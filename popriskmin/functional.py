@@ -84,7 +84,7 @@ def prm(
     Raises
     ------
     ValueError
-        For `amsgrad` without as many running maxima as parameters, or another number of variances than of parameters.
+        For `amsgrad` without as many running maxima as parameters, or variances that do not fit the parameters.
     RuntimeError
         For `fused=True` where no fused kernel is usable, or an implementation together with `differentiable`.
 
@@ -129,6 +129,12 @@ def prm(
             f"grad_vars needs a variance for each of {len(params)} parameters, got {len(grad_vars)}; "
             "None estimates them from the gradients"
         )
+    for i, (param, z) in enumerate(zip(params, grad_vars or [])):
+        if z.shape != param.shape or z.is_complex() != param.is_complex():
+            raise ValueError(
+                f"grad_vars[{i}] must be as params[{i}], {'complex' if param.is_complex() else 'real'} of shape "
+                f"{tuple(param.shape)}, got {z.dtype} of shape {tuple(z.shape)}"
+            )
     maxima = max_exp_avg_sqs if amsgrad else []
     lists = Lists(params, grads, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, grad_vars or [])
     dispatch(lists, state_steps, hyper, foreach, capturable, differentiable, fused, memory={})

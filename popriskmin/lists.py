@@ -35,10 +35,7 @@ class Lists(NamedTuple):
 
     def real(self) -> Lists:
         """Return the lists with complex tensors viewed as real."""
-        lists = self._replace(
-            grads=[g.resolve_conj() for g in self.grads], grad_vars=[z.resolve_conj() for z in self.grad_vars]
-        )
-        return Lists(*[[as_real(tensor) for tensor in tensors] for tensors in lists])
+        return Lists(*[[as_real(tensor) for tensor in tensors] for tensors in self])
 
 
 def is_compiling() -> bool:

@@ -4,24 +4,25 @@ import numpy as np
 
 
 class Reference:
-    """The optimizer over a list of real arrays; `step(grads)` changes `self.w`."""
+    """The optimizer over a list of real arrays; `step(grads)`, with variances if those are given, changes `self.w`."""
 
     def __init__(self, w, lr=1e-3, betas=(0.9, 0.999), rho=0.99, eps=1e-8, weight_decay=0.01, softness=1.0,
                  batch_size=None, boundary="batch", n_dataset=None, mask="snr", reduction="per_param",
                  warmup_steps=0, amsgrad=False, bias_correction=True, decoupled_weight_decay=True, mask_eps=None,
-                 debias=False, mask_decay=False, maximize=False):  # fmt: skip
+                 debias=False, mask_decay=False, maximize=False, min_q=0.0, variance="streaming"):  # fmt: skip
         self.options = {k: v for k, v in locals().items() if k not in ("self", "w")}
         self.w = [np.array(x, dtype=np.float64) for x in w]
         self.m, self.v, self.s, self.v_max = ([np.zeros_like(x) for x in self.w] for _ in range(4))
         self.q = [np.ones_like(x) for x in self.w]
         self.t = [0] * len(self.w)
 
-    def step(self, grads):
+    def step(self, grads, variances=None):
         for i, g in enumerate(grads):
             if g is not None:
-                self._step_one(i, np.array(g, dtype=np.float64))
+                z = None if variances is None else np.array(variances[i], dtype=np.float64)
+                self._step_one(i, np.array(g, dtype=np.float64), z)
 
-    def _step_one(self, i, g):
+    def _step_one(self, i, g, z):
         o = self.options
         beta1, beta2 = o["betas"]
         rho, lr, decay = o["rho"], float(o["lr"]), o["weight_decay"]
@@ -37,7 +38,10 @@ class Reference:
         def k(t):
             return (1 - beta1) / (1 + beta1) * (1 + beta1**t) / (1 - beta1**t)
 
-        if o["debias"]:
+        given = o["variance"] == "given"
+        if given:
+            s = rho * s + (1 - rho) * z
+        elif o["debias"]:
             if t > 1:
                 d = g - m / (1 - beta1 ** (t - 1))
                 s = rho * s + (1 - rho) * d**2 / (1 + k(t - 1))
@@ -52,7 +56,7 @@ class Reference:
         corrected = o["bias_correction"]
         m_hat = m / (1 - beta1**t) if corrected else m
         v_hat = (v_max if o["amsgrad"] else v) / (1 - beta2**t if corrected else 1)
-        if o["debias"]:
+        if o["debias"] and not given:
             s_hat = s / (1 - rho ** (t - 1)) if t > 1 else s
         else:
             s_hat = s / (1 - rho**t) if corrected else s
@@ -63,7 +67,8 @@ class Reference:
         if o["debias"]:
             signal = np.maximum(signal - k(t) * noise, 0)
         q = self._mask(signal, noise)
-        if t <= o["warmup_steps"] or (o["debias"] and t == 1):
+        q = np.where(q < o["min_q"], o["min_q"], q)
+        if t <= o["warmup_steps"] or (o["debias"] and not given and t == 1):
             q = np.ones_like(w)
         self.q[i], self.signal, self.noise = q, signal, noise
 

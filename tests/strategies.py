@@ -1,5 +1,6 @@
 """Random but valid options for PRM, and random problems, for hypothesis."""
 
+import numpy as np
 from hypothesis import strategies as st
 
 rates = st.sampled_from([0.0, 0.5, 0.9, 0.99, 0.999])
@@ -29,6 +30,8 @@ def options(draw):
         "debias": bias_correction and draw(st.booleans()),
         "mask_decay": decoupled and draw(st.booleans()),
         "maximize": draw(st.booleans()),
+        "min_q": draw(st.sampled_from([0.0, 0.1, 1.0])),
+        "variance": draw(st.sampled_from(["streaming", "given"])),
     }
     if draw(st.booleans()):
         batch_size = draw(st.integers(1, 100))
@@ -44,3 +47,10 @@ problems = st.fixed_dictionaries(
         "steps": st.integers(1, 6),
     }
 )
+
+
+def made_up_variances(grads):
+    """Return float64 arrays of the gradients' shapes and scale, for `variance="given"`."""
+    rng = np.random.default_rng(len(grads))
+    grads = [np.asarray(g, dtype=np.float64) for g in grads]
+    return [np.mean(g**2) * rng.exponential(size=g.shape) if g.size else np.zeros(g.shape) for g in grads]

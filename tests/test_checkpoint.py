@@ -8,7 +8,7 @@ import torch
 from conftest import HOW, TORCH
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import options
+from strategies import made_up_variances, options
 
 from popriskmin import PRM
 from popriskmin.checkpoint import STATE_FORMAT
@@ -27,6 +27,9 @@ def run(params, optimizer, steps, seed):
     for _ in range(steps):
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        if optimizer.param_groups[0].get("variance") == "given":
+            variances = made_up_variances([p.grad.double() for p in params])
+            optimizer.set_variances({p: torch.tensor(z) for p, z in zip(params, variances)})
         optimizer.step()
 
 

@@ -11,7 +11,7 @@ from conftest import HOW, TORCH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Reference
-from strategies import options, problems
+from strategies import made_up_variances, options, problems
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import popriskmin.foreach as foreach_module
@@ -45,6 +45,8 @@ def train(problem, dtype=torch.float64, optimizer=PRM, shapes=SHAPES, **kwargs):
     for grads in gradients(problem, shapes):
         for p, g in zip(params, grads):
             p.grad = torch.tensor(g, dtype=dtype)
+        if kwargs.get("variance") == "given":
+            built.set_variances({p: torch.tensor(z, dtype=dtype) for p, z in zip(params, made_up_variances(grads))})
         built.step()
     return [p.detach() for p in params], built
 
@@ -53,7 +55,7 @@ def reference(problem, shapes=SHAPES, **kwargs):
     rng = np.random.default_rng(1)
     built = Reference([rng.normal(size=shape) for shape in shapes], **kwargs)
     for grads in gradients(problem, shapes):
-        built.step([g if g.size else None for g in grads])
+        built.step([g if g.size else None for g in grads], made_up_variances(grads))
     return built
 
 

@@ -64,8 +64,6 @@ def fused_prm(
     RuntimeError
         With `insist`, saying which tensor does not fit and why.
     """
-    if hyper.given or hyper.min_q > 0:
-        return list(range(len(lists.params)))
     state = _quickly_fits(lists, state_steps, hyper, memory.get("state"))
     if state is not None:
         memory["state"] = state
@@ -94,8 +92,9 @@ def fused_prm(
     for indices in cohorts.values():
         cohort = lists.of(indices)
         grads = [matched(grad, param) for grad, param in zip(cohort.grads, cohort.params)]
+        grad_vars = [matched(z, param) for z, param in zip(cohort.grad_vars, cohort.params)]
         kernel = KERNELS[cohort.params[0].device.type]
-        kernel.step(cohort._replace(grads=grads).real(), [state_steps[i] for i in indices], hyper)
+        kernel.step(cohort._replace(grads=grads, grad_vars=grad_vars).real(), [state_steps[i] for i in indices], hyper)
     return left
 
 

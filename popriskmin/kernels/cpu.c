@@ -22,7 +22,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* To be raised, here and in cpu.py, whenever a structure or a meaning below changes. */
-#define ABI 3
+#define ABI 4
 
 #define TYPE_FLOAT32 0
 #define TYPE_FLOAT64 1
@@ -51,20 +51,20 @@
 /* Fewer scalars than this are not worth a thread. */
 #define WORTH_A_THREAD 32768
 
-enum { COLUMN_P, COLUMN_G, COLUMN_M, COLUMN_V, COLUMN_S, COLUMN_MAXIMUM, COLUMN_STEP, COLUMN_N, COLUMNS };
+enum { COLUMN_P, COLUMN_G, COLUMN_M, COLUMN_V, COLUMN_S, COLUMN_MAXIMUM, COLUMN_Z, COLUMN_STEP, COLUMN_N, COLUMNS };
 
 /* The options of a parameter group, as in popriskmin.mask.Hyperparameters. */
 typedef struct {
-    double lr, beta1, beta2, rho, eps, mask_eps, weight_decay, softness, coefficient;
+    double lr, beta1, beta2, rho, eps, mask_eps, weight_decay, softness, coefficient, min_q;
     int64_t warmup_steps;
-    int32_t mask, pooled, bias_correction, decoupled_weight_decay, maximize, debias, mask_decay;
+    int32_t mask, pooled, bias_correction, decoupled_weight_decay, maximize, debias, mask_decay, variance_given;
 } options;
 
 /* What follows from the options and a step count; see popriskmin.mask.corrections. */
 typedef struct {
     double t;
-    double sign, coupled_decay, beta1, beta2, one_minus_beta2, rho, blend, inv_centre;
-    double inv_bias1, inv_bias_var, k, coefficient, softness, mask_eps;
+    double sign, coupled_decay, beta1, beta2, one_minus_beta2, rho, blend, inv_centre, given_rho, given_blend;
+    double inv_bias1, inv_bias_var, k, coefficient, softness, mask_eps, min_q;
     double keep, masked_decay, step_size, inv_root_bias2, eps;
     int mask, coupled;
     int usual; /* whether neither maximize, nor coupled nor masked decay, makes the loop longer */
@@ -81,7 +81,7 @@ typedef struct {
 struct job {
     const int64_t *table; /* COLUMNS columns of `count` addresses and sizes */
     int64_t count;
-    int p_type, g_type, m_type, s_type;
+    int p_type, g_type, m_type, s_type, z_type;
     int pooled;
     int64_t undivided; /* the most scalars that a tensor may have which is not divided among threads */
     const operations *operations;
@@ -95,7 +95,7 @@ struct job {
 
 typedef struct {
     void *p, *m, *v, *s, *maximum;
-    const void *g;
+    const void *g, *z; /* z: the variance of the gradient, or NULL where s comes from the gradients */
     int64_t n;
     int numbers, pooled;
 } tensor;
@@ -109,6 +109,7 @@ static tensor tensor_of(const job *job, int64_t i) {
     t.v = (void *)(intptr_t)table[COLUMN_V * count + i];
     t.s = (void *)(intptr_t)table[COLUMN_S * count + i];
     t.maximum = (void *)(intptr_t)table[COLUMN_MAXIMUM * count + i];
+    t.z = (const void *)(intptr_t)table[COLUMN_Z * count + i];
     t.n = table[COLUMN_N * count + i];
     t.numbers = job->which[i];
     t.pooled = job->pooled && job->numbers[t.numbers].mask != MASK_NONE;
@@ -189,6 +190,8 @@ INLINE void fetch_ahead(const tensor *t, int64_t start, int64_t size, int64_t na
     if (what & ADVANCE) {
         fetch_array(t->g, start, size);
         fetch_array(t->s, start, narrow);
+        if (t->z)
+            fetch_array(t->z, start, size);
     }
 }
 
@@ -278,11 +281,16 @@ static numbers numbers_of(const options *o, double t) {
         bias2 = 1 - pow(o->beta2, t);
         bias_var = 1 - pow(o->rho, t);
     }
-    if (o->debias) {
+    if (o->debias)
+        k = variance_of_mean(o->beta1, t);
+    if (o->variance_given) {
+        /* The loops leave s alone: it is brought on before them. */
+        blend = 0;
+        rho = 1;
+    } else if (o->debias) {
         double last = t > 1 ? t - 1 : 1;
         bias_var = 1 - pow(o->rho, last);
         centre = 1 - pow(o->beta1, last);
-        k = variance_of_mean(o->beta1, t);
         /* The first step has no deviation from a mean: s stays, and the mask is open. */
         blend = t > 1 ? blend / (1 + variance_of_mean(o->beta1, last)) : 0;
         rho = t > 1 ? rho : 1;
@@ -296,6 +304,8 @@ static numbers numbers_of(const options *o, double t) {
     x.one_minus_beta2 = 1 - o->beta2;
     x.rho = rho;
     x.blend = blend;
+    x.given_rho = o->rho;
+    x.given_blend = 1 - o->rho;
     x.inv_centre = 1 / centre;
     x.inv_bias1 = 1 / bias1;
     x.inv_bias_var = 1 / bias_var;
@@ -303,6 +313,7 @@ static numbers numbers_of(const options *o, double t) {
     x.coefficient = o->coefficient;
     x.softness = o->softness;
     x.mask_eps = o->mask_eps;
+    x.min_q = o->min_q;
     double decay = o->decoupled_weight_decay ? o->lr * o->weight_decay : 0;
     x.keep = o->mask_decay ? 1 : 1 - decay;
     x.masked_decay = o->mask_decay ? decay : 0;
@@ -556,7 +567,7 @@ static int step_with(job *job, const options *o, int threads) {
 
 /* Take one step. Returns 0, or 1 when memory is short, and then nothing has changed. */
 int prm_step(const options *o, const int64_t *table, int64_t count, int p_type, int g_type, int m_type, int s_type,
-             int threads, int level) {
+             int z_type, int threads, int level) {
     int is_double = p_type == TYPE_FLOAT64 || m_type == TYPE_FLOAT64 || s_type == TYPE_FLOAT64;
     job job = {0};
     job.table = table;
@@ -565,6 +576,7 @@ int prm_step(const options *o, const int64_t *table, int64_t count, int p_type, 
     job.g_type = g_type;
     job.m_type = m_type;
     job.s_type = s_type;
+    job.z_type = z_type;
     job.pooled = o->pooled;
     job.operations = operations_of(is_double, level);
     int done = count == 0 || step_with(&job, o, threads);

@@ -21,7 +21,7 @@ from popriskmin.lists import Lists
 from popriskmin.mask import Hyperparameters
 
 # As in cpu.c.
-ABI = 3
+ABI = 4
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 MASK_CODES = {"none": 0, "snr": 1, "soft": 2, "hard": 3}
 LEVELS = ("baseline", "AVX2", "AVX-512")
@@ -33,11 +33,12 @@ class _Options(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_double) for name in (
             "lr", "beta1", "beta2", "rho", "eps", "mask_eps", "weight_decay", "softness", "coefficient",
+            "min_q",
         )),
         ("warmup_steps", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in (
             "mask", "pooled", "bias_correction", "decoupled_weight_decay", "maximize", "debias",
-            "mask_decay",
+            "mask_decay", "variance_given",
         )),
     ]  # fmt: skip
 
@@ -69,7 +70,7 @@ def _load() -> ctypes.CDLL | str:
         library.prm_use_pool(_threads_of_torch())
         os.register_at_fork(after_in_child=lambda: library.prm_use_pool(None))
     library.prm_step.argtypes = [
-        ctypes.POINTER(_Options), ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_int] * 6,
+        ctypes.POINTER(_Options), ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_int] * 7,
     ]  # fmt: skip
     return library
 
@@ -140,8 +141,10 @@ def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, state:
     params, exp_avgs, exp_avg_sqs, exp_avg_vars, max_exp_avg_sqs, steps = addresses
     grads = packed(map(Tensor.data_ptr, lists.grads), count)
     maxima = max_exp_avg_sqs if hyper.amsgrad else bytes(8 * count)
-    table = b"".join([params, grads, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, steps, sizes])
+    given = packed(map(Tensor.data_ptr, lists.grad_vars), count) if hyper.given else bytes(8 * count)
+    table = b"".join([params, grads, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, given, steps, sizes])
     kinds = [TYPES[tensors[0].dtype] for tensors in (lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_vars)]
+    kinds.append(TYPES[lists.grad_vars[0].dtype] if hyper.given else 0)
     failed = library.prm_step(_options(hyper), table, count, *kinds, torch.get_num_threads(), level())
     if failed:
         raise MemoryError(f"no memory for the step of {count} tensors; nothing was changed")
@@ -159,6 +162,7 @@ def _options(hyper: Hyperparameters) -> _Options:
         weight_decay=hyper.weight_decay,
         softness=hyper.softness,
         coefficient=hyper.coefficient,
+        min_q=hyper.min_q,
         warmup_steps=hyper.warmup_steps,
         mask=MASK_CODES[hyper.mask],
         pooled=hyper.reduction == "per_tensor",
@@ -167,4 +171,5 @@ def _options(hyper: Hyperparameters) -> _Options:
         maximize=hyper.maximize,
         debias=hyper.debias,
         mask_decay=hyper.mask_decay,
+        variance_given=hyper.given,
     )

@@ -8,8 +8,8 @@
 
 /* The constants of `numbers` in the arithmetic type. */
 typedef struct {
-    REAL sign, coupled_decay, pull, beta2, one_minus_beta2, rho, blend, inv_centre;
-    REAL inv_bias1, inv_bias_var, k, coefficient, softness, mask_eps, bound;
+    REAL sign, coupled_decay, pull, beta2, one_minus_beta2, rho, blend, inv_centre, given_rho, given_blend;
+    REAL inv_bias1, inv_bias_var, k, coefficient, softness, mask_eps, min_q, bound;
     REAL keep, masked_decay, step_size, inv_root_bias2, eps;
     int debias, has_blend, from_grad;
 } NAME(constants);
@@ -25,7 +25,10 @@ static NAME(constants) NAME(convert)(const numbers *x) {
     c.one_minus_beta2 = (REAL)x->one_minus_beta2;
     c.rho = (REAL)x->rho;
     c.blend = (REAL)x->blend;
-    c.debias = x->k > 0;
+    c.given_rho = (REAL)x->given_rho;
+    c.given_blend = (REAL)x->given_blend;
+    /* Whether the loops must look at k, or at whether there is anything to blend in. */
+    c.debias = x->k > 0 || x->blend == 0;
     c.has_blend = x->blend != 0;
     c.inv_centre = (REAL)x->inv_centre;
     c.inv_bias1 = (REAL)x->inv_bias1;
@@ -37,6 +40,7 @@ static NAME(constants) NAME(convert)(const numbers *x) {
     /* As popriskmin.mask.floor and popriskmin.mask.largest. */
     c.mask_eps = (REAL)(x->mask_eps > (double)REAL_TINY ? x->mask_eps : (double)REAL_TINY);
     c.bound = (REAL)(REAL_MAX / 4);
+    c.min_q = (REAL)x->min_q;
     c.keep = (REAL)x->keep;
     c.masked_decay = (REAL)x->masked_decay;
     c.step_size = (REAL)x->step_size;
@@ -55,19 +59,37 @@ TARGET INLINE REAL NAME(mask)(int mask, int debias, REAL signal, REAL noise, con
     noise = NAME(at_most)(noise, c->bound);
     if (debias)
         signal = NAME(not_negative)(signal - noise * c->k);
+    REAL q = 1;
     if (mask == MASK_SNR)
-        return signal / (noise * c->softness + c->mask_eps + signal);
+        q = signal / (noise * c->softness + c->mask_eps + signal);
     if (mask == MASK_SOFT) {
         REAL excess = NAME(not_negative)(signal - noise * c->coefficient);
-        return excess / (noise * c->softness + c->mask_eps + excess);
+        q = excess / (noise * c->softness + c->mask_eps + excess);
     }
     if (mask == MASK_HARD)
-        return signal > noise * c->coefficient ? 1 : 0;
-    return 1;
+        q = signal > noise * c->coefficient ? 1 : 0;
+    return q < c->min_q ? c->min_q : q;
 }
 
 TARGET static REAL NAME(mask_of_means)(int mask, double signal, double noise, const NAME(constants) *c) {
     return NAME(mask)(mask, c->debias, (REAL)signal, (REAL)noise, c);
+}
+
+/* s to this step where the variances of the gradients are given; it is in the first cache when the loops read it. */
+TARGET static void NAME(blend_in)(int64_t n, REAL *restrict s, const REAL *restrict z, const NAME(constants) *constants) {
+    const NAME(constants) c = *constants;
+    for (int64_t i = 0; i < n; i++)
+        s[i] = s[i] * c.given_rho + z[i] * c.given_blend;
+}
+
+/* The same where s is stored in bfloat16. The loops round it once more, which does nothing to it. */
+TARGET static void NAME(blend_in_narrow)(int64_t n, uint32_t place, uint16_t *restrict s, const REAL *restrict z,
+                                         const NAME(constants) *constants) {
+    const NAME(constants) c = *constants;
+    for (int64_t i = 0; i < n; i++) {
+        REAL variance = (REAL)from_bfloat16(s[i]) * c.given_rho + z[i] * c.given_blend;
+        s[i] = (uint16_t)(bits_of(round_stochastically((float)variance, hash32(place + (uint32_t)i) & 0xFFFF)) >> 16);
+    }
 }
 
 /* m, v, s to this step. */
@@ -237,7 +259,7 @@ TARGET static void NAME(add_up)(int64_t n, const REAL *m, const REAL *s, double 
     }
 }
 
-/* m, v, s to this step and their sums at once; n is a multiple of LANES, the options are the usual ones, blend is not 0. */
+/* m, v, s to this step and their sums at once; n is a multiple of LANES, the options are the usual ones. */
 TARGET static void NAME(advance_and_add_up)(int64_t n, const REAL *g, REAL *m, REAL *v, REAL *s, double *sums,
                                             const NAME(constants) *constants) {
     const NAME(constants) c = *constants;
@@ -249,7 +271,8 @@ TARGET static void NAME(advance_and_add_up)(int64_t n, const REAL *g, REAL *m, R
         memcpy(&square, v + i, sizeof square);
         memcpy(&variance, s + i, sizeof variance);
         NAME(reals) deviation = grad - mean * c.inv_centre;
-        variance = variance * c.rho + deviation * deviation * c.blend;
+        if (c.has_blend)
+            variance = variance * c.rho + deviation * deviation * c.blend;
         mean = (c.from_grad ? grad : mean) + (grad - mean) * c.pull;
         square = square * c.beta2 + grad * grad * c.one_minus_beta2;
         memcpy(m + i, &mean, sizeof mean);
@@ -323,7 +346,7 @@ TARGET static void NAME(round_state)(int64_t n, int64_t start, uint32_t key, REA
 TARGET static void NAME(work_in_chunks)(const job *job, const tensor *t, const numbers *x, const NAME(constants) *c,
                                         int64_t begin, int64_t end, int what, REAL given, double *sums) {
     int narrow = job->s_type == TYPE_BFLOAT16, reads_p = (what & MOVE) || x->coupled;
-    REAL buffers[6][CHUNK];
+    REAL buffers[7][CHUNK];
     for (int64_t start = begin; start < end; start += CHUNK) {
         int64_t n = end - start < CHUNK ? end - start : CHUNK;
         REAL *p = reads_p ? NAME(load)(t->p, job->p_type, start, n, buffers[0]) : NULL;
@@ -333,6 +356,8 @@ TARGET static void NAME(work_in_chunks)(const job *job, const tensor *t, const n
         REAL *maximum = t->maximum ? NAME(load)(t->maximum, job->s_type, start, n, buffers[4]) : NULL;
         if (what & ADVANCE) {
             const REAL *g = NAME(load)(t->g, job->g_type, start, n, buffers[5]);
+            if (t->z)
+                NAME(blend_in)(n, s, NAME(load)(t->z, job->z_type, start, n, buffers[6]), c);
             NAME(advance)(x->coupled, n, p, g, m, v, s, c);
             if (narrow)
                 NAME(round_state)(n, start, x->key, v, s);
@@ -365,6 +390,13 @@ TARGET static void NAME(work_in_place)(const job *job, const tensor *t, const nu
         int64_t n = smaller(end - i, AHEAD);
         if (i + 2 * AHEAD <= end)
             fetch_ahead(t, i + AHEAD, sizeof(REAL), size, what);
+        if (t->z && (what & ADVANCE)) {
+            const REAL *z = (const REAL *)t->z + i;
+            if (narrow)
+                NAME(blend_in_narrow)(n, (uint32_t)i + x->key, (uint16_t *)s + i, z, c);
+            else
+                NAME(blend_in)(n, (REAL *)s + i, z, c);
+        }
         if (what == (ADVANCE | MOVE)) {
             NAME(whole)(x->mask, narrow, n, (uint32_t)i + x->key, p + i, g + i, m + i, v + size * i, s + size * i,
                         maximum ? maximum + i : NULL, c);
@@ -390,7 +422,7 @@ TARGET static void NAME(work)(const job *job, int64_t index, int64_t begin, int6
     const NAME(constants) c = NAME(convert)(x);
     int narrow = job->s_type == TYPE_BFLOAT16;
     int in_place = x->usual && job->p_type == REAL_TYPE && job->g_type == REAL_TYPE && job->m_type == REAL_TYPE &&
-                   (narrow ? !t.pooled && !t.maximum : job->s_type == REAL_TYPE);
+                   (!t.z || job->z_type == REAL_TYPE) && (narrow ? !t.pooled && !t.maximum : job->s_type == REAL_TYPE);
     if (in_place)
         NAME(work_in_place)(job, &t, x, &c, begin, end, what, (REAL)given, sums);
     else

@@ -1,7 +1,8 @@
 """The fused step on CUDA devices, in Triton: one launch for a whole parameter group.
 
 The kernel reads p, g, m, v and s once and writes p, m, v and s once: 9 numbers a parameter, where AdamW moves 7. That
-is 36 bytes in float32, and 28 with `v` and `s` in bfloat16, AdamW's own traffic. `amsgrad` adds 2 numbers.
+is 36 bytes in float32, and 28 with `v` and `s` in bfloat16, AdamW's own traffic. `amsgrad` adds 2 numbers, variances
+that are given 1.
 `reduction="per_tensor"` needs the means over a tensor before its parameters can move: a launch that brings the moments
 to this step and leaves two sums for each block (7 numbers), a small one that makes `q` of the sums, and one that moves
 the parameters (4 numbers), 44 bytes in float32. The sums are added in a fixed order, so a step is deterministic.
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from popriskmin.compat import bump_versions
-from popriskmin.lists import Lists
+from popriskmin.lists import Lists, count_up
 from popriskmin.mask import Corrections, Hyperparameters, corrections, floor, largest
 
 # Elements of one program: eight for each of its 128 threads, so that many loads are under way at once.
@@ -36,8 +37,9 @@ BLOCK = 1024
 CHUNK = 4096
 
 # A tensor's row in the table: its number of elements, its first block, whether its memory allows wide loads, the
-# addresses of p, g, m, v, s and of the maximum of v (or 0), and that of its step count (or 0).
-_COLUMNS = 10
+# addresses of p, g, m, v, s, of the maximum of v (or of v) and of the gradient's variance (or of g), and that of its
+# step count (or 0).
+_COLUMNS = 11
 
 # Tables in use: a few for each parameter group; more only where gradients change their addresses at every step.
 _MOST_TABLES = 256
@@ -97,7 +99,7 @@ def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor
     if not lists.params:
         return
     device = lists.params[0].device
-    _increase(state_steps)
+    count_up(state_steps)
     # A device that is not the current one must become it: Triton launches on the current one.
     with _on(device):
         for launch in _launches(lists, state_steps, hyper, tensor_steps):
@@ -109,17 +111,8 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _increase(state_steps: list[Tensor]) -> None:
-    on_host = [t for t in state_steps if t.is_cpu]
-    if on_host:
-        # The number is wrapped once; the slow path would wrap it for every tensor.
-        torch._foreach_add_(on_host, [torch.tensor(1.0, device="cpu")] * len(on_host))
-    if len(on_host) < len(state_steps):
-        torch._foreach_add_([t for t in state_steps if not t.is_cpu], 1)
-
-
 class _Types(NamedTuple):
-    """The types of one parameter's tensors; without `amsgrad` the last is that of `v`."""
+    """The types of one parameter's tensors; of `v` where there is no maximum, of `g` where no variance is given."""
 
     param: torch.dtype
     grad: torch.dtype
@@ -127,6 +120,7 @@ class _Types(NamedTuple):
     exp_avg_sq: torch.dtype
     exp_avg_var: torch.dtype
     max_exp_avg_sq: torch.dtype
+    grad_var: torch.dtype
 
     @property
     def wide(self) -> torch.dtype:
@@ -169,7 +163,7 @@ class _Launch(NamedTuple):
     def _pool(self, mask: str, bits: dict[str, int], table: Tensor, partials: Tensor) -> None:
         kernels = _step_module()
         options = self._options(kernels)
-        given = ("mask_eps", "bound", "softness", "coefficient", "k", "log1", "ratio", "open_until")
+        given = ("mask_eps", "min_q", "bound", "softness", "coefficient", "k", "log1", "ratio", "open_until")
         kernels.pool[(len(self.rows) // _COLUMNS,)](
             table,
             partials,
@@ -187,7 +181,7 @@ class _Launch(NamedTuple):
         hyper = self.hyper
         decays = hyper.weight_decay != 0
         return {
-            **{name: kernels.TYPES[dtype] for name, dtype in zip("PGMVSX", self.types)},
+            **{name: kernels.TYPES[dtype] for name, dtype in zip("PGMVSXZ", self.types)},
             "C": kernels.TYPES[self.types.wide],
             "AMSGRAD": hyper.amsgrad,
             "COUPLED": decays and not hyper.decoupled_weight_decay,
@@ -195,6 +189,7 @@ class _Launch(NamedTuple):
             "MAXIMIZE": hyper.maximize,
             "BIAS": hyper.bias_correction,
             "DEBIAS": hyper.debias,
+            "GIVEN": hyper.given,
             "MASK_DECAY": hyper.mask_decay,
             "FROM_END": 1 - hyper.beta1 >= 0.5,
             "TENSOR_STEPS": self.t is None,
@@ -216,7 +211,7 @@ def _launches(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, t
         hyper = hyper._replace(lr=hyper.lr.item() if lr is None else 0.0)
     groups: dict[Any, list[int]] = {}
     columns = [lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, lists.exp_avg_vars]
-    columns.append(lists.max_exp_avg_sqs or lists.exp_avg_sqs)
+    columns += [lists.max_exp_avg_sqs or lists.exp_avg_sqs, lists.grad_vars or lists.grads]
     for i, tensors in enumerate(zip(*columns)):
         t = None if read_there or not state_steps[i].is_cpu else state_steps[i].item()
         groups.setdefault((t, *[tensor.dtype for tensor in tensors]), []).append(i)
@@ -305,6 +300,7 @@ def _numbers(known: Corrections | None, hyper: Hyperparameters, dtype: torch.dty
         "rho": hyper.rho,
         "eps": hyper.eps,
         "mask_eps": floor(hyper.mask_eps, dtype),
+        "min_q": hyper.min_q,
         "bound": largest(dtype),
         "softness": hyper.softness * hyper.coefficient if hyper.mask == "snr" else hyper.softness,
         "coefficient": hyper.coefficient,
@@ -319,7 +315,7 @@ def _numbers(known: Corrections | None, hyper: Hyperparameters, dtype: torch.dty
         "log_rho": _log(hyper.rho),
         "ratio": (1 - hyper.beta1) / (1 + hyper.beta1),
         "weight_rho": 1 - hyper.rho,
-        "open_until": max(hyper.warmup_steps, 1 if hyper.debias else 0),
+        "open_until": max(hyper.warmup_steps, 1 if hyper.debias and not hyper.given else 0),
     }
 
 

@@ -143,7 +143,18 @@ def one_minus_power(log_beta, t, C: tl.constexpr):
 
 
 @jit()
-def corrections(t, log1, log2, log_rho, ratio, weight_rho, BIAS: tl.constexpr, DEBIAS: tl.constexpr, C: tl.constexpr):
+def corrections(
+    t,
+    log1,
+    log2,
+    log_rho,
+    ratio,
+    weight_rho,
+    BIAS: tl.constexpr,
+    DEBIAS: tl.constexpr,
+    GIVEN: tl.constexpr,
+    C: tl.constexpr,
+):
     """Return what `popriskmin.mask.corrections` does, reciprocals of the divisors, for a step count on the device."""
     one = t * 0 + 1
     over_bias1, over_root2, over_bias_var, over_centre, blend, k = one, one, one, one, weight_rho, one
@@ -152,13 +163,14 @@ def corrections(t, log1, log2, log_rho, ratio, weight_rho, BIAS: tl.constexpr, D
         over_bias1 = divide(one, bias1, C)
         over_root2 = divide(one, root(one_minus_power(log2, t, C), C), C)
         if DEBIAS:
+            k = ratio * divide(2 - bias1, bias1, C)
+        if DEBIAS and not GIVEN:
             before = tl.where(t > 1, t - 1, one)
             centre = one_minus_power(log1, before, C)
             over_centre = divide(one, centre, C)
             over_bias_var = divide(one, one_minus_power(log_rho, before, C), C)
             blend = divide(weight_rho, 1 + ratio * divide(2 - centre, centre, C), C)
             blend = tl.where(t > 1, blend, one * 0)
-            k = ratio * divide(2 - bias1, bias1, C)
         else:
             over_bias_var = divide(one, one_minus_power(log_rho, t, C), C)
     return over_bias1, over_root2, over_bias_var, over_centre, blend, k
@@ -173,6 +185,7 @@ def mask(
     coefficient,
     softness,
     mask_eps,
+    min_q,
     MASK: tl.constexpr,
     DEBIAS: tl.constexpr,
     C: tl.constexpr,
@@ -191,4 +204,4 @@ def mask(
         q = divide(excess, noise * softness + mask_eps + excess, C)
     else:
         q = (signal > noise * coefficient).to(C)
-    return q
+    return tl.where(q < min_q, min_q, q)

@@ -45,7 +45,7 @@ if triton:
 # the second line are functions of the step count, where it is known on the host; those of the last are what to
 # calculate them from, where it lies on the device.
 NUMBERS = [
-    *["t", "lr", "weight_decay", "weight1", "beta2", "weight2", "rho", "eps", "mask_eps", "bound", "softness"],
+    *["t", "lr", "weight_decay", "weight1", "beta2", "weight2", "rho", "eps", "mask_eps", "min_q", "bound", "softness"],
     *["coefficient", "over_bias1", "over_root2", "over_bias_var", "over_centre", "blend", "k"],
     *["log1", "log2", "log_rho", "ratio", "weight_rho", "open_until"],
 ]
@@ -58,6 +58,7 @@ def _advance(
     m,
     v,
     s,
+    z,
     weight_decay,
     weight1,
     beta2,
@@ -68,19 +69,23 @@ def _advance(
     COUPLED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     DEBIAS: tl.constexpr,
+    GIVEN: tl.constexpr,
     FROM_END: tl.constexpr,
 ):
-    """Return `m`, `v` and `s` of this step, not yet rounded to what stores them."""
+    """Return `m`, `v` and `s` of this step, not yet rounded to what stores them; `z` is the variance if it is given."""
     if MAXIMIZE:
         g = -g
     if COUPLED:
         g = g + w * weight_decay
-    if DEBIAS:
-        deviation = g - m * over_centre
+    if GIVEN:
+        s = s * rho + z * blend
     else:
-        deviation = g - m
-    # Not a product with 0: at the first step of `debias` a square that overflows would make it NaN.
-    s = tl.where(blend > 0, s * rho + deviation * blend * deviation, s)
+        if DEBIAS:
+            deviation = g - m * over_centre
+        else:
+            deviation = g - m
+        # Not a product with 0: at the first step of `debias` a square that overflows would make it NaN.
+        s = tl.where(blend > 0, s * rho + deviation * blend * deviation, s)
     # The two forms of torch's lerp, which differ in where infinities become NaN.
     if FROM_END:
         m = g - (g - m) * (1 - weight1)
@@ -108,6 +113,7 @@ def _block(
     rho,
     eps,
     mask_eps,
+    min_q,
     bound,
     softness,
     coefficient,
@@ -124,6 +130,7 @@ def _block(
     V: tl.constexpr,
     S: tl.constexpr,
     X: tl.constexpr,
+    Z: tl.constexpr,
     C: tl.constexpr,
     PHASE: tl.constexpr,
     MASK: tl.constexpr,
@@ -132,6 +139,7 @@ def _block(
     DECOUPLED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     DEBIAS: tl.constexpr,
+    GIVEN: tl.constexpr,
     MASK_DECAY: tl.constexpr,
     FROM_END: tl.constexpr,
     TENSOR_STEPS: tl.constexpr,
@@ -140,7 +148,7 @@ def _block(
 ):
     """Step one block. With `FULL` all its elements exist and each tensor begins at a multiple of 16 bytes."""
     at_w, at_g, at_m, at_v = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
-    at_s, at_x = tl.load(row + 7), tl.load(row + 8)
+    at_s, at_x, at_z = tl.load(row + 7), tl.load(row + 8), tl.load(row + 9)
     m = load(at_m, start, lanes, left, M, C, FULL)
     w = m
     if PHASE != "advance" or COUPLED:
@@ -156,9 +164,12 @@ def _block(
         g = load(at_g, start, lanes, left, G, C, FULL)
         v = load(at_v, start, lanes, left, V, C, FULL)
         s = load(at_s, start, lanes, left, S, C, FULL)
+        z = s
+        if GIVEN:
+            z = load(at_z, start, lanes, left, Z, C, FULL)
         m, v, s = _advance(
-            w, g, m, v, s, weight_decay, weight1, beta2, weight2, rho, over_centre, blend,
-            COUPLED, MAXIMIZE, DEBIAS, FROM_END,
+            w, g, m, v, s, z, weight_decay, weight1, beta2, weight2, rho, over_centre, blend,
+            COUPLED, MAXIMIZE, DEBIAS, GIVEN, FROM_END,
         )  # fmt: skip
         if S == tl.bfloat16:
             key = hash32(t.to(tl.int64).to(tl.uint32))
@@ -183,7 +194,7 @@ def _block(
             tl.store(partials + tl.num_programs(0) + block, tl.sum(noise * share, axis=0))
         q = 1.0
         if PHASE == "all" and MASK != "none":
-            q = mask(signal, noise, k, bound, coefficient, softness, mask_eps, MASK, DEBIAS, C)
+            q = mask(signal, noise, k, bound, coefficient, softness, mask_eps, min_q, MASK, DEBIAS, C)
             if TENSOR_STEPS:
                 q = tl.where(t <= open_until, 1.0, q)
 
@@ -214,6 +225,7 @@ def update(
     rho,
     eps,
     mask_eps,
+    min_q,
     bound,
     softness,
     coefficient,
@@ -235,6 +247,7 @@ def update(
     V: tl.constexpr,
     S: tl.constexpr,
     X: tl.constexpr,
+    Z: tl.constexpr,
     C: tl.constexpr,
     PHASE: tl.constexpr,
     MASK: tl.constexpr,
@@ -244,6 +257,7 @@ def update(
     MAXIMIZE: tl.constexpr,
     BIAS: tl.constexpr,
     DEBIAS: tl.constexpr,
+    GIVEN: tl.constexpr,
     MASK_DECAY: tl.constexpr,
     FROM_END: tl.constexpr,
     TENSOR_STEPS: tl.constexpr,
@@ -263,10 +277,10 @@ def update(
     over_bias_var, over_centre = number(over_bias_var, C), number(over_centre, C)
     t, blend, k = number(t, C), number(blend, C), number(k, C)
     if TENSOR_STEPS:
-        t = tl.load(tl.load(row + 9).to(tl.pointer_type(tl.float32))).to(C)
+        t = tl.load(tl.load(row + 10).to(tl.pointer_type(tl.float32))).to(C)
         over_bias1, over_root2, over_bias_var, over_centre, blend, k = corrections(
             t, number(log1, C), number(log2, C), number(log_rho, C), number(ratio, C), number(weight_rho, C),
-            BIAS, DEBIAS, C,
+            BIAS, DEBIAS, GIVEN, C,
         )  # fmt: skip
     if TENSOR_LR:
         lr = tl.load(lr_at).to(C)
@@ -274,31 +288,37 @@ def update(
         lr = number(lr, C)
     weight_decay, weight1, beta2 = number(weight_decay, C), number(weight1, C), number(beta2, C)
     weight2, rho, eps = number(weight2, C), number(rho, C), number(eps, C)
-    mask_eps, bound, open_until = number(mask_eps, C), number(bound, C), number(open_until, C)
+    mask_eps, min_q, bound = number(mask_eps, C), number(min_q, C), number(bound, C)
+    open_until = number(open_until, C)
     softness, coefficient = number(softness, C), number(coefficient, C)
     # Compiled twice: only where no element is left out are wide loads and stores possible.
     if (aligned != 0) & (left == BLOCK):
         _block(
             row, start, lanes, left, partials, first, block, t, lr, weight_decay, weight1, beta2, weight2, rho, eps,
-            mask_eps, bound, softness, coefficient, over_bias1, over_root2, over_bias_var, over_centre, blend, k,
-            open_until, P, G, M, V, S, X, C, PHASE, MASK, AMSGRAD, COUPLED, DECOUPLED, MAXIMIZE, DEBIAS, MASK_DECAY,
-            FROM_END, TENSOR_STEPS, BLOCK, True,
+            mask_eps, min_q, bound, softness, coefficient, over_bias1, over_root2, over_bias_var, over_centre, blend, k,
+            open_until, P, G, M, V, S, X, Z, C, PHASE, MASK, AMSGRAD, COUPLED, DECOUPLED, MAXIMIZE, DEBIAS, GIVEN,
+            MASK_DECAY, FROM_END, TENSOR_STEPS, BLOCK, True,
         )  # fmt: skip
     else:
         _block(
             row, start, lanes, left, partials, first, block, t, lr, weight_decay, weight1, beta2, weight2, rho, eps,
-            mask_eps, bound, softness, coefficient, over_bias1, over_root2, over_bias_var, over_centre, blend, k,
-            open_until, P, G, M, V, S, X, C, PHASE, MASK, AMSGRAD, COUPLED, DECOUPLED, MAXIMIZE, DEBIAS, MASK_DECAY,
-            FROM_END, TENSOR_STEPS, BLOCK, False,
+            mask_eps, min_q, bound, softness, coefficient, over_bias1, over_root2, over_bias_var, over_centre, blend, k,
+            open_until, P, G, M, V, S, X, Z, C, PHASE, MASK, AMSGRAD, COUPLED, DECOUPLED, MAXIMIZE, DEBIAS, GIVEN,
+            MASK_DECAY, FROM_END, TENSOR_STEPS, BLOCK, False,
         )  # fmt: skip
 
 
-@jit(do_not_specialize=["blocks", "mask_eps", "bound", "softness", "coefficient", "k", "log1", "ratio", "open_until"])
+@jit(
+    do_not_specialize=[
+        *["blocks", "mask_eps", "min_q", "bound", "softness", "coefficient", "k", "log1", "ratio", "open_until"]
+    ]
+)
 def pool(
     table,
     partials,
     blocks,
     mask_eps,
+    min_q,
     bound,
     softness,
     coefficient,
@@ -328,12 +348,12 @@ def pool(
     noise = (tl.sum(noises, axis=0) * BLOCK / n.to(tl.float64)).to(C)
     k = number(k, C)
     if TENSOR_STEPS:
-        t = tl.load(tl.load(row + 9).to(tl.pointer_type(tl.float32))).to(C)
+        t = tl.load(tl.load(row + 10).to(tl.pointer_type(tl.float32))).to(C)
         if DEBIAS:
             bias1 = one_minus_power(number(log1, C), t, C)
             k = number(ratio, C) * divide(2 - bias1, bias1, C)
     q = mask(signal, noise, k, number(bound, C), number(coefficient, C), number(softness, C),
-              number(mask_eps, C), MASK, DEBIAS, C)  # fmt: skip
+              number(mask_eps, C), number(min_q, C), MASK, DEBIAS, C)  # fmt: skip
     if TENSOR_STEPS:
         q = tl.where(t <= number(open_until, C), 1.0, q)
     tl.store(partials + first, q)

@@ -60,7 +60,8 @@ def fits_on_the_cpu(lists: Lists, state_steps: list[Tensor], known: State | None
                 and not any(map(Tensor.is_neg, params))
                 and all(map(_is_counter, state_steps))
             )
-        good = good and _are_usual(grads, shapes) and not any(map(Tensor.is_neg, grads))
+        for given in (grads, lists.grad_vars) if lists.grad_vars else (grads,):
+            good = good and _are_usual(given, shapes) and not any(map(Tensor.is_neg, given))
     except RuntimeError:  # sparse and other tensors without strides or addresses
         return None
     if not good or params[0].is_complex() or grads[0].is_complex() or any(_misfit_of_types(lists, 0)):
@@ -92,12 +93,12 @@ def misfit(lists: Lists, state_steps: list[Tensor], i: int) -> str | None:
     """Return why the tensors at place `i` cannot be handed to a kernel, or None if they can.
 
     All must be ordinary dense tensors on one device, of one shape and the same strides, of types that the kernels
-    know. A gradient that alone lies otherwise does not count: `matched` copies it.
+    know. A gradient or a given variance that alone lies otherwise does not count: `matched` copies it.
     """
     held = {
         name: tensors[i]
         for name, tensors in zip(("the parameter", "its gradient", "exp_avg", "exp_avg_sq", "exp_avg_var",
-                                  "max_exp_avg_sq"), lists)
+                                  "max_exp_avg_sq", "its variance"), lists)
         if tensors
     }  # fmt: skip
     param = lists.params[i]
@@ -110,7 +111,7 @@ def misfit(lists: Lists, state_steps: list[Tensor], i: int) -> str | None:
             return f"{name} is on {tensor.device}, the parameter on {param.device}"
         if tensor.shape != param.shape:
             return f"{name} has shape {tuple(tensor.shape)}, the parameter {tuple(param.shape)}"
-        if name != "its gradient":
+        if name not in ("its gradient", "its variance"):
             if tensor.is_conj() or tensor.is_neg():
                 return f"{name} is a lazily conjugated or negated view"
             if param.numel() > 0 and tensor.stride() != param.stride():
@@ -138,13 +139,17 @@ def _misfit_of_types(lists: Lists, i: int) -> Any:
     ):
         if dtype not in known:
             yield f"{name} has type {dtype}, not one of {', '.join(map(str, known))}"
+    if lists.grad_vars:
+        dtype = lists.grad_vars[i].dtype
+        if real.get(dtype, dtype) not in GRADIENT_TYPES:
+            yield f"its variance has type {dtype}, not one of {', '.join(map(str, GRADIENT_TYPES))}"
     others = [exp_avg_sq] + [tensors[i].dtype for tensors in lists[5:6] if tensors]
     if any(real.get(dtype, dtype) != exp_avg_var for dtype in others):
         yield "exp_avg_sq, exp_avg_var and max_exp_avg_sq differ in type"
 
 
 def matched(grad: Tensor, param: Tensor) -> Tensor:
-    """Return the gradient as it is where it lies like its parameter, else a copy that does."""
+    """Return a gradient or a variance as it is where it lies like its parameter, else a copy that does."""
     if grad.is_conj() or grad.is_neg() or grad.stride() != param.stride():
         return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
     return grad

@@ -13,7 +13,7 @@ import torch
 from conftest import HOW, TORCH
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import options
+from strategies import made_up_variances, options
 
 from popriskmin import PRM
 from popriskmin.kernels import cpu
@@ -49,7 +49,7 @@ def problem(seed, dtype, grad_dtype, sizes=SIZES):
     return start, steps
 
 
-def run(start, steps, grad_dtype, state_dtype=None, **kwargs):
+def run(start, steps, grad_dtype, state_dtype=None, variance_dtype=torch.float32, **kwargs):
     """Take the steps with guards around everything; return weights and state."""
     held = [guarded(x) for x in start]
     params = [torch.nn.Parameter(inner) for inner, _ in held]
@@ -62,6 +62,11 @@ def run(start, steps, grad_dtype, state_dtype=None, **kwargs):
                 p.grad = g
             else:
                 p.grad = g.to(p.dtype)
+        if kwargs.get("variance") == "given":
+            values = made_up_variances([g.double() for g in grads])
+            given = [guarded(torch.tensor(z, dtype=variance_dtype)) for z in values]
+            optimizer.set_variances({p: inner for p, (inner, _) in zip(params, given)})
+            fences += [whole for _, whole in given]
         optimizer.step()
         if number == 0:
             for p in params:
@@ -94,12 +99,16 @@ needs_kernel = pytest.mark.skipif(cpu.unusable() is not None, reason=str(cpu.unu
     options=options(),
     dtype=st.sampled_from(TYPES),
     state_dtype=st.sampled_from([None, torch.float32, torch.float64, torch.bfloat16]),
+    variance_dtype=st.sampled_from(TYPES),
     seed=st.integers(0, 1000),
     threads=st.sampled_from([1, 3]),
     level=st.integers(0, 2),
 )
-def test_agrees_with_the_loop_and_touches_nothing_else(options, dtype, state_dtype, seed, threads, level):
+def test_agrees_with_the_loop_and_touches_nothing_else(
+    options, dtype, state_dtype, variance_dtype, seed, threads, level
+):
     start, steps = problem(seed, dtype, dtype)
+    options["variance_dtype"] = variance_dtype
     best = cpu.level
     cpu.level = lambda: min(level, best())
     torch.set_num_threads(threads)
@@ -129,7 +138,10 @@ def test_agrees_with_the_loop_and_touches_nothing_else(options, dtype, state_dty
 @needs_kernel
 @pytest.mark.parametrize("extra", [{}, {"reduction": "per_tensor"}, {"amsgrad": True, "debias": True, "mask": "soft"},
                                    {"state_dtype": torch.bfloat16}, {"maximize": True, "decoupled_weight_decay": False},
-                                   {"reduction": "per_tensor", "mask_decay": True}])  # fmt: skip
+                                   {"reduction": "per_tensor", "mask_decay": True}, {"variance": "given"},
+                                   {"variance": "given", "state_dtype": torch.bfloat16, "debias": True, "min_q": 0.1},
+                                   {"variance": "given", "reduction": "per_tensor", "mask": "soft", "debias": True},
+                                   {"variance": "given", "variance_dtype": torch.float64}])  # fmt: skip
 def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(extra, monkeypatch):
     # Large enough for three threads, and for a pooled tensor that is divided among them.
     sizes = [5, 400_000, 1025, 130_001]

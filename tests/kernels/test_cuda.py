@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Reference
-from strategies import options, problems
+from strategies import made_up_variances, options, problems
 
 from popriskmin.functional import prm
 from popriskmin.kernels import cuda
@@ -69,8 +69,9 @@ DEFAULTS = {
     "mask_decay": False,
     "maximize": False,
     "min_q": 0.0,
+    "variance": "streaming",
 }
-NEEDED_BY_PRM = set(DEFAULTS) - {"betas"}
+NEEDED_BY_PRM = set(DEFAULTS) - {"betas", "variance"}
 
 
 @pytest.fixture(autouse=INTERPRETED)
@@ -88,7 +89,7 @@ def arguments(drawn):
 
 
 def hyperparameters(drawn):
-    return Hyperparameters.of(**arguments(drawn), variance="streaming")
+    return Hyperparameters.of(**arguments(drawn), variance={**DEFAULTS, **drawn}["variance"])
 
 
 class Guarded:
@@ -109,7 +110,10 @@ class Guarded:
 class Problem:
     """Parameters and state, in guarded memory, and the steps they have taken."""
 
-    def __init__(self, shapes, types, amsgrad, offset=16, transposed=False, device="cpu", steps_on=None, start=None):
+    def __init__(self, shapes, types, amsgrad, offset=16, transposed=False, device="cpu", steps_on=None, start=None,
+                 given=None):  # fmt: skip
+        """`given` is the type of the variances, None where they come from the gradients."""
+        self.given = given
         rng = np.random.default_rng(1)
         p, g, m, v = types
         self.transposed, self.offset, self.device, self.grad_type = transposed, offset, device, g
@@ -134,12 +138,15 @@ class Problem:
 
     def lists(self, grads):
         self.grads = [Guarded(self._in_memory(g), self.grad_type, self.offset, self.device) for g in grads]
+        values = made_up_variances(grads) if self.given else []
+        self.variances = [Guarded(self._in_memory(z), self.given, self.offset, self.device) for z in values]
+        variances = [self._seen(z.tensor) for z in self.variances]
         p, *state = [[self._seen(guarded.tensor) for guarded in column] for column in self.columns]
         maxima = state.pop() if self.amsgrad else []
-        return Lists(p, [self._seen(g.tensor) for g in self.grads], *state, maxima, [])
+        return Lists(p, [self._seen(g.tensor) for g in self.grads], *state, maxima, variances)
 
     def check_memory(self, grads):
-        for column in [*self.columns, self.grads]:
+        for column in [*self.columns, self.grads, self.variances]:
             assert all(guarded.is_intact() for guarded in column)
         for guarded, g in zip(self.grads, grads):
             expected = torch.as_tensor(self._in_memory(g)).to(self.grad_type)
@@ -157,18 +164,26 @@ def gradients(problem, shapes):
     ]
 
 
-def both(drawn, all_grads, types, shapes=SHAPES, tensor_steps=False, tensor_lr=None, device="cpu", start=None, **how):
+def single(made, grads, drawn, capturable):
+    """Take a step of a problem with the single-tensor form."""
+    *lists, variances = made.lists(grads)
+    prm(*lists, made.steps, foreach=False, capturable=capturable, grad_vars=variances or None, **arguments(drawn))
+
+
+def both(drawn, all_grads, types, shapes=SHAPES, tensor_steps=False, tensor_lr=None, device="cpu", start=None,
+         given=f32, **how):  # fmt: skip
     """Take the steps with the kernel and with the single-tensor form; return the results of both."""
     amsgrad = {**DEFAULTS, **drawn}["amsgrad"]
-    steps_on = device if tensor_steps else "cpu"
-    made = [Problem(shapes, types, amsgrad, device=device, steps_on=steps_on, start=start, **how) for _ in range(2)]
+    how |= {"device": device, "steps_on": device if tensor_steps else "cpu", "start": start}
+    how["given"] = given if {**DEFAULTS, **drawn}["variance"] == "given" else None
+    made = [Problem(shapes, types, amsgrad, **how) for _ in range(2)]
     if tensor_lr is not None:
-        lr = torch.tensor({**DEFAULTS, **drawn}["lr"], dtype=tensor_lr, device=steps_on)
+        lr = torch.tensor({**DEFAULTS, **drawn}["lr"], dtype=tensor_lr, device=how["steps_on"])
         drawn = {**drawn, "lr": lr}
     ours, theirs = made
     for grads in all_grads:
         cuda.step(ours.lists(grads), ours.steps, hyperparameters(drawn), tensor_steps)
-        prm(*theirs.lists(grads), theirs.steps, foreach=False, capturable=tensor_steps, **arguments(drawn))
+        single(theirs, grads, drawn, tensor_steps)
         ours.check_memory(grads)
     assert [t.item() for t in ours.steps] == [t.item() for t in theirs.steps]
     return ours.results(), theirs.results()
@@ -211,16 +226,20 @@ def assert_agree(ours, theirs, types, drawn, steps, moved=None):
     problem=problems,
     types=st.sampled_from(TYPES),
     shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=3),
-    offset=st.sampled_from([16, 3]),
-    transposed=st.booleans(),
-    tensor_steps=st.booleans(),
-    tensor_lr=st.booleans(),
+    how=st.fixed_dictionaries(
+        {
+            "offset": st.sampled_from([16, 3]),
+            "transposed": st.booleans(),
+            "tensor_steps": st.booleans(),
+            "tensor_lr": st.sampled_from([None, f64]),
+            "given": st.sampled_from([f32, f64, bf16]),
+        }
+    ),
 )
-def test_agrees_with_the_single_tensor_form(drawn, problem, types, shapes, offset, transposed, tensor_steps, tensor_lr):
+def test_agrees_with_the_single_tensor_form(drawn, problem, types, shapes, how):
     problem = {**problem, "steps": min(problem["steps"], 3)}
     grads = gradients(problem, shapes)
-    how = {"offset": offset, "transposed": transposed, "tensor_steps": tensor_steps}
-    ours, theirs = both(drawn, grads, types, shapes, tensor_lr=f64 if tensor_lr else None, **how)
+    ours, theirs = both(drawn, grads, types, shapes, **how)
     assert_agree(ours, theirs, types, drawn, len(grads))
 
 
@@ -230,12 +249,12 @@ def test_agrees_with_the_single_tensor_form(drawn, problem, types, shapes, offse
 def test_agrees_with_the_float64_reference(drawn, problem, tensor_steps):
     shapes = [(70,), (3, 5)]
     grads = gradients({**problem, "steps": min(problem["steps"], 3)}, shapes)
-    ours = Problem(shapes, (f64,) * 4, drawn["amsgrad"])
+    ours = Problem(shapes, (f64,) * 4, drawn["amsgrad"], given=f64 if drawn["variance"] == "given" else None)
     rng = np.random.default_rng(1)
     expected = Reference([rng.normal(size=shape) for shape in shapes], **drawn)
     for g in grads:
         cuda.step(ours.lists(g), ours.steps, hyperparameters(drawn), tensor_steps)
-        expected.step(g)
+        expected.step(g, made_up_variances(g))
     for i, column in enumerate((expected.w, expected.m, expected.v, expected.s)):
         for a, b in zip(ours.results()[i], column):
             np.testing.assert_allclose(a.numpy(), b, rtol=0, atol=1e-10 * (1 + np.abs(b).max()))
@@ -328,7 +347,7 @@ def test_masks_are_shut_on_the_boundary(mask, reduction):
 
 
 def launches(lists, steps, hyper, tensor_steps=False):
-    return [len(x.rows) // 10 for x in cuda._launches(lists, steps, hyper, tensor_steps)]
+    return [len(x.rows) // 11 for x in cuda._launches(lists, steps, hyper, tensor_steps)]
 
 
 @interpreted
@@ -457,23 +476,23 @@ class Streams:
         return self.allocated[-1]
 
     def table(self, n, keep=True):
-        rows, _ = cuda._rows([[torch.empty(n, device="meta")]] * 6, None)
+        rows, _ = cuda._rows([[torch.empty(n, device="meta")]] * 7, None)
         return cuda._table(rows, torch.device("meta"), keep)
 
 
 def test_a_table_lists_tensors_and_blocks():
     tensors = [torch.zeros(n) for n in (1, cuda.BLOCK, cuda.BLOCK + 1)]
     misaligned = torch.zeros(9)[1:]
-    columns = [[*tensors, x] for x in (misaligned, *[torch.zeros(8)] * 5)]
+    columns = [[*tensors, x] for x in (misaligned, *[torch.zeros(8)] * 6)]
     rows, blocks = cuda._rows(columns, [torch.tensor(0.0)] * 4)
     table = cuda._with_owners(rows).tolist()
     assert blocks == 5
-    assert table[40:] == [0, 1, 2, 2, 3]
-    assert [table[10 * i : 10 * i + 3] for i in range(4)] == [
+    assert table[44:] == [0, 1, 2, 2, 3]
+    assert [table[11 * i : 11 * i + 3] for i in range(4)] == [
         [1, 0, 1], [cuda.BLOCK, 1, 1], [cuda.BLOCK + 1, 2, 1], [8, 4, 0],
     ]  # fmt: skip
-    assert table[33] == misaligned.data_ptr()
-    assert all(table[10 * i + 9] for i in range(4))
+    assert table[36] == misaligned.data_ptr()
+    assert all(table[11 * i + 10] for i in range(4))
 
 
 def test_tables_are_kept_while_they_are_used(monkeypatch):
@@ -511,10 +530,10 @@ def compiled(kernel, types, **flags):
     from popriskmin.kernels import cuda_step
 
     wide = f64 if f64 in (types[0], types[2]) else f32
-    flags = {"PHASE": "all", "MASK": "snr", "DECOUPLED": True, "BIAS": True, "COLUMNS": 10, "BLOCK": 1024} | flags
-    off = ["AMSGRAD", "COUPLED", "MAXIMIZE", "DEBIAS", "MASK_DECAY", "FROM_END", "TENSOR_STEPS", "TENSOR_LR"]
+    flags = {"PHASE": "all", "MASK": "snr", "DECOUPLED": True, "BIAS": True, "COLUMNS": 11, "BLOCK": 1024} | flags
+    off = ["AMSGRAD", "COUPLED", "MAXIMIZE", "DEBIAS", "GIVEN", "MASK_DECAY", "FROM_END", "TENSOR_STEPS", "TENSOR_LR"]
     constants = {**dict.fromkeys(off, False), "CHUNK": 4096, "C": cuda_step.TYPES[wide], **flags}
-    constants |= {name: cuda_step.TYPES[t] for name, t in zip("PGMVSX", [*types, types[3], types[3]])}
+    constants |= {name: cuda_step.TYPES[t] for name, t in zip("PGMVSXZ", [*types, types[3], types[3], types[1]])}
     function = getattr(cuda_step, kernel)
     kinds = {"table": "*i64", "lr_at": "*fp64", "partials": "*fp64" if wide == f64 else "*fp32", "tensors": "i32",
              "blocks": "i32"}  # fmt: skip
@@ -537,6 +556,7 @@ def compiled(kernel, types, **flags):
         ("update", TYPES[4], {"FROM_END": True, "MASK": "none"}),
         ("update", TYPES[5], {"DEBIAS": True, "TENSOR_STEPS": True, "TENSOR_LR": True, "MASK_DECAY": True}),
         ("update", TYPES[0], {"PHASE": "advance"}),
+        ("update", TYPES[3], {"GIVEN": True, "DEBIAS": True, "TENSOR_STEPS": True}),
         ("update", TYPES[0], {"PHASE": "move", "AMSGRAD": True}),
         ("pool", TYPES[0], {"DEBIAS": True, "TENSOR_STEPS": True}),
         ("pool", TYPES[1], {}),
@@ -569,7 +589,16 @@ GRID = [
     {"reduction": "per_tensor", "mask": "soft", "debias": True, "amsgrad": True},
     {"debias": True, "softness": 3.0, "betas": (0.4, 0.9)},
     {"bias_correction": False, "mask_eps": 1e-8},
+    {"variance": "given", "debias": True, "min_q": 0.1},
+    {"variance": "given", "reduction": "per_tensor", "mask": "soft"},
 ]
+
+
+def given_in(drawn):
+    """Return the type of the variances where they are given."""
+    return f32 if drawn.get("variance") == "given" else None
+
+
 LARGE = [(1000, 333), (4096,), (), (7,), (64, 3, 3, 3), (1_000_003,)]
 
 
@@ -610,13 +639,13 @@ def test_nothing_waits_for_the_device_and_steps_are_deterministic(drawn, tensor_
     results = []
     for _ in range(2):
         made = Problem(LARGE, (f32,) * 4, {**DEFAULTS, **drawn}["amsgrad"], device="cuda",
-                       steps_on="cuda" if tensor_steps else "cpu")  # fmt: skip
+                       steps_on="cuda" if tensor_steps else "cpu", given=given_in(drawn))  # fmt: skip
         lists = made.lists(grads)
-        given = hyperparameters({**drawn, "lr": torch.tensor(0.01, device="cuda")})
-        cuda.step(lists, made.steps, given)
+        hyper = hyperparameters({**drawn, "lr": torch.tensor(0.01, device="cuda")})
+        cuda.step(lists, made.steps, hyper)
         sync_is_an_error()
         for _ in range(3):
-            cuda.step(lists, made.steps, given)
+            cuda.step(lists, made.steps, hyper)
         torch.cuda.set_sync_debug_mode("default")
         made.check_memory(grads)
         results.append(made.results())
@@ -630,7 +659,8 @@ def test_a_captured_graph_steps_like_the_loop(drawn):
     shapes, amsgrad = LARGE, {**DEFAULTS, **drawn}["amsgrad"]
     grads = gradients({"seed": 1, "scale": 1.0, "steps": 6}, shapes)
     lr = torch.tensor(0.01, device="cuda")
-    ours, theirs = (Problem(shapes, (f32,) * 4, amsgrad, device="cuda", steps_on="cuda") for _ in range(2))
+    how = {"device": "cuda", "steps_on": "cuda", "given": given_in(drawn)}
+    ours, theirs = (Problem(shapes, (f32,) * 4, amsgrad, **how) for _ in range(2))
     hyper = hyperparameters({**drawn, "lr": lr})
 
     stream = torch.cuda.Stream()
@@ -644,7 +674,7 @@ def test_a_captured_graph_steps_like_the_loop(drawn):
     with torch.cuda.graph(graph):
         cuda.step(static, ours.steps, hyper)
     for g in grads[1:]:
-        for target, value in zip(static.grads, g):
+        for target, value in zip(static.grads + static.grad_vars, [*g, *made_up_variances(g)]):
             target.copy_(torch.as_tensor(value))
         lr.mul_(0.5)
         graph.replay()
@@ -654,7 +684,7 @@ def test_a_captured_graph_steps_like_the_loop(drawn):
     for i, g in enumerate(grads):
         if i:
             lr.mul_(0.5)
-        prm(*theirs.lists(g), theirs.steps, foreach=False, capturable=True, **arguments({**drawn, "lr": lr}))
+        single(theirs, g, {**drawn, "lr": lr}, capturable=True)
     assert_agree(ours.results(), theirs.results(), (f32,) * 4, {**drawn, "lr": 0.01}, 6, moved=10)
 
 

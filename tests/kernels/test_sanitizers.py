@@ -54,8 +54,8 @@ def test_the_sanitizers_would_notice(tmp_path):
     preload = [library(name) for name in LIBRARIES]
     if not all(preload):
         pytest.skip("gcc has no sanitizers here")
-    for name in ("cpu.c", "cpu_step.h"):
-        shutil.copy(SOURCE.with_name(name), tmp_path / name)
+    for source in [SOURCE, *SOURCE.parent.glob("*.h")]:
+        shutil.copy(source, tmp_path / source.name)
     header = tmp_path / "cpu_step.h"
     text = header.read_text()
     assert text.count("for (int64_t i = 0; i < n; i++, place++)") == 1
