@@ -33,7 +33,7 @@ $(BIN)/python:
 	tools/make-venv $(VENV)
 
 # What the fused step is built from: installed anew when it changes.
-KERNEL := setup.py popriskmin/kernels/cpu.c popriskmin/kernels/cpu_step.h
+KERNEL := setup.py popriskmin/kernels/cpu.c $(wildcard popriskmin/kernels/*.h)
 
 $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt $(KERNEL)
 	@echo "installing torch and the compare extra into $(VENV), once"

@@ -45,7 +45,7 @@ setup(
         Extension(
             NAME,
             sources=["popriskmin/kernels/cpu.c"],
-            depends=["popriskmin/kernels/cpu_step.h"],
+            depends=[f"popriskmin/kernels/cpu_{part}.h" for part in ("step", "threads", "types")],
             extra_compile_args=COMPILE,
             extra_link_args=["-pthread"],
             libraries=["m"],

@@ -1,33 +1,20 @@
 /* One step of PRM over a list of tensors on the CPU, in one pass over memory.
  *
  * A plain shared library: it knows neither Python nor torch, and gets addresses, sizes and types from cpu.py, which has
- * checked them. prm_step is its one entry. The arithmetic is in cpu_step.h; here are the numbers that depend on the step
- * count, the conversions of the narrow types, and the division of the work among threads.
- *
- * The work goes to the threads that torch itself computes with, where its OpenMP runtime is known (prm_use_pool): they
- * are awake, and while they wait for work they would keep others from the processor. Elsewhere, and in a forked child,
- * which has none of its parent's threads, threads are started for the call and joined before it returns: some 10
- * microseconds each where a step takes milliseconds.
+ * checked them. prm_step is its one entry. The types of numbers are in cpu_types.h, the arithmetic in cpu_step.h, the
+ * threads in cpu_threads.h; here are the numbers that depend on the step count, and the order of the work.
  */
 #include <float.h>
 #include <math.h>
-#include <pthread.h>
-#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* What takes its options as constants must be inlined, or the options become branches in the loop. */
-#define INLINE static inline __attribute__((always_inline))
+#include "cpu_types.h"
 
 /* To be raised, here and in cpu.py, whenever a structure or a meaning below changes. */
 #define ABI 4
-
-#define TYPE_FLOAT32 0
-#define TYPE_FLOAT64 1
-#define TYPE_BFLOAT16 2
-#define TYPE_FLOAT16 3
 
 #define MASK_NONE 0
 #define MASK_SNR 1
@@ -48,10 +35,10 @@
 #define SMALL 65536
 /* Scalars that are pooled and moved together, some 4 MB of weights and state. */
 #define BATCH 262144
-/* Fewer scalars than this are not worth a thread. */
-#define WORTH_A_THREAD 32768
 
 enum { COLUMN_P, COLUMN_G, COLUMN_M, COLUMN_V, COLUMN_S, COLUMN_MAXIMUM, COLUMN_Z, COLUMN_STEP, COLUMN_N, COLUMNS };
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* The options of a parameter group, as in popriskmin.mask.Hyperparameters. */
 typedef struct {
@@ -116,63 +103,7 @@ static tensor tensor_of(const job *job, int64_t i) {
     return t;
 }
 
-/* ---- Narrow types. Without branches, so that compilers turn loops over them into vector code. ---- */
-
-INLINE float float_of(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-INLINE uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-INLINE float from_bfloat16(uint16_t x) { return float_of((uint32_t)x << 16); }
-
-INLINE uint16_t to_bfloat16(float x) {
-    uint32_t bits = bits_of(x);
-    uint32_t nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : nearest);
-}
-
-INLINE float from_float16(uint16_t x) {
-    uint32_t sign = (uint32_t)(x & 0x8000) << 16, rest = x & 0x7FFF;
-    uint32_t normal = (rest << 13) + (112u << 23);
-    uint32_t special = (rest << 13) + (224u << 23);
-    uint32_t tiny = bits_of((float)(int32_t)rest * 0x1p-24f);
-    return float_of(sign | (rest >= 0x7C00 ? special : rest < 0x400 ? tiny : normal));
-}
-
-INLINE uint16_t to_float16(float x) {
-    uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7FFFFFFF;
-    uint32_t normal = (rest - (112u << 23) + 0xFFF + (rest >> 13 & 1)) >> 13;
-    /* Adding 1/2 rounds to multiples of 2^-24, the smallest number of this type. */
-    uint32_t tiny = bits_of(float_of(rest) + 0.5f) - 0x3F000000;
-    uint32_t value = rest < 0x38800000 ? tiny : normal;
-    value = rest >= 0x477FF000 ? 0x7C00 : value;
-    value = rest > 0x7F800000 ? 0x7E00 : value;
-    return (uint16_t)(sign | value);
-}
-
-/* The hash and the rounding of popriskmin.rounding. */
-INLINE uint32_t hash32(uint32_t x) {
-    x = x * 0x9E3779B1u;
-    x = (x ^ (x >> 15)) * 0x846CA68Bu;
-    return x ^ (x >> 16);
-}
-
-/* The sum of any NaN that arithmetic makes and 16 bits could run over into a number; infinities are safe, for the lower
- * half of their bits is 0. */
-INLINE float round_stochastically(float x, uint32_t bits16) {
-    return float_of((bits_of(x) + (x == x ? bits16 : 0)) & 0xFFFF0000);
-}
-
 /* ---- The arithmetic, for each type and instruction set. ---- */
-
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE void fetch_array(const void *base, int64_t start, int64_t size) {
     const char *from = (const char *)base + start * size;
@@ -362,93 +293,7 @@ static void second_pass(const job *job, int64_t i, int64_t begin, int64_t end) {
         job->operations->work(job, i, begin, end, MOVE, job->q[i], NULL);
 }
 
-typedef struct {
-    const job *job;
-    void (*pass)(const job *, int64_t index, int64_t begin, int64_t end);
-    int64_t begin, end; /* scalars, in the common order of all tensors */
-} share;
-
-/* Move a place in the common order to the start of its block, or of its tensor where that is small. */
-static int64_t meeting_point(const job *job, int64_t index, int64_t place) {
-    int64_t start = job->before[index], n = job->before[index + 1] - start;
-    if (place <= start || place >= start + n)
-        return place;
-    return n <= job->undivided ? start : start + (place - start) / BLOCK * BLOCK;
-}
-
-static void run_share(const share *mine) {
-    const job *job = mine->job;
-    for (int64_t i = 0; i < job->count; i++) {
-        int64_t start = job->before[i], stop = job->before[i + 1];
-        if (stop <= mine->begin)
-            continue;
-        if (start >= mine->end)
-            break;
-        int64_t begin = meeting_point(job, i, mine->begin), end = meeting_point(job, i, mine->end);
-        begin = begin > start ? begin : start;
-        end = smaller(end, stop);
-        if (begin < end)
-            mine->pass(job, i, begin - start, end - start);
-    }
-}
-
-#define MOST_THREADS 256
-/* More shares than threads: where another program takes a processor for a while, the other threads take over. */
-#define SHARES_OF_A_THREAD 4
-#define MOST_SHARES (MOST_THREADS * SHARES_OF_A_THREAD)
-
-/* The shares of a pass; each thread takes the next one until none is left, so fewer threads than shares will do. */
-typedef struct {
-    share shares[MOST_SHARES];
-    int count;
-    atomic_int next;
-} shares;
-
-static void run_shares(void *argument) {
-    shares *all = argument;
-    for (int k = atomic_fetch_add(&all->next, 1); k < all->count; k = atomic_fetch_add(&all->next, 1))
-        run_share(&all->shares[k]);
-}
-
-static void *run_shares_in_thread(void *argument) {
-    run_shares(argument);
-    return NULL;
-}
-
-/* GOMP_parallel of the OpenMP runtime that torch uses, or NULL. */
-typedef void parallel_function(void (*function)(void *), void *data, unsigned threads, unsigned flags);
-static parallel_function *pool;
-
-static int worthwhile_threads(int64_t total, int threads) {
-    threads = (int)smaller(smaller(threads, MOST_THREADS), total / WORTH_A_THREAD);
-    return threads < 1 ? 1 : threads;
-}
-
-/* Run a pass over the tensors from `from` to before `to`. */
-static void run(const job *job, int threads, int64_t from, int64_t to,
-                void (*pass)(const struct job *, int64_t, int64_t, int64_t)) {
-    shares all;
-    int64_t first = job->before[from], total = job->before[to] - first;
-    all.count = threads == 1 ? 1 : threads * SHARES_OF_A_THREAD;
-    atomic_init(&all.next, 0);
-    for (int k = 0; k < all.count; k++) {
-        all.shares[k].job = job;
-        all.shares[k].pass = pass;
-        all.shares[k].begin = first + (int64_t)((double)total * k / all.count);
-        all.shares[k].end = first + (k + 1 == all.count ? total : (int64_t)((double)total * (k + 1) / all.count));
-    }
-    if (threads > 1 && pool) {
-        pool(run_shares, &all, (unsigned)threads, 0);
-        return;
-    }
-    pthread_t started[MOST_THREADS];
-    int count = 0;
-    while (count < threads - 1 && pthread_create(&started[count], NULL, run_shares_in_thread, &all) == 0)
-        count++; /* where the system gives fewer threads, the others take their shares */
-    run_shares(&all);
-    for (int k = 0; k < count; k++)
-        pthread_join(started[k], NULL);
-}
+#include "cpu_threads.h"
 
 /* ---- The entry. ---- */
 
