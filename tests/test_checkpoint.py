@@ -74,6 +74,20 @@ def test_a_tensor_learning_rate_is_saved_and_kept_apart():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
 
 
+def test_a_checkpoint_without_later_options_leaves_them_as_built():
+    params, optimizer = make()
+    run(params, optimizer, 2, seed=1)
+    saved = through_a_file(optimizer.state_dict())
+    for name in ("min_q", "variance"):
+        del saved["param_groups"][0][name]
+    fresh_params, fresh = make(min_q=0.2, variance="given")
+    fresh.load_state_dict(saved)
+    assert (fresh.param_groups[0]["min_q"], fresh.param_groups[0]["variance"]) == (0.2, "given")
+    run(fresh_params, fresh, 1, seed=2)
+    fresh.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert (fresh.param_groups[0]["min_q"], fresh.param_groups[0]["variance"]) == (0.0, "streaming")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_parameters_keep_float32_state(dtype):
     params, optimizer = make(dtype=dtype)
@@ -133,13 +147,13 @@ def test_complex_state():
 
 @pytest.mark.parametrize("theirs", [torch.optim.AdamW, torch.optim.Adam])
 @pytest.mark.parametrize("extra", [{}, {"amsgrad": True}, {"fused": True}, {"foreach": True}])
-@pytest.mark.parametrize("debias", [False, True])
-def test_an_adam_checkpoint_is_taken_over(theirs, extra, debias):
+@pytest.mark.parametrize(("debias", "variance"), [(False, "streaming"), (True, "streaming"), (True, "given")])
+def test_an_adam_checkpoint_is_taken_over(theirs, extra, debias, variance):
     if extra.get("fused") and TORCH < (2, 4):
         pytest.skip("torch before 2.4 has no fused Adam on the CPU")
     params, adam = make(theirs, lr=0.05, betas=(0.8, 0.95), weight_decay=0.2, **extra)
     run(params, adam, 20, seed=1)
-    fresh_params, fresh = make(softness=2.0, rho=0.9, debias=debias)
+    fresh_params, fresh = make(softness=2.0, rho=0.9, debias=debias, variance=variance)
     fresh.load_state_dict(through_a_file(adam.state_dict()))
     group = fresh.param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.05, (0.8, 0.95), 0.2)
@@ -150,7 +164,7 @@ def test_an_adam_checkpoint_is_taken_over(theirs, extra, debias):
         assert torch.equal(state["exp_avg"], adam.state[a]["exp_avg"])
         assert torch.equal(state["exp_avg_sq"], adam.state[a]["exp_avg_sq"])
         m_hat, v_hat = state["exp_avg"] / (1 - 0.8**20), state["exp_avg_sq"] / (1 - 0.95**20)
-        expected = (v_hat - m_hat**2).clamp(min=0) * (1 - 0.9 ** (19 if debias else 20))
+        expected = (v_hat - m_hat**2).clamp(min=0) * (1 - 0.9 ** (19 if debias and variance == "streaming" else 20))
         torch.testing.assert_close(state["exp_avg_var"], expected)
     run(fresh_params, fresh, 1, seed=2)
     # s was not zero, so the mask is neither fully open nor shut at the switch.

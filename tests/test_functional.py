@@ -215,19 +215,26 @@ def test_pooled_masks_treat_nan_alike_in_every_implementation(mask, bad):
         torch.testing.assert_close(weights[0], other, equal_nan=True)
 
 
-def simulated(debias, steps, n, mean, deviation, drift=0.0, betas=(0.9, 0.999), rho=0.99):
-    """Yield `s^` and the signal before clipping, over n scalars with independent gradients, at each step."""
+def simulated(debias, steps, n, mean, deviation, drift=0.0, betas=(0.9, 0.999), rho=0.99, examples=None):
+    """Yield `s^` and the signal before clipping, over n scalars with independent gradients, at each step.
+
+    With `examples` each gradient is the mean over so many, and their variance is given.
+    """
     generator = torch.Generator().manual_seed(0)
     w = torch.nn.Parameter(torch.zeros(n, dtype=torch.float64))
-    optimizer = PRM([w], lr=0.0, debias=debias, betas=betas, rho=rho)
+    optimizer = PRM([w], lr=0.0, debias=debias, betas=betas, rho=rho, variance="given" if examples else "streaming")
     for t in range(1, steps + 1):
-        w.grad = mean + drift * t + deviation * torch.randn(n, generator=generator, dtype=torch.float64)
+        each = torch.randn(examples or 1, n, generator=generator, dtype=torch.float64)
+        each = mean + drift * t + deviation * (examples or 1) ** 0.5 * each
+        w.grad = each.mean(0)
+        if examples:
+            optimizer.set_variances({w: each.var(0) / examples})
         optimizer.step()
         state = optimizer.state[w]
         m_hat = state["exp_avg"] / (1 - betas[0] ** t)
-        if t > 1:
+        if t > 1 or examples:
             k = (1 - betas[0]) / (1 + betas[0]) * (1 + betas[0] ** t) / (1 - betas[0] ** t)
-            s_hat = state["exp_avg_var"] / (1 - rho ** (t - 1))
+            s_hat = state["exp_avg_var"] / (1 - rho ** (t if examples else t - 1))
             yield t, s_hat, m_hat**2 - k * s_hat
 
 
@@ -241,6 +248,18 @@ def test_debias_is_unbiased_at_every_step():
             worst = max(worst, float(abs(values.mean() - truth) / standard_error))
     # 398 strongly correlated comparisons: under the hypothesis the largest stays well below 5.
     assert worst < 5
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.1])
+def test_given_variances_are_unbiased_from_the_first_step_on_and_know_no_drift(drift):
+    n, mean, deviation = 10_000, 0.3, 1.5
+    for t, s_hat, signal in simulated(True, 40, n, mean, deviation, drift, examples=4):
+        assert abs(s_hat.mean() - deviation**2) < 5 * s_hat.std() / math.sqrt(n)
+        if not drift:
+            assert abs(signal.mean() - mean**2) < 5 * signal.std() / math.sqrt(n), t
+    # The streaming estimate takes the drift for noise: the mean lags behind by ten steps' worth of it.
+    *_, (_, streaming, _) = simulated(True, 200, n, mean, deviation, 0.5)
+    assert streaming.mean() > 5 * deviation**2
 
 
 def test_without_debias_the_first_steps_are_biased():
@@ -430,7 +449,8 @@ def test_gradients_of_another_dtype_than_the_state():
 @pytest.mark.parametrize(
     "kwargs",
     [{}, {"mask": "soft"}, {"debias": True}, {"reduction": "per_tensor"}, {"amsgrad": True},
-     {"decoupled_weight_decay": False}, {"mask_decay": True}],
+     {"decoupled_weight_decay": False}, {"mask_decay": True}, {"min_q": 0.2},
+     {"variance": "given"}, {"variance": "given", "debias": True, "reduction": "per_tensor"}],
 )  # fmt: skip
 def test_autograd_through_several_steps(kwargs):
     """The derivative by a tensor learning rate and by the first weights, against finite differences."""
@@ -440,6 +460,8 @@ def test_autograd_through_several_steps(kwargs):
         optimizer = PRM([w], lr=lr, differentiable=True, weight_decay=0.1, **kwargs)
         for factor in (1.0, 2.0, 1.5):
             w.grad = factor * (w - 1.0) ** 3
+            if kwargs.get("variance") == "given":
+                optimizer.set_variances({w: factor + (w - 1.0) ** 2})
             optimizer.step()
         return w
 
@@ -530,6 +552,89 @@ def test_a_huge_first_gradient_does_not_poison_the_variance(how, first):
         p.grad = torch.full((1,), g)
         optimizer.step()
     assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_functional_form_takes_variances(how):
+    w, z = torch.ones(3), torch.tensor([1.0, 0.0, 3.0])
+    state = [[torch.zeros(3)] for _ in range(3)]
+    functional.prm([w], [torch.ones(3)], *state, [], [torch.tensor(0.0)], lr=0.1, beta1=0.9, beta2=0.999, rho=0.5,
+                   eps=1e-8, weight_decay=0.0, grad_vars=[z], **how)  # fmt: skip
+    torch.testing.assert_close(state[2][0], z / 2)
+    torch.testing.assert_close(w, 1 - 0.1 / (1 + z))
+
+
+@pytest.mark.parametrize(
+    ("grad_vars", "message"),
+    [([], r"grad_vars needs a variance for each of 1 parameters, got 0"),
+     ([torch.ones(3)], r"grad_vars\[0\] must be as params\[0\], real of shape \(2,\), got torch.float32 of shape .3"),
+     ([torch.ones(2, dtype=torch.cfloat)], "real of shape .2,., got torch.complex64 of shape")],
+)  # fmt: skip
+def test_functional_form_wants_variances_that_fit(grad_vars, message):
+    w = torch.ones(2)
+    state = [[torch.zeros(2)] for _ in range(3)]
+    with pytest.raises(ValueError, match=message):
+        functional.prm([w], [torch.ones(2)], *state, [], [torch.tensor(0.0)], lr=0.1, beta1=0.9, beta2=0.999, rho=0.5,
+                       eps=1e-8, weight_decay=0.0, grad_vars=grad_vars)  # fmt: skip
+    assert torch.equal(w, torch.ones(2))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("debias", [False, True])
+def test_given_variances_of_any_type_and_layout(implementation, debias):
+    torch.manual_seed(0)
+    # Exact in every type, and rho * s + (1 - rho) * z as well.
+    values = torch.tensor([[0.5, 1.0, 2.0], [4.0, 0.25, 0.0]])
+    results = []
+    for z in (
+        values,
+        values.double(),
+        values.bfloat16(),
+        values.half(),
+        values.t().contiguous().t(),
+        torch.stack([values, values], -1)[..., 0],
+        torch._neg_view(-values),
+        values.clone().requires_grad_(),
+    ):
+        w = torch.nn.Parameter(torch.ones(2, 3))
+        optimizer = PRM([w], rho=0.5, variance="given", debias=debias, **implementation)
+        for _ in range(2):
+            w.grad = torch.ones(2, 3)
+            optimizer.set_variances({w: z})
+            optimizer.step()
+        assert torch.equal(optimizer.state[w]["exp_avg_var"], values * 0.75)
+        assert not optimizer.state[w]["exp_avg_var"].requires_grad
+        results.append(w.detach())
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bad_variances_pass_into_s_as_the_formula_says(implementation):
+    nan, inf = math.nan, math.inf
+    w = torch.nn.Parameter(torch.ones(4))
+    optimizer = PRM([w], rho=0.5, variance="given", **implementation)
+    for z in ([nan, inf, 1.0, 0.0], [1.0, 1.0, 1.0, inf]):
+        w.grad = torch.ones(4)
+        optimizer.set_variances({w: torch.tensor(z)})
+        optimizer.step()
+    s = optimizer.state[w]["exp_avg_var"]
+    assert s[0].isnan()
+    assert s[1:].tolist() == [inf, 0.75, inf]
+    assert w.isnan().tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_state_of_given_variances_has_the_right_mean(implementation):
+    """It is rounded stochastically: to nearest, an average with decay 0.999 would stand still."""
+    n, steps = 20_000, 200
+    w = torch.nn.Parameter(torch.zeros(n))
+    optimizer = PRM([w], lr=0.0, rho=0.999, variance="given", state_dtype=torch.bfloat16, **implementation)
+    for _ in range(steps):
+        w.grad = torch.ones(n)
+        optimizer.set_variances({w: torch.full((n,), 3.0)})
+        optimizer.step()
+    s_hat = optimizer.state[w]["exp_avg_var"].double().mean() / (1 - 0.999**steps)
+    assert s_hat == pytest.approx(3.0, rel=2e-3)
 
 
 def test_functional_form_with_no_parameters():

@@ -8,10 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from popriskmin import PRM
 from popriskmin.mask import (
     MASKS,
+    Hyperparameters,
     _one_minus_power,
     boundary_coefficient,
+    corrections,
+    evaluate,
+    evaluate_lists,
     floor,
     hard,
     largest,
@@ -86,6 +91,49 @@ def test_nan_passes_through(name):
     nan = torch.tensor([math.nan])
     assert MASKS[name].of_tensor(nan, torch.ones(1), 1.0, 1.0, EPS).isnan().all()
     assert MASKS[name].of_tensor(torch.ones(1), nan, 1.0, 1.0, EPS).isnan().all()
+
+
+def hyperparameters(**options):
+    return Hyperparameters.of_group(PRM([torch.nn.Parameter(torch.ones(1))], **options).param_groups[0])
+
+
+@given(signal=normal, noise=normal, min_q=st.floats(0, 1, width=32))
+@pytest.mark.parametrize("name", MASKS)
+def test_min_q_is_a_floor_and_no_more(name, signal, noise, min_q):
+    signals, noises = torch.tensor([signal, 1.0]), torch.tensor([noise, 0.5])
+    bare, floored = hyperparameters(mask=name), hyperparameters(mask=name, min_q=min_q)
+    c = corrections(5, bare)
+    q, expected = evaluate(signals, noises, c, floored), evaluate(signals, noises, c, bare).clamp(min=min_q)
+    assert torch.equal(q, expected)
+    (listed,) = evaluate_lists([signals.clone()], [noises.clone()], floored)
+    torch.testing.assert_close(listed, expected, rtol=1e-5, atol=1e-30)
+    assert listed.min() >= min_q
+
+
+@pytest.mark.parametrize("name", ["snr", "soft"])
+def test_the_floor_lets_nan_pass(name):
+    hyper = hyperparameters(mask=name, min_q=0.5)
+    nan, one = torch.tensor([math.nan]), torch.ones(1)
+    assert evaluate(nan, one, corrections(2, hyper), hyper).isnan().all()
+    assert evaluate_lists([nan.clone()], [one.clone()], hyper)[0].isnan().all()
+
+
+@pytest.mark.parametrize("t", [1, torch.tensor([1.0])])
+def test_the_floor_leaves_warmup_open(t):
+    hyper = hyperparameters(min_q=0.5, warmup_steps=1)
+    assert evaluate(torch.zeros(1), torch.ones(1), corrections(t, hyper), hyper) == 1
+    assert evaluate(torch.zeros(1), torch.ones(1), corrections(t + 1, hyper), hyper) == 0.5
+
+
+@pytest.mark.parametrize("debias", [False, True])
+def test_a_given_variance_is_an_estimate_from_the_first_step_on(debias):
+    for t in (1, 7):
+        given = corrections(t, hyperparameters(debias=debias, variance="given"))
+        assert given.open is False
+        assert given.blend == pytest.approx(0.01)
+        assert given.bias_var == pytest.approx(1 - 0.99**t)
+        assert given.k == (variance_of_mean(0.9, t) if debias else 0)
+    assert corrections(1, hyperparameters(debias=True)).open is True
 
 
 def test_boundary_coefficient():

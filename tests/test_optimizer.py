@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import TORCH
+from conftest import HOW, TORCH
 
 from popriskmin import PRM
 
@@ -60,6 +60,12 @@ BAD = [
     ({"boundary": "empirical", "n_dataset": 100}, "got batch_size=None and n_dataset=100"),
     ({"debias": True, "bias_correction": False}, "debias=True needs bias_correction=True"),
     ({"mask_decay": True, "decoupled_weight_decay": False}, "mask_decay=True needs decoupled_weight_decay=True"),
+    ({"min_q": -0.1}, "min_q must be a number in [0, 1], got -0.1"),
+    ({"min_q": 1.5}, "min_q must be a number in [0, 1], got 1.5"),
+    ({"min_q": float("nan")}, "min_q must be a number in [0, 1], got nan"),
+    ({"min_q": None}, "min_q must be a number in [0, 1], got None"),
+    ({"variance": "microbatches"}, "variance must be one of streaming, given, got 'microbatches'"),
+    ({"variance": None}, "variance must be one of streaming, given, got None"),
     ({"state_dtype": torch.float16}, "torch.float32 or torch.float64, got torch.float16"),
     ({"debias": "off"}, "debias must be True or False, got 'off'"),
     ({"amsgrad": 1}, "amsgrad must be True or False, got 1"),
@@ -128,6 +134,209 @@ def test_not_an_iterable_of_parameters():
         PRM([])
 
 
+def two_groups(**options):
+    """Return a streaming parameter, one with a given variance, their optimizer, and a gradient for both."""
+    streaming, given = a_parameter(2), a_parameter(2, 3)
+    groups = [{"params": [("a", streaming)]}, {"params": [("b", given)], "variance": "given"}]
+    optimizer = PRM(groups, lr=0.1, **options)
+    streaming.grad, given.grad = torch.ones(2), torch.ones(2, 3)
+    return streaming, given, optimizer
+
+
+def test_a_step_without_its_variances_moves_nothing():
+    streaming, given, optimizer = two_groups()
+    for taken in range(2):
+        before = [p.detach().clone() for p in (streaming, given)]
+        with pytest.raises(
+            RuntimeError, match="parameter b has a gradient, variance='given', and no variance: call set_"
+        ):
+            optimizer.step()
+        assert torch.equal(streaming, before[0])
+        assert torch.equal(given, before[1])
+        assert optimizer.state[streaming]["step"] == taken
+        optimizer.set_variances({given: torch.ones(2, 3)})
+        optimizer.step()  # which consumes them
+    # Where there is no gradient none is needed, and what is handed over without one is gone after the step.
+    given.grad = None
+    optimizer.set_variances({given: torch.ones(2, 3)})
+    optimizer.step()
+    optimizer.step()
+    given.grad = torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="no variance"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("foreach", [False, True, None])
+def test_a_sparse_gradient_in_a_later_group_moves_nothing(foreach):
+    dense, embedding = a_parameter(2), torch.nn.Embedding(5, 2, sparse=True)
+    optimizer = PRM([{"params": [dense]}, {"params": embedding.parameters()}], foreach=foreach)
+    dense.grad = torch.ones(2)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse gradients"):
+        optimizer.step()
+    assert torch.equal(dense, torch.ones(2))
+
+
+BAD_VARIANCES = [
+    (lambda a, b: [torch.ones(2, 3)], TypeError, "variances must be a mapping from parameters to tensors, got list"),
+    (
+        lambda a, b: {"b": torch.ones(2, 3)},
+        TypeError,
+        "the keys of variances must be the parameters themselves, got 'b'",
+    ),
+    (lambda a, b: {torch.ones(4): torch.ones(4)}, ValueError, "no parameter of this optimizer: a Tensor of shape (4,)"),
+    (lambda a, b: {a: torch.ones(2)}, ValueError, "parameter a is in a group with variance='streaming'"),
+    (lambda a, b: {b: 1.0}, TypeError, "the variance of parameter b must be a tensor, got 1.0"),
+    (
+        lambda a, b: {b: torch.ones(3, 2)},
+        ValueError,
+        "of parameter b must have the parameter's shape (2, 3), got (3, 2)",
+    ),
+    (lambda a, b: {b: torch.ones(())}, ValueError, "must have the parameter's shape (2, 3), got ()"),
+    (
+        lambda a, b: {b: torch.ones(2, 3).to_sparse()},
+        ValueError,
+        "parameter b must be dense, got layout torch.sparse_coo",
+    ),
+    (lambda a, b: {b: torch.ones(2, 3, device="meta")}, ValueError, "must be on the parameter's device cpu, got meta"),
+    (lambda a, b: {b: torch.ones(2, 3, dtype=torch.int64)}, ValueError, "must be of a floating type, got torch.int64"),
+    (lambda a, b: {b: torch.ones(2, 3) + 0j}, ValueError, "must be of a floating type, got torch.complex64"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "message"), BAD_VARIANCES)
+def test_bad_variances_are_refused_at_once_and_the_former_stay(make, error, message):
+    streaming, given, optimizer = two_groups()
+    optimizer.set_variances({given: torch.full((2, 3), 3.0)})
+    with pytest.raises(error, match=re.escape(message)):
+        optimizer.set_variances(make(streaming, given))
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[given]["exp_avg_var"], torch.full((2, 3), 0.03))
+
+
+def test_variances_of_unnamed_parameters_are_named_by_their_place():
+    first, second = a_parameter(2), a_parameter(3)
+    optimizer = PRM([first, second], variance="given")
+    with pytest.raises(ValueError, match="the variance of parameter 1 must have"):
+        optimizer.set_variances({second: torch.ones(2)})
+    second.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match="parameter 1 has a gradient"):
+        optimizer.step()
+
+
+def test_a_later_call_replaces_the_variances():
+    first, second = a_parameter(2), a_parameter(2)
+    optimizer = PRM([first, second], variance="given")
+    optimizer.set_variances({first: torch.ones(2), second: torch.ones(2)})
+    optimizer.set_variances({first: torch.full((2,), 5.0)})
+    first.grad = torch.ones(2)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[first]["exp_avg_var"], torch.full((2,), 0.05))
+    first.grad, second.grad = None, torch.ones(2)
+    with pytest.raises(RuntimeError, match="parameter 1 has a gradient"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_closure_and_hooks_may_hand_over_the_variances(how):
+    w = a_parameter(3)
+    optimizer = PRM([w], variance="given", **how)
+
+    def closure():
+        w.grad = torch.ones(3)
+        optimizer.set_variances({w: torch.ones(3)})
+        return 7.0
+
+    assert optimizer.step(closure) == 7
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: o.set_variances({w: torch.ones(3)}))
+    optimizer.step()
+    assert optimizer.state[w]["step"] == 2
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_maximize_and_coupled_decay_do_not_change_given_variances(how):
+    w = a_parameter(3)
+    optimizer = PRM([w], variance="given", maximize=True, decoupled_weight_decay=False, weight_decay=10.0, **how)
+    w.grad = torch.ones(3)
+    optimizer.set_variances({w: torch.ones(3)})
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[w]["exp_avg_var"], torch.full((3,), 0.01))
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("conjugated", [False, True])
+def test_variances_of_complex_parameters_are_of_their_two_parts(how, conjugated):
+    z = torch.nn.Parameter(torch.ones(3, dtype=torch.cfloat))
+    optimizer = PRM([z], variance="given", rho=0.5, **how)
+    with pytest.raises(ValueError, match="parameter 0 must be complex, with the variances of the real and imaginary"):
+        optimizer.set_variances({z: torch.ones(3)})
+    variance = torch.complex(torch.full((3,), 1.0), torch.full((3,), 2.0))
+    z.grad = torch.ones_like(z)
+    optimizer.set_variances({z: variance.conj().resolve_conj().conj() if conjugated else variance})
+    optimizer.step()
+    torch.testing.assert_close(torch.view_as_real(optimizer.state[z]["exp_avg_var"]), torch.tensor([[0.5, 1.0]] * 3))
+
+
+def test_pending_variances_are_no_part_of_copies_and_checkpoints():
+    w = a_parameter(3)
+    optimizer = PRM([w], variance="given")
+    w.grad = torch.ones(3)
+    optimizer.set_variances({w: torch.ones(3)})
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        (p,) = other.param_groups[0]["params"]
+        p.grad = torch.ones(3)
+        with pytest.raises(RuntimeError, match="no variance"):
+            other.step()
+        other.set_variances({p: torch.ones(3)})
+        other.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="no variance"):
+        optimizer.step()
+
+
+def test_groups_with_given_variances_may_come_later():
+    first, second = a_parameter(3), a_parameter(3)
+    optimizer = PRM([first])
+    optimizer.add_param_group({"params": [second], "variance": "given", "min_q": 0.25, "mask": "hard"})
+    first.grad = second.grad = torch.ones(3)
+    optimizer.set_variances({second: torch.full((3,), 2.0)})
+    optimizer.step()
+    rows = optimizer.get_mask_stats(by="group")
+    assert rows[0]["mean_q"] == pytest.approx(0.5)
+    assert (rows[1]["mean_q"], rows[1]["active_fraction"]) == (0.25, 0)
+
+
+def test_given_variances_of_sharded_parameters():
+    """On one rank, whose part is the whole: the options differ in whether the step takes the parts."""
+    if TORCH < (2, 5):
+        pytest.skip("torch.distributed.tensor is public since torch 2.5")
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        loop, pooled = {"foreach": False}, {"reduction": "per_tensor"}
+        for options in ({}, loop, pooled, {**pooled, **loop}, {"state_dtype": torch.bfloat16},
+                        {"debias": True, "min_q": 0.3, "mask": "soft"}):  # fmt: skip
+            results = []
+            for make in (lambda x: x, lambda x: distribute_tensor(x, mesh, [Shard(0)])):
+                generator = torch.Generator().manual_seed(0)
+                w = torch.nn.Parameter(make(torch.ones(4, 3)))
+                optimizer = PRM([w], variance="given", lr=0.1, **options)
+                for _ in range(3):
+                    w.grad = make(torch.randn(4, 3, generator=generator))
+                    optimizer.set_variances({w: make(torch.rand(4, 3, generator=generator))})
+                    optimizer.step()
+                results.append(w.full_tensor() if hasattr(w, "full_tensor") else w)
+            torch.testing.assert_close(*results)
+        with pytest.raises(ValueError, match="must be sharded as the parameter is"):
+            optimizer.set_variances({w: torch.ones(4, 3)})
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("foreach", [False, True])
 def test_sparse_gradients_are_refused(foreach):
     embedding = torch.nn.Embedding(5, 2, sparse=True)
@@ -141,7 +350,8 @@ def test_every_option_can_be_set_per_group():
     whole = {"lr": 0.1, "betas": (0.5, 0.9), "rho": 0.5, "eps": 1e-4, "weight_decay": 0.3, "softness": 3.0,
              "batch_size": 8, "boundary": "empirical", "n_dataset": 100, "mask": "soft", "reduction": "per_tensor",
              "warmup_steps": 1, "amsgrad": True, "mask_eps": 1e-8, "debias": True, "mask_decay": True,
-             "maximize": True, "state_dtype": torch.float64, "foreach": False}  # fmt: skip
+             "maximize": True, "state_dtype": torch.float64, "foreach": False, "min_q": 0.5,
+             "variance": "given"}  # fmt: skip
     for name, value in whole.items():
         one, other = a_parameter(6), a_parameter(6)
         extra = {"batch_size": 8, "n_dataset": 100} if name in ("boundary", "batch_size", "n_dataset") else {}
@@ -151,6 +361,9 @@ def test_every_option_can_be_set_per_group():
         for _ in range(3):
             one.grad = torch.randn(6)
             other.grad = one.grad.clone()
+            if name == "variance":
+                grouped.set_variances({one: torch.full((6,), 0.5)})
+                plain.set_variances({other: torch.full((6,), 0.5)})
             grouped.step()
             plain.step()
         assert torch.equal(one, other), name
@@ -258,7 +471,7 @@ def test_the_default_device_is_not_the_parameters(foreach):
     assert not torch.equal(p, before)
 
 
-@pytest.mark.parametrize(("name", "value"), [("mask", "sfot"), ("reduction", "per_tesnor")])
+@pytest.mark.parametrize(("name", "value"), [("mask", "sfot"), ("reduction", "per_tesnor"), ("variance", "gievn")])
 def test_a_bad_value_written_to_a_group_moves_nothing(name, value):
     p = a_parameter(3)
     p.grad = torch.ones_like(p)
@@ -433,16 +646,21 @@ def test_pickle_and_deepcopy_go_on_alike():
 def test_an_older_pickle_gets_options_that_came_later():
     optimizer = PRM([a_parameter(2)])
     state = optimizer.__getstate__()
-    del state["param_groups"][0]["mask_decay"]
-    del state["defaults"]["mask_decay"]
+    came_later = {"mask_decay": False, "min_q": 0.0, "variance": "streaming"}
+    for name in came_later:
+        del state["param_groups"][0][name]
+        del state["defaults"][name]
     fresh = PRM.__new__(PRM)
     fresh.__setstate__(state)
-    assert fresh.param_groups[0]["mask_decay"] is False
-    assert fresh.defaults["mask_decay"] is False
+    for name, value in came_later.items():
+        assert fresh.param_groups[0][name] == value
+        assert fresh.defaults[name] == value
+    fresh.step()
 
 
 @pytest.mark.parametrize("foreach", [False, True])
-def test_the_compiled_step_is_the_same_step(foreach):
+@pytest.mark.parametrize("variance", ["streaming", "given"])
+def test_the_compiled_step_is_the_same_step(foreach, variance):
     if not hasattr(torch, "compiler") or not hasattr(torch.compiler, "is_compiling"):
         pytest.skip("torch before 2.1 has no torch.compiler.is_compiling")
     torch._dynamo.reset()
@@ -452,12 +670,16 @@ def test_the_compiled_step_is_the_same_step(foreach):
         params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(3, 4), (5,)]]
         for p in params:
             p.grad = torch.zeros_like(p)
-        optimizer = PRM(params, lr=0.1, foreach=foreach)
+        optimizer = PRM(params, lr=0.1, foreach=foreach, variance=variance, min_q=0.1)
         optimizer.zero_grad(set_to_none=False)
+        variances = {p: torch.zeros_like(p) for p in params}
         step = wrap(optimizer.step)
         for _ in range(4):
             for p in params:
                 p.grad.copy_(torch.randn(p.shape))
+                variances[p].copy_(torch.rand(p.shape))
+            if variance == "given":
+                optimizer.set_variances(variances)
             step()
         results.append(torch.cat([p.detach().flatten() for p in params]))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)

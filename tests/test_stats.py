@@ -91,6 +91,32 @@ def test_statistics_are_of_the_mask_as_applied(how, mask, reduction, debias):
         assert stats[key] == pytest.approx(value.item(), abs=1e-8)
 
 
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("options", [{"min_q": 0.4}, {"min_q": 0.4, "mask": "hard", "reduction": "per_tensor"},
+                                     {"variance": "given", "debias": True}])  # fmt: skip
+def test_a_floor_and_given_variances_are_in_the_mask_as_applied(how, options):
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(40, dtype=torch.float64))
+    optimizer = PRM([w], weight_decay=0.0, **options, **how)
+    for _ in range(5):
+        before = w.detach().clone()
+        w.grad = torch.randn(40, dtype=torch.float64) + 0.5
+        if "variance" in options:
+            optimizer.set_variances({w: torch.rand(40)})
+        optimizer.step()
+    state = optimizer.state[w]
+    m_hat, s_hat = state["exp_avg"] / (1 - 0.9**5), state["exp_avg_var"] / (1 - 0.99**5)
+    q = (before - w.detach()) / (1e-3 * m_hat / ((state["exp_avg_sq"] / (1 - 0.999**5)).sqrt() + 1e-8))
+    stats = optimizer.get_mask_stats()
+    for key, value in (("mean_q", q.mean()), ("min_q", q.min()), ("max_q", q.max())):
+        assert stats[key] == pytest.approx(value.item(), abs=1e-8)
+    if "min_q" in options:
+        assert stats["min_q"] == pytest.approx(0.4, abs=1e-6)
+        signal = (m_hat**2).mean() if "reduction" in options else m_hat**2
+        noise = s_hat.mean() if "reduction" in options else s_hat
+        assert stats["active_fraction"] == (signal > noise).double().mean() < 1
+
+
 def test_asking_changes_nothing():
     model, optimizer = trained()
     before = {id(p): {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}

@@ -22,6 +22,7 @@ def inputs(device, dtype=None):
         {"mask": "soft"}, {"mask": "hard", "warmup_steps": 2}, {"mask": "none"}, {"reduction": "per_tensor"},
         {"boundary": "empirical", "batch_size": 4, "n_dataset": 100}, {"debias": True}, {"mask_decay": True},
         {"decoupled_weight_decay": False, "weight_decay": 0.1}, {"bias_correction": False}, {"capturable": True},
+        {"min_q": 0.1}, {"min_q": 0.5, "reduction": "per_tensor", "mask": "soft"},
         {"lr": torch.tensor(0.001)}, {"lr": torch.tensor(0.001), "capturable": True, "amsgrad": True},
     ]  # fmt: skip
     return theirs + [common.OptimizerInput(params=None, kwargs=kwargs, desc=str(kwargs)) for kwargs in own]

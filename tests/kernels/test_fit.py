@@ -39,6 +39,9 @@ BAD = [
     ({"exp_avgs": torch.ones(4, 6, dtype=torch.bfloat16)}, "exp_avg has type torch.bfloat16"),
     ({"exp_avg_sqs": torch.ones(4, 6, dtype=torch.float64)}, "differ in type"),
     ({"max_exp_avg_sqs": torch.ones(4, 6, dtype=torch.bfloat16)}, "differ in type"),
+    ({"grad_vars": torch.ones(4, 6, dtype=torch.int32)}, "its variance has type torch.int32, not one of"),
+    ({"grad_vars": torch.ones(6, 4)}, "its variance has shape (6, 4), the parameter (4, 6)"),
+    ({"grad_vars": torch.ones(4, 6).to_sparse()}, "its variance has layout torch.sparse_coo"),
     ({"step": torch.tensor(0)}, "its step counter has type torch.int64"),
     ({"params": torch._neg_view(torch.ones(4, 6))}, "lazily conjugated or negated view"),
 ]
