@@ -1,0 +1,155 @@
+"""Parameter groups from name patterns, with weight decay kept off biases and norms."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+_NORMS: tuple[type[nn.Module], ...] = tuple(
+    kind
+    for kind in (
+        nn.modules.batchnorm._NormBase,  # batch and instance norms
+        nn.LayerNorm,
+        nn.GroupNorm,
+        getattr(nn, "RMSNorm", None),  # since torch 2.4
+    )
+    if kind is not None
+)
+# What other libraries call theirs: LlamaRMSNorm, T5LayerNorm, FrozenBatchNorm2d.
+_NORM_CLASS = re.compile(r"Norm(\dd)?$")
+_BIAS = re.compile(r"bias|bias_.*|.*_bias")
+
+
+def param_groups(
+    model: nn.Module,
+    patterns: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    weight_decay: float = 0.01,
+    named: bool = True,
+) -> list[dict[str, Any]]:
+    """Sort a model's parameters into groups for an optimizer, by patterns of their names.
+
+    Biases and the parameters of normalization layers get no weight decay, whatever the patterns say. A bias is known
+    by its name (`bias`, `bias_…`, `…_bias`), a normalization layer by its type: torch's own, and classes whose name
+    ends in Norm, Norm1d, Norm2d or Norm3d. Embeddings decay, unless a pattern gives them `weight_decay=0.0`.
+
+    Parameters
+    ----------
+    model
+        Its parameters are taken once each, tied ones too: under the first of their names, while a pattern may match
+        any of them. Frozen ones are kept, as torch's optimizers do: they do not move, and do once they are unfrozen.
+    patterns
+        From a pattern to options of the group. A pattern is a shell pattern for the whole name: `*` stands for any
+        characters, dots too, `?` for one, `[0-3]` for one of these; case matters. The first that matches counts.
+        `weight_decay` among the options is for what decays.
+    weight_decay
+        For what no pattern gives another one.
+    named
+        Hand over the names with the parameters, which `get_mask_stats(by="parameter")` and `diagnose` show. False for
+        `torch.optim` before torch 2.6, which takes none.
+
+    Returns
+    -------
+    list of dict
+        For each pattern in turn, and then for the rest, up to two groups: what decays, and what does not. Each has
+        "params", "weight_decay", "pattern" (None for the rest) and the pattern's options.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no module, or `patterns` no mapping from text to mappings.
+    ValueError
+        For a pattern that matches no name, or only names that an earlier one has taken; for "params" among the
+        options; for a model without parameters.
+
+    Examples
+    --------
+    >>> from popriskmin import PRM
+    >>> model = nn.ModuleDict({"body": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "router": nn.Linear(4, 2)})
+    >>> groups = param_groups(model, {"router.*": {"mask": "none"}}, weight_decay=0.1)
+    >>> for group in groups:
+    ...     print([name for name, _ in group["params"]], group["weight_decay"], group.get("mask"))
+    ['router.weight'] 0.1 none
+    ['router.bias'] 0.0 none
+    ['body.weight'] 0.1 None
+    ['body.bias', 'norm.weight', 'norm.bias'] 0.0 None
+    >>> optimizer = PRM(groups, lr=1e-3)
+    """
+    patterns = _checked(model, patterns)
+    parameters = _parameters(model)
+    chosen = [next((p for p in patterns if _matches(names, p)), None) for _, names, _ in parameters]
+    for pattern in patterns:
+        if pattern not in chosen:
+            raise ValueError(_unmatched(pattern, list(patterns), [names for _, names, _ in parameters]))
+    groups = []
+    for candidate in (*patterns, None):
+        options = {"weight_decay": weight_decay, **(patterns[candidate] if candidate is not None else {})}
+        for decays in (True, False):
+            members = [
+                (names[0], param) if named else param
+                for (param, names, decaying), pattern in zip(parameters, chosen)
+                if pattern == candidate and decaying == decays
+            ]
+            if members:
+                own = {} if decays else {"weight_decay": 0.0}
+                groups.append({"params": members, **options, **own, "pattern": candidate})
+    return groups
+
+
+def _checked(model: Any, patterns: Any) -> Mapping[str, Mapping[str, Any]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"model has no parameters: {type(model).__name__}")
+    patterns = {} if patterns is None else patterns
+    shape = 'patterns must be a dict such as {"router.*": {"mask": "none"}}'
+    if not isinstance(patterns, Mapping):
+        raise TypeError(f"{shape}, got {type(patterns).__name__}")
+    for pattern, options in patterns.items():
+        if not isinstance(pattern, str) or not isinstance(options, Mapping):
+            raise TypeError(f"{shape}, got {pattern!r}: {options!r}")
+        for key in ("params", "pattern"):
+            if key in options:
+                raise ValueError(f"the options of {pattern!r} must not hold {key!r}, which param_groups fills in")
+    return patterns
+
+
+def _parameters(model: nn.Module) -> list[tuple[nn.Parameter, list[str], bool]]:
+    """Return each parameter once, with all its names and whether it decays."""
+    found: dict[nn.Parameter, tuple[list[str], list[bool]]] = {}
+    for name, param, decays in _occurrences(model):
+        names, decaying = found.setdefault(param, ([], []))
+        names.append(name)
+        decaying.append(decays)
+    return [(param, names, all(decaying)) for param, (names, decaying) in found.items()]
+
+
+def _occurrences(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        norm = isinstance(module, _NORMS) or _NORM_CLASS.search(type(module).__name__) is not None
+        for name, param in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            # A parametrized bias is held under parametrizations.bias.original, or original0 and so on.
+            *_, last = re.sub(r"(^|\.)parametrizations\.(\w+)\.original\d*$", r"\1\2", name).split(".")
+            yield name, param, not (norm or _BIAS.fullmatch(last))
+
+
+def _matches(names: list[str], pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def _unmatched(pattern: str, patterns: list[str], all_names: list[list[str]]) -> str:
+    for names in all_names:
+        if _matches(names, pattern):
+            earlier = next(p for p in patterns if _matches(names, p))
+            return f"everything that {pattern!r} matches is taken by an earlier pattern, as {names[0]} by {earlier!r}"
+    names = [name for group in all_names for name in group]
+    modules = {name.rpartition(".")[0] + ".*" for name in names if "." in name}
+    parents = {".".join(m.split(".")[:depth]) + ".*" for m in modules for depth in range(1, m.count(".") + 1)}
+    near = difflib.get_close_matches(pattern, [*names, *sorted(modules | parents)], n=3, cutoff=0.5)
+    hint = f"near it are {', '.join(near)}" if near else f"the first are {', '.join(names[:3])}"
+    return f"the pattern {pattern!r} matches no parameter name; {hint}"

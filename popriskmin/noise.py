@@ -1,0 +1,105 @@
+"""What the state of an optimizer says of a gradient's mean and variance, and what pure noise alone would say.
+
+Pure functions. The running mean `m^` of a gradient without any signal is not 0: its square has the mean `k(t) * z`,
+with `z` the gradient's variance. What is above that is signal.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from popriskmin.mask import Hyperparameters, variance_of_mean
+
+
+class Weights(NamedTuple):
+    """How the state's averages are made of the squared mean `u**2` and the variance `z` of independent gradients.
+
+    `E[m^**2] = u**2 + k * z` and `E[s^] = leak * u**2 + own * z`.
+    """
+
+    k: float
+    leak: float
+    own: float
+
+
+def first_step(hyper: Hyperparameters) -> int:
+    """Return the first step after which the state tells mean and variance apart."""
+    return 1 if hyper.given else 2
+
+
+def weights(t: float, hyper: Hyperparameters) -> Weights:
+    """Return the weights after `t` steps, for bias-corrected `m^` and `s^`.
+
+    With `debias`, or a variance that is given, `s^` is unbiased: `leak = 0`, `own = 1`. Else step `j` adds
+    `(g - m(j-1))**2`, whose mean is `z + k(inf) * (1 - b**(j-1)) * z + b**(j-1) * u**2` with `b = beta1**2`: at first
+    `m` is 0 and the squared mean counts as noise. Averaged with the weights `rho**(t-j)`.
+
+    Raises
+    ------
+    ValueError
+        Before the second step (the first, with a given variance), where nothing tells mean and variance apart.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from popriskmin import PRM
+    >>> hyper = Hyperparameters.of_group(PRM([torch.zeros(1, requires_grad=True)]).param_groups[0])
+    >>> [round(x, 4) for x in weights(1000, hyper)]
+    [0.0526, 0.0, 1.0526]
+    >>> [round(x, 4) for x in weights(2, hyper)]
+    [0.5014, 0.9045, 1.005]
+    """
+    if t < first_step(hyper):
+        raise ValueError(f"mean and variance can be told apart from step {first_step(hyper)} on, got t={t:g}")
+    k = variance_of_mean(hyper.beta1, t)
+    if hyper.given or hyper.debias:
+        return Weights(k, 0.0, 1.0)
+    b, rho = hyper.beta1**2, hyper.rho
+    # The sum of rho**(t-j) * b**(j-1) over the steps; its closed form divides 0 by 0 where the two are equal.
+    total = t * b ** (t - 1) if math.isclose(b, rho, rel_tol=1e-6) else (rho**t - b**t) / (rho - b)
+    leak = total * (1 - rho) / (1 - rho**t)
+    return Weights(k, leak, 1 + (1 - hyper.beta1) / (1 + hyper.beta1) * (1 - leak))
+
+
+def mean_and_variance(signal: Any, noise: Any, w: Weights) -> tuple[Any, Any]:
+    """Return unbiased estimates of the squared mean and of the variance of the gradient.
+
+    Parameters
+    ----------
+    signal, noise
+        `m^**2` and `s^`, bias-corrected: numbers, tensors of one shape, or sums of both over the same scalars, as the
+        estimates are linear. Units of the squared gradient.
+    w
+        From `weights`.
+
+    Returns
+    -------
+    mean_sq, variance
+        Of the type of the input. Where nothing but noise is, the first is as often below 0 as above.
+
+    Examples
+    --------
+    >>> mean_sq, variance = mean_and_variance(3.0, 2.0, Weights(k=0.5, leak=0.0, own=1.0))
+    >>> mean_sq, variance
+    (2.0, 2.0)
+    """
+    variance = (noise - w.leak * signal) / (w.own - w.leak * w.k)
+    return signal - w.k * variance, variance
+
+
+def needed_ratio(shape: tuple[int, ...]) -> float:
+    """Return how many times what pure noise gives a tensor's mean `m^**2 / z` must be, to be called coherent.
+
+    At least 2, where the mean holds as much signal as noise. Noise alone passes it one time in ten thousand, if it
+    holds as many independent numbers as assumed here: 1 in a vector, whose entries often follow one error; in larger
+    tensors the root of their number, 32 at most. The quantile of chi-squared is that of Wilson and Hilferty.
+
+    Examples
+    --------
+    >>> round(needed_ratio((64,)), 1), round(needed_ratio((16, 16)), 1), round(needed_ratio((512, 512)), 1)
+    (16.2, 2.9, 2.2)
+    """
+    independent = min(math.sqrt(math.prod(shape)), 32.0) if len(shape) > 1 else 1.0
+    spread = 2 / (9 * max(independent, 1.0))
+    return max(2.0, (1 - spread + 3.719 * math.sqrt(spread)) ** 3)
