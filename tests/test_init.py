@@ -13,9 +13,9 @@ PACKAGE = pathlib.Path(popriskmin.__file__).parent
 
 # From the ground up: a module imports only from lines above its own.
 FLOORS = [
-    ["version", "compat", "lists"],
+    ["version", "compat", "lists", "groups"],
     ["mask", "rounding"],
-    ["foreach", "stats", "checkpoint", "kernels.fit", "kernels.cuda_math"],
+    ["foreach", "stats", "noise", "checkpoint", "kernels.fit", "kernels.cuda_math"],
     ["kernels.cpu"],
     ["kernels.cuda_step"],
     ["kernels.cuda"],
@@ -24,6 +24,8 @@ FLOORS = [
     ["options"],
     ["base"],
     ["optimizer"],
+    ["evidence"],
+    ["diagnosis", "controller"],
     ["compare.task", "compare.text"],
     ["compare.digest", "compare.flags", "compare.loading"],
     ["compare.arms"],
