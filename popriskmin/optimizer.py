@@ -218,6 +218,7 @@ class PRM(CheckedOptimizer):
 
         `torch.compile` calls this by itself, outside of what it traces.
         """
+        given = group["variance"] == "given"
         for p in group["params"]:
             grad = p.grad
             if grad is None:
@@ -227,7 +228,7 @@ class PRM(CheckedOptimizer):
                     "PRM does not support sparse gradients; use sparse=False, or torch.optim.SparseAdam "
                     "for the parameters that have them"
                 )
-            if group["variance"] == "given":
+            if given:
                 if p not in self._variances:
                     raise RuntimeError(
                         f"{name_of(p, self.param_groups)} has a gradient, variance='given', and no variance: "
