@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from popriskmin.evidence import Evidence, Sums, read
 from popriskmin.mask import Hyperparameters
-from popriskmin.noise import needed_ratio
+from popriskmin.noise import enough_steps, needed_ratio
 from popriskmin.optimizer import PRM
 
 # What is said of a mask that is shut without a fault in it, and of one that is not shut.
@@ -179,7 +179,7 @@ class _Total:
     def add(self, one: Evidence) -> None:
         """Count a tensor in that is under a mask, and has been for long enough to judge by."""
         n, hyper = one.sums, one.hyper
-        if n is None or hyper.mask == "none" or one.step <= hyper.warmup_steps or one.step < _enough(hyper):
+        if n is None or hyper.mask == "none" or one.step <= hyper.warmup_steps or one.step < enough_steps(hyper):
             return
         if n.live > 0 and math.isfinite(n.live_q) and math.isfinite(one.over_noise):
             self.live += n.live
@@ -193,10 +193,6 @@ class _Total:
 
 def _module(one: Evidence) -> str | int:
     return one.name.rpartition(".")[0] if isinstance(one.name, str) else one.name
-
-
-def _enough(hyper: Hyperparameters) -> int:
-    return max(10, math.ceil(2 / (1 - hyper.beta1)))
 
 
 class _Finding(NamedTuple):
@@ -226,8 +222,8 @@ def _cause(one: Evidence, rest: _Total, threshold: float) -> _Finding:
         return _Finding("warmup", f"open until step {hyper.warmup_steps} (warmup_steps)")
     if hyper.mask == "none":
         return _Finding("open", "mask='none'")
-    if one.step < _enough(hyper):
-        return _Finding("early", f"too few steps to say; {_enough(hyper)} would do")
+    if one.step < enough_steps(hyper):
+        return _Finding("early", f"too few steps to say; {enough_steps(hyper)} would do")
     return _under_mask(one, n, rest, threshold)
 
 

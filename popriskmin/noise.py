@@ -28,6 +28,19 @@ def first_step(hyper: Hyperparameters) -> int:
     return 1 if hyper.given else 2
 
 
+def enough_steps(hyper: Hyperparameters) -> int:
+    """Return the steps after which the averages are worth judging by: twice the length of the mean's memory.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from popriskmin import PRM
+    >>> enough_steps(Hyperparameters.of_group(PRM([torch.zeros(1, requires_grad=True)]).param_groups[0]))
+    20
+    """
+    return max(10, math.ceil(2 / (1 - hyper.beta1) - 1e-6))
+
+
 def weights(t: float, hyper: Hyperparameters) -> Weights:
     """Return the weights after `t` steps, for bias-corrected `m^` and `s^`.
 
