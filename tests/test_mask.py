@@ -67,8 +67,10 @@ def test_on_the_boundary(noise, a, softness):
 def test_more_signal_opens_and_more_noise_shuts(mask, signal, noise, factor):
     signal, noise = torch.tensor([signal]), torch.tensor([noise])
     q = mask(signal, noise, 1.0, 1.0, EPS)
-    assert mask(signal * factor, noise, 1.0, 1.0, EPS) >= q
-    assert mask(signal, noise * factor, 1.0, 1.0, EPS) <= q
+    # Where nearly all is signal or noise the mask rounds to its limit, from either side of it.
+    rounding = 1 + 4 * torch.finfo(torch.float32).eps
+    assert mask(signal * factor, noise, 1.0, 1.0, EPS) * rounding >= q
+    assert mask(signal, noise * factor, 1.0, 1.0, EPS) <= q * rounding
 
 
 @pytest.mark.parametrize("mask", [snr, soft])
