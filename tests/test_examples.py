@@ -33,6 +33,56 @@ def test_synthetic_regression(monkeypatch, capsys):
     assert all(0 < float(number) < 10 for row in rows for number in row[36:].split())
 
 
+def test_stop_without_validation(monkeypatch, capsys):
+    """One seed of the five of the docs: the monitor alone stops it, within 1 point of its best epoch."""
+    run(monkeypatch, "examples/stop_without_validation.py", "--seeds", "1", "--epochs", "30")
+    lines = capsys.readouterr().out.splitlines()
+    seed, stopped, at_stop, best_epoch, best, last = lines[2].split()
+    assert 5 < int(stopped) < 30
+    assert 1 <= int(best_epoch) <= 30
+    assert float(last) <= float(best)
+    assert float(best) - float(at_stop) < 0.02
+    assert lines[-1].startswith("within 1 point of the best epoch: ")
+
+
+def test_the_risk_benchmark_resumes_and_draws(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import risk
+    import risk_runs
+
+    def short(seed):
+        run = risk_runs.diabetes(seed)
+        run.batches = run.batches[:90]
+        return run
+
+    monkeypatch.setattr(risk, "RUNS", {"short": short})
+    monkeypatch.setattr(sys, "argv", ["risk.py", "--out", str(tmp_path), "--runs", "short", "--seeds", "2"])
+    risk.main()
+    first = (tmp_path / "results.json").read_bytes()
+    assert capsys.readouterr().out.count("done: short") == 4
+    (tmp_path / "results.json").write_text(json.dumps(json.loads(first)[:3]))
+    risk.main()
+    out = capsys.readouterr().out
+    assert out.count("done: short") == 1
+    assert (tmp_path / "results.json").read_bytes() == first
+    assert out.count("| short | ") == 2
+    assert (tmp_path / "risk.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["breast cancer, 40% wrong labels", "friedman", "text, 600 windows", "grokking"])
+def test_the_runs_of_the_risk_benchmark(monkeypatch, name):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import risk_runs
+
+    torch.manual_seed(0)
+    run = risk_runs.RUNS[name](0)
+    start = float(run.held_out(run.model))
+    loss = run.loss(run.model, run.batches[0])
+    loss.backward()
+    assert loss.item() == pytest.approx(start, rel=0.6)
+    assert len(run.batches[0]) == run.batch_size
+
+
 @needs_fused_adamw
 def test_step_time_prints_ratios(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

@@ -1,0 +1,218 @@
+"""What one optimizer step is expected to take off the population risk, read from the optimizer's state.
+
+The derivation stands in docs/risk.md. In short: a step moves a scalar by `-rate * q(m) * m`, so to first order the risk
+falls by `u * rate * q(m) * m`, where `u` is the gradient of the population risk. Of the mean `m` only `u` is known to
+be right; its noise has variance `k * z`, with `z` the variance of the minibatch gradient. Stein's lemma takes out what
+that noise contributes to the product, mask included: `E[u * q(m) * m] = E[q(m) * m**2 - k * z * (q(m) * m)']`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from popriskmin.lists import PLAIN, as_real, compute_dtype
+from popriskmin.mask import Hyperparameters, corrections, evaluate, signal_and_noise, variance_of_mean
+from popriskmin.optimizer import PRM
+
+# Tensors of one group are joined up to so many scalars: on small ones an operation's start costs more than its work.
+JOINED = 1 << 16
+
+# Adam's step is PRM's without a mask.
+_ADAM: dict[str, Any] = {
+    "rho": 0.99,
+    "mask_eps": 0.0,
+    "softness": 1.0,
+    "coefficient": 1.0,
+    "mask": "none",
+    "reduction": "per_param",
+    "warmup_steps": 0,
+    "bias_correction": True,
+    "debias": False,
+    "mask_decay": False,
+    "min_q": 0.0,
+    "variance": "streaming",
+}
+
+
+class Moments(NamedTuple):
+    """What is read of parameters that have taken `t` steps: real tensors of one shape, in float32 or wider."""
+
+    param: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    noise: Tensor  # what tells of the gradient's variance: PRM's `s`, and of Adam, which has none, the last gradient
+    t: Any
+
+
+def hyperparameters(optimizer: Optimizer, group: Mapping[str, Any]) -> Hyperparameters:
+    """Return the numbers of a group of PRM, or of Adam or AdamW as those of a PRM without mask."""
+    if isinstance(optimizer, PRM):
+        return Hyperparameters.of_group(group)
+    beta1, beta2 = group["betas"]
+    return Hyperparameters.of(
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        amsgrad=group["amsgrad"],
+        maximize=group["maximize"],
+        # Adam and AdamW say it in the group since torch 2.7.
+        decoupled_weight_decay=group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)),
+        **_ADAM,
+    )
+
+
+def moments(params: list[Tensor], optimizer: Optimizer, hyper: Hyperparameters) -> Iterator[Moments]:
+    """Yield what is to be read of these parameters of one group, small ones joined.
+
+    Those are left out that have not taken two steps, or, under Adam, have no gradient now.
+    """
+    waiting: dict[Any, list[Moments]] = {}
+    for param in params:
+        entry = read(param, optimizer, hyper)
+        if entry is None:
+            continue
+        # Where steps are counted on the device they are not compared, which would need them on the host.
+        alone = hyper.reduction == "per_tensor" or entry.param.numel() >= JOINED or isinstance(entry.t, Tensor)
+        if alone or type(param) not in PLAIN:
+            yield entry
+            continue
+        key = (entry.t, entry.param.dtype, entry.param.device)
+        waiting.setdefault(key, []).append(entry)
+        if sum(other.param.numel() for other in waiting[key]) >= JOINED:
+            yield _join(waiting.pop(key))
+    for entries in waiting.values():
+        yield _join(entries)
+
+
+def read(param: Tensor, optimizer: Optimizer, hyper: Hyperparameters) -> Moments | None:
+    """Return what is to be read of one parameter, or None where it has not taken two steps yet.
+
+    The first step has no mean before it, from which the gradient could deviate.
+    """
+    state = optimizer.state.get(param)
+    if not state or param.numel() == 0:
+        return None
+    step = state["step"]
+    t = step if isinstance(step, Tensor) and step.device.type != "cpu" else int(step)
+    noise = state["exp_avg_var"] if isinstance(optimizer, PRM) else param.grad
+    if noise is None or (isinstance(t, int) and t < 2):
+        return None
+    second = state["max_exp_avg_sq" if hyper.amsgrad else "exp_avg_sq"]
+    held = [as_real(tensor.detach()) for tensor in (param, state["exp_avg"], second, noise)]
+    dtype = compute_dtype(*held)
+    w, m, v, last = (tensor.to(dtype) for tensor in held)
+    return Moments(w, m, v, last, t.to(dtype) if isinstance(t, Tensor) else t)
+
+
+def _join(entries: list[Moments]) -> Moments:
+    if len(entries) == 1:
+        return entries[0]
+    w, m, v, s = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in list(zip(*entries))[:4])
+    return Moments(w, m, v, s, entries[0].t)
+
+
+def fall_and_influence(entry: Moments, optimizer: Optimizer, hyper: Hyperparameters) -> Tensor:
+    """Return the expected fall of the risk in the last step, and the batch's influence on its own examples.
+
+    Returns
+    -------
+    Tensor
+        Of shape (2,), in units of the loss, float64 where the device has it. First, the sum over scalars of
+        `rate * (q * m^**2 - k * z * slope)`, where `rate = lr / (sqrt(v^) + eps)` and `slope` is the derivative of
+        `q * m^` with respect to `m^`, 1 where there is no mask; and what the decay of the weights adds. Second, the
+        sum of `rate * z * slope`.
+    """
+    w, m, v, _, t = entry
+    c = corrections(t, hyper)
+    mean = m / c.bias1
+    # Without bias correction the step takes a mean that is too small, and so is its variance.
+    shrunk = corrections(t, hyper._replace(bias_correction=True)).bias1 / c.bias1
+    rate = hyper.lr / ((v / c.bias2).sqrt() + hyper.eps)
+    masked = isinstance(optimizer, PRM)
+    z = streamed_variance(entry, hyper) if masked else squared_deviation(entry, hyper)
+    q, slope = mask_and_slope(entry, hyper) if masked else (1.0, 1.0)
+    influence = rate * slope * z
+    # With coupled decay the mean is that of the loss and its penalty together, and only the loss counts.
+    of_loss = mean if hyper.decoupled_weight_decay else mean - hyper.weight_decay * w
+    fall = rate * q * mean * of_loss - influence * (variance_of_mean(hyper.beta1, t) * shrunk**2)
+    if hyper.decoupled_weight_decay and hyper.weight_decay != 0:
+        fall = fall + hyper.lr * hyper.weight_decay * (q if hyper.mask_decay else 1.0) * w * mean
+    wide = torch.float32 if m.device.type == "mps" else torch.float64
+    return torch.stack([total(fall.sum(dtype=wide)), total(influence.sum(dtype=wide))])
+
+
+def total(number: Tensor) -> Tensor:
+    """Return a sum over a tensor that may be sharded over ranks (DTensor) as the sum over all ranks."""
+    gathered: Tensor = getattr(number, "full_tensor", lambda: number)()
+    return gathered
+
+
+def same_pass(beta1: float, pass_steps: float) -> float:
+    """Return the sum of the products of the mean's weights on two different batches of one pass over the data.
+
+    Batches of one shuffled pass have no example in common, so the products of their noise have the mean `-a * z` and
+    not 0. Two batches `d` steps apart belong to one pass with probability `1 - d / pass_steps`.
+
+    Examples
+    --------
+    >>> round(same_pass(0.9, 1e9), 4) == round(1 - variance_of_mean(0.9, 1000), 4)
+    True
+    >>> same_pass(0.9, 1)
+    0.0
+    """
+    weights = 2 * (1 - beta1) / (1 + beta1)
+    # Beyond that distance weights are below rounding.
+    farthest = math.ceil(pass_steps) if beta1 == 0 else min(math.ceil(pass_steps), math.ceil(40 / -math.log(beta1)) + 1)
+    return weights * math.fsum(beta1**d * (1 - d / pass_steps) for d in range(1, farthest))
+
+
+def streamed_variance(entry: Moments, hyper: Hyperparameters) -> Tensor:
+    """Return the minibatch gradient's variance from PRM's `s`, of its shape."""
+    divisor = corrections(entry.t, hyper._replace(bias_correction=True)).bias_var
+    if not (hyper.given or hyper.debias):
+        # Deviations from a mean have the mean's variance too.
+        divisor = divisor * (1 + variance_of_mean(hyper.beta1, entry.t - 1))
+    variance: Tensor = entry.noise / divisor
+    return variance
+
+
+def squared_deviation(entry: Moments, hyper: Hyperparameters) -> Tensor:
+    """Return the minibatch gradient's variance from the last gradient alone, unbiased where the mean stands still.
+
+    The square of its deviation from the mean before it, less that mean's own variance.
+    """
+    g = -entry.noise if hyper.maximize else entry.noise
+    if not hyper.decoupled_weight_decay:
+        g = g + hyper.weight_decay * entry.param
+    # The mean before is not kept, but m = beta1 * m_before + (1 - beta1) * g.
+    before = corrections(entry.t - 1, hyper).bias1 * hyper.beta1
+    deviation: Tensor = g * (1 + (1 - hyper.beta1) / before) - entry.exp_avg / before
+    squared: Tensor = deviation.square() / (1 + variance_of_mean(hyper.beta1, entry.t - 1))
+    return squared
+
+
+def mask_and_slope(entry: Moments, hyper: Hyperparameters) -> tuple[Tensor, Tensor]:
+    """Return `q` and the derivative of `q * m^` with respect to `m^`, both of the shape of `m` or shape ().
+
+    The mask depends on the very noise that it judges: where `m` is large by chance, so is `q`. The derivative says by
+    how much. A hard mask has none at its step; its slope is taken for `q`.
+    """
+    c = corrections(entry.t, hyper)
+    if hyper.mask == "none":
+        one = torch.ones((), dtype=entry.exp_avg.dtype, device=entry.exp_avg.device)
+        return one, one
+    with torch.enable_grad():
+        m = entry.exp_avg.detach().requires_grad_()
+        q = evaluate(*signal_and_noise(m, entry.noise, c, hyper), c, hyper)
+        if not q.requires_grad:
+            return q, q
+        (dq,) = torch.autograd.grad(q.sum(), m)
+    return q.detach(), q.detach() + m.detach() * dq
