@@ -76,11 +76,20 @@ def test_the_runs_of_the_risk_benchmark(monkeypatch, name):
 
     torch.manual_seed(0)
     run = risk_runs.RUNS[name](0)
-    start = float(run.held_out(run.model))
+    start = run.held_out(run.model).item()
     loss = run.loss(run.model, run.batches[0])
     loss.backward()
     assert loss.item() == pytest.approx(start, rel=0.6)
     assert len(run.batches[0]) == run.batch_size
+
+
+def test_starved_module(monkeypatch, capsys):
+    remedies = run(monkeypatch, "examples/starved_module.py", "--seeds", "1", "--steps", "50")["REMEDIES"]
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if re.search(r"[\d.]+$", line) and line[32:33] == " "]
+    assert [row[:32].strip() for row in rows] == [name for name, _, _ in remedies]
+    assert all(0.5 <= float(row.split()[-5]) <= 1 for row in rows)
+    assert "the diagnosis of the router was: noise" in out
 
 
 @needs_fused_adamw
@@ -133,7 +142,9 @@ def blocks(path):
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/optimizer.md", "docs/fused.md", "docs/compare.md"])
+@pytest.mark.parametrize(
+    "path", ["README.md", "docs/optimizer.md", "docs/fused.md", "docs/compare.md", "docs/masks.md"]
+)
 def test_python_in_the_documentation(path, tmp_path, monkeypatch):
     """The blocks of a page run one after another, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
