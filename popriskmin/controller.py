@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from popriskmin.evidence import applied, steps_taken
+from popriskmin.lists import are_plain
 from popriskmin.mask import Hyperparameters, corrections, evaluate, signal_and_noise
 from popriskmin.noise import enough_steps, mean_and_variance, weights
 from popriskmin.optimizer import PRM
@@ -18,6 +19,8 @@ from popriskmin.stats import _to_host as to_host
 
 # The share of the way, in the logarithm of the softness, that is taken towards where the target is expected.
 GAIN = 0.5
+# Of larger tensors so many scalars, evenly spaced, stand for all: a mean of that many is as good, and costs little.
+SAMPLE = 16_384
 # Shares nearer to 0 or 1 have no logarithm to speak of.
 NEAREST = 1e-3
 
@@ -51,7 +54,8 @@ class SoftnessController:
 
     After every `every`-th step, each group's mask is recomputed from the state. Where it is more shut than the target
     the softness falls, else it rises, in the logarithm by half of what `log(q / (1 - q))` is off, and by `rate` for
-    each step at most. Nothing is added to `optimizer.step()`; once in `every` steps this waits for the device.
+    each step at most. Nothing is added to `optimizer.step()`; once in `every` steps this waits for the device. In
+    tensors with more than 16,384 scalars about so many, evenly spaced, are looked at, unless masks are pooled.
 
     The target is no reason to follow noise. Where the group's signal-to-noise ratio is below `floor`, the softness does
     not fall; if it is lower than at the start it goes back towards that, at the same rate. The ratio is
@@ -231,20 +235,26 @@ class SoftnessController:
         m, s = state["exp_avg"].detach(), state["exp_avg_var"].detach()
         if m.is_complex():
             m, s = torch.view_as_real(m), torch.view_as_real(s)
+        count = m.numel()
+        stride = _stride(count)
+        # A pooled mask is of the whole tensor; one that is sharded over ranks cannot be counted through.
+        if stride > 1 and hyper.reduction == "per_param" and are_plain([m]):
+            m, s = m.reshape(-1)[::stride], s.reshape(-1)[::stride]
         dtype = torch.promote_types(m.dtype, torch.float32)
         m, s = m.to(dtype), s.to(dtype)
         c = corrections(t, hyper)
         q = evaluate(*signal_and_noise(m, s, c, hyper), c, hyper)
         wide = torch.float32 if m.device.type == "mps" else torch.float64
         measured = (q if self.measure == "mean_q" else q >= 0.5).sum(dtype=wide)
-        if hyper.reduction == "per_tensor":
+        if q.dim() < m.dim():
             measured = measured * m.numel()
         full = corrections(t, hyper._replace(bias_correction=True))
         signal, noise = (m / full.bias1).square().sum(dtype=wide), s.sum(dtype=wide) / full.bias_var
         numbers = [measured, *mean_and_variance(signal, noise, weights(t, hyper))]
         # Those of a tensor that is sharded over ranks are gathered.
         gathered = [getattr(number, "full_tensor", lambda number=number: number)() for number in numbers]
-        return torch.stack([torch.full_like(gathered[0], m.numel()), *gathered])
+        sums: Tensor = torch.stack([torch.full_like(gathered[0], m.numel()), *gathered])
+        return sums.mul(count / m.numel())
 
     def _correct(self, i: int, measured: float, ratio: float) -> Reading:
         group = self.optimizer.param_groups[i]
@@ -260,6 +270,14 @@ class SoftnessController:
         if change != 0:
             group["softness"] = max(self.bounds[0], min(self.bounds[1], softness * math.exp(change)))
         return Reading(i, measured, ratio, group["softness"], held)
+
+
+def _stride(count: int) -> int:
+    """Return the distance at which to sample: without a common divisor, so that all rows and columns are met alike."""
+    stride = max(1, count // SAMPLE)
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride
 
 
 def _logit(share: float) -> float:

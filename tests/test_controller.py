@@ -262,6 +262,25 @@ def test_nothing_is_read_back_between_corrections(monkeypatch):
     assert len(calls) == 2
 
 
+def test_large_tensors_are_sampled():
+    """They weigh as much as if all of their scalars had been looked at."""
+    optimizer = optimizer_of([(500, 400), (100, 200)])
+    controller = SoftnessController(optimizer, mean_q=0.5, rate=1e-12)
+    run(optimizer, [0.2, 2.0], 50)
+    assert controller.readings[0].measured == pytest.approx(optimizer.get_mask_stats()["mean_q"], rel=0.01)
+    # The squared means 0.04 and 4 and the variance 1, weighted by the numbers of scalars.
+    assert controller.readings[0].snr == pytest.approx((0.04 * 10 + 4) / 11, rel=0.05)
+    # A quarter in columns, which counting through must not hit or miss as a whole.
+    p = nn.Parameter(torch.zeros(512, 512))
+    optimizer = PRM([p])
+    controller = SoftnessController(optimizer, mean_q=0.5, every=1, rate=1e-12)
+    for _ in range(30):
+        p.grad = torch.randn(512, 512)
+        p.grad[:, ::4] += 10
+        optimizer.step()
+    assert controller.readings[0].measured == pytest.approx(optimizer.get_mask_stats()["mean_q"], rel=0.05)
+
+
 def test_removed_it_does_nothing():
     optimizer = optimizer_of()
     controller = SoftnessController(optimizer, mean_q=0.2, every=1)
