@@ -1,4 +1,4 @@
-"""The variance of an accumulated gradient, from the micro-batches that it was accumulated over."""
+"""The variance of an accumulated gradient, from the microbatches that it was accumulated over."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Microbatches(Source):
 
         z = K / (K - 1) * sum_k (a_k - mean(a))**2
 
-    which is unbiased for the variance of `p.grad` where the micro-batches are independent and of equal size. It does
+    which is unbiased for the variance of `p.grad` where the microbatches are independent and weigh the same. It does
     not matter whether the loss was divided by K: `z` is on the scale of `p.grad` as it is. The sum of squares grows as
     each gradient arrives (Welford's method, with the mean read off `p.grad`), in float32 or wider: one buffer of the
     parameters' size, from the second backward pass on until the step, and no further pass.
@@ -65,7 +65,7 @@ class Microbatches(Source):
     >>> optimizer = PRM(model.parameters(), variance="given")
     >>> source = Microbatches(optimizer)
     >>> for _ in range(3):
-    ...     for x in torch.randn(8, 16, 4):  # 8 micro-batches of 16 examples
+    ...     for x in torch.randn(8, 16, 4):  # 8 microbatches of 16 examples
     ...         (model(x).square().mean() / 8).backward()
     ...     optimizer.step()
     ...     optimizer.zero_grad()
@@ -94,11 +94,11 @@ class Microbatches(Source):
         new, total = as_real(grad.resolve_conj()), as_real(gradient(record))
         dtype = compute_dtype(new, total)
         deviation = torch.sub(new.to(dtype), total.to(dtype), alpha=1 / k)  # from the mean of those before
-        if record.variance is None:
-            # The first k were all alike as far as is known: k is 1.
-            record.variance = deviation.square_().mul_(k / (k + 1))
+        # Welford's sum of squares grows by deviation**2 * k / (k + 1). Twice that is kept, which begins without a factor.
+        if record.variance is None:  # k is 1
+            record.variance = deviation.square_()
         else:
-            record.variance.addcmul_(deviation, deviation, value=k / (k + 1))
+            record.variance.addcmul_(deviation, deviation, value=2 * k / (k + 1))
 
     def _begin_pass(self) -> None:
         self._nested = self._nested or _within_another_pass()
@@ -110,7 +110,7 @@ class Microbatches(Source):
         variances: list[Tensor] = []
         for record, factor in zip(records, factors):
             variance = zeros_for(record) if record.variance is None else record.variance
-            variance.mul_(factor * (passes / (passes - 1)))
+            variance.mul_(factor * (0.5 * passes / (passes - 1)))
             if 0 < record.count < passes:  # in the other passes it was zero
                 grad = as_real(gradient(record)).to(variance.dtype)
                 variance.addcmul_(grad, grad, value=(passes - record.count) / (record.count * (passes - 1)))

@@ -20,7 +20,7 @@ class Ranks(Source):
 
         z = (mean_r(g_r**2) - p.grad**2) / (R - 1)
 
-    which is unbiased for the variance of `p.grad` where the ranks' batches are independent and of equal size. A
+    which is unbiased for the variance of `p.grad` where the ranks' batches are independent and weigh the same. A
     communication hook starts, for every bucket, one more reduction beside that of the gradients: of the squares, in
     float32 or wider, which is the one buffer of the parameters' size that this keeps until the step.
 
@@ -49,8 +49,8 @@ class Ranks(Source):
 
     Notes
     -----
-    The difference of squares loses the noise below about `1e-7 * R` of the squared mean (`0.01 * R` where the gradients
-    themselves are averaged in bfloat16), where every mask is open anyway.
+    The difference of squares loses the noise below about `1e-7` of the squared mean, or 0.4% of it where the gradients
+    themselves are averaged in bfloat16; there every mask is open anyway.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The variance from micro-batches: its formula, that it is unbiased, and that drift is no part of it."""
+"""The variance from microbatches: its formula, that it is unbiased, and that drift is no part of it."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Variances over ranks, and of micro-batches on several ranks: three gloo processes with real DistributedDataParallel.
+"""Variances over ranks, and of microbatches on several ranks: three gloo processes with real DistributedDataParallel.
 
 One group of processes runs all the checks, as starting them takes most of the time.
 """
