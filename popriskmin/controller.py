@@ -15,7 +15,7 @@ from popriskmin.lists import are_plain
 from popriskmin.mask import Hyperparameters, corrections, evaluate, signal_and_noise
 from popriskmin.noise import enough_steps, mean_and_variance, weights
 from popriskmin.optimizer import PRM
-from popriskmin.stats import _to_host as to_host
+from popriskmin.stats import to_host
 
 # The share of the way, in the logarithm of the softness, that is taken towards where the target is expected.
 GAIN = 0.5

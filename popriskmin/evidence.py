@@ -12,8 +12,7 @@ from torch import Tensor
 from popriskmin.mask import Hyperparameters, corrections, evaluate, signal_and_noise
 from popriskmin.noise import first_step, mean_and_variance, weights
 from popriskmin.optimizer import PRM
-from popriskmin.stats import _to_host as to_host
-from popriskmin.stats import parameter_names
+from popriskmin.stats import parameter_names, to_host
 
 # A mean gradient so much smaller than its noise (both squared) is that of one which has been 0 for some 100 steps.
 SILENT = 1e-9

@@ -10,7 +10,7 @@ import time
 SHARE = 0.03
 
 # Samples that are timed before it is decided; the first of them warms up.
-TIMED = 4
+TIMED = 6
 
 
 class Pace:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from popriskmin.adam_variance import Variances
 from popriskmin.mask import boundary_coefficient
 from popriskmin.optimizer import PRM
 from popriskmin.pace import Pace
@@ -81,10 +82,10 @@ class RiskMonitor:
     Parameters
     ----------
     optimizer
-        `PRM`, `torch.optim.AdamW` or `torch.optim.Adam`. The last two keep no variance, so there the
-        monitor takes it from the gradient of the sampled step; it keeps no tensors of its own.
+        `PRM`, `torch.optim.AdamW` or `torch.optim.Adam`. For the last two, which keep no variance, the
+        monitor keeps one, a tensor per parameter, and feeds it at the sampled steps; for PRM it keeps nothing.
     every
-        Steps from one sample to the next. None begins with 8 and measures for 32 steps how long a step takes and how
+        Steps from one sample to the next. None begins with 8 and measures for 48 steps how long a step takes and how
         long a sample; then it is the power of two that keeps samples under 3% of the time. That depends on the
         machine: give a number where a run must give the same numbers twice.
     n_dataset, batch_size
@@ -173,6 +174,7 @@ class RiskMonitor:
         self._counts = (batch_size, n_dataset)
         self.unfitted = unfitted
         self.replacement = replacement
+        self._variances = Variances()
         self._steps = 0
         self._waiting: list[tuple[int, Tensor]] = []
         self._samples: list[Sample] = []
@@ -198,9 +200,11 @@ class RiskMonitor:
         gathered: Tensor | None = None
         for group in self.optimizer.param_groups:
             hyper = hyperparameters(self.optimizer, group)
+            if not isinstance(self.optimizer, PRM):
+                self._variances.update(group["params"], self.optimizer, hyper, self._steps)
             a, added = self._reuse(group)
-            for entry in moments(group["params"], self.optimizer, hyper):
-                fall, influence = fall_and_influence(entry, self.optimizer, hyper).unbind()
+            for entry in moments(group["params"], self.optimizer, hyper, self._variances.tensors):
+                fall, influence = fall_and_influence(entry, hyper).unbind()
                 terms = torch.stack([fall + influence * added, influence * a])
                 gathered = terms if gathered is None else gathered + terms.to(gathered.device)
         if gathered is not None:
@@ -293,6 +297,7 @@ class RiskMonitor:
             "format": STATE_FORMAT,
             "steps": self._steps,
             "every": self.every,
+            "variances": self._variances.state(self.optimizer),
             "samples": torch.tensor(self._samples, dtype=torch.float64).reshape(-1, len(Sample._fields)),
         }
 
@@ -302,9 +307,9 @@ class RiskMonitor:
         Raises
         ------
         ValueError
-            For something that is no state of a RiskMonitor, or of a newer version.
+            For something that is no state of a RiskMonitor, of a newer version, or of other parameters.
         """
-        missing = {"format", "steps", "every", "samples"} - set(state_dict)
+        missing = {"format", "steps", "every", "samples", "variances"} - set(state_dict)
         if missing:
             raise ValueError(f"not the state of a RiskMonitor: it lacks {', '.join(sorted(missing))}")
         if state_dict["format"] > STATE_FORMAT:
@@ -312,6 +317,7 @@ class RiskMonitor:
                 f"the state of a RiskMonitor has format {state_dict['format']}, and this version of popriskmin reads "
                 f"formats up to {STATE_FORMAT}; a newer version can load it"
             )
+        self._variances.load(state_dict["variances"], self.optimizer)
         self._steps = int(state_dict["steps"])
         self.every, self._pace = int(state_dict["every"]), None
         self._waiting = []

@@ -23,9 +23,9 @@ from popriskmin.optimizer import PRM
 # Tensors of one group are joined up to so many scalars: on small ones an operation's start costs more than its work.
 JOINED = 1 << 16
 
-# Adam's step is PRM's without a mask.
+# Adam's step is PRM's without a mask; with `rho` 0 and a variance that is given, nothing is divided out of it.
 _ADAM: dict[str, Any] = {
-    "rho": 0.99,
+    "rho": 0.0,
     "mask_eps": 0.0,
     "softness": 1.0,
     "coefficient": 1.0,
@@ -36,7 +36,7 @@ _ADAM: dict[str, Any] = {
     "debias": False,
     "mask_decay": False,
     "min_q": 0.0,
-    "variance": "streaming",
+    "variance": "given",
 }
 
 
@@ -46,7 +46,7 @@ class Moments(NamedTuple):
     param: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    noise: Tensor  # what tells of the gradient's variance: PRM's `s`, and of Adam, which has none, the last gradient
+    exp_avg_var: Tensor
     t: Any
 
 
@@ -69,14 +69,17 @@ def hyperparameters(optimizer: Optimizer, group: Mapping[str, Any]) -> Hyperpara
     )
 
 
-def moments(params: list[Tensor], optimizer: Optimizer, hyper: Hyperparameters) -> Iterator[Moments]:
+def moments(
+    params: list[Tensor], optimizer: Optimizer, hyper: Hyperparameters, variances: Mapping[Tensor, Tensor]
+) -> Iterator[Moments]:
     """Yield what is to be read of these parameters of one group, small ones joined.
 
-    Those are left out that have not taken two steps, or, under Adam, have no gradient now.
+    Those are left out that have not taken two steps. `variances` holds that of each parameter's gradient for Adam and
+    AdamW; PRM has its own.
     """
     waiting: dict[Any, list[Moments]] = {}
     for param in params:
-        entry = read(param, optimizer, hyper)
+        entry = read(param, optimizer, hyper, variances.get(param))
         if entry is None:
             continue
         # Where steps are counted on the device they are not compared, which would need them on the host.
@@ -92,7 +95,7 @@ def moments(params: list[Tensor], optimizer: Optimizer, hyper: Hyperparameters) 
         yield _join(entries)
 
 
-def read(param: Tensor, optimizer: Optimizer, hyper: Hyperparameters) -> Moments | None:
+def read(param: Tensor, optimizer: Optimizer, hyper: Hyperparameters, variance: Tensor | None = None) -> Moments | None:
     """Return what is to be read of one parameter, or None where it has not taken two steps yet.
 
     The first step has no mean before it, from which the gradient could deviate.
@@ -102,14 +105,14 @@ def read(param: Tensor, optimizer: Optimizer, hyper: Hyperparameters) -> Moments
         return None
     step = state["step"]
     t = step if isinstance(step, Tensor) and step.device.type != "cpu" else int(step)
-    noise = state["exp_avg_var"] if isinstance(optimizer, PRM) else param.grad
-    if noise is None or (isinstance(t, int) and t < 2):
+    variance = state["exp_avg_var"] if isinstance(optimizer, PRM) else variance
+    if variance is None or (isinstance(t, int) and t < 2):
         return None
     second = state["max_exp_avg_sq" if hyper.amsgrad else "exp_avg_sq"]
-    held = [as_real(tensor.detach()) for tensor in (param, state["exp_avg"], second, noise)]
+    held = [as_real(tensor.detach()) for tensor in (param, state["exp_avg"], second, variance)]
     dtype = compute_dtype(*held)
-    w, m, v, last = (tensor.to(dtype) for tensor in held)
-    return Moments(w, m, v, last, t.to(dtype) if isinstance(t, Tensor) else t)
+    w, m, v, s = (tensor.to(dtype) for tensor in held)
+    return Moments(w, m, v, s, t.to(dtype) if isinstance(t, Tensor) else t)
 
 
 def _join(entries: list[Moments]) -> Moments:
@@ -119,7 +122,7 @@ def _join(entries: list[Moments]) -> Moments:
     return Moments(w, m, v, s, entries[0].t)
 
 
-def fall_and_influence(entry: Moments, optimizer: Optimizer, hyper: Hyperparameters) -> Tensor:
+def fall_and_influence(entry: Moments, hyper: Hyperparameters) -> Tensor:
     """Return the expected fall of the risk in the last step, and the batch's influence on its own examples.
 
     Returns
@@ -136,10 +139,8 @@ def fall_and_influence(entry: Moments, optimizer: Optimizer, hyper: Hyperparamet
     # Without bias correction the step takes a mean that is too small, and so is its variance.
     shrunk = corrections(t, hyper._replace(bias_correction=True)).bias1 / c.bias1
     rate = hyper.lr / ((v / c.bias2).sqrt() + hyper.eps)
-    masked = isinstance(optimizer, PRM)
-    z = streamed_variance(entry, hyper) if masked else squared_deviation(entry, hyper)
-    q, slope = mask_and_slope(entry, hyper) if masked else (1.0, 1.0)
-    influence = rate * slope * z
+    q, slope = mask_and_slope(entry, hyper) if hyper.mask != "none" else (1.0, 1.0)
+    influence = rate * slope * gradient_variance(entry, hyper)
     # With coupled decay the mean is that of the loss and its penalty together, and only the loss counts.
     of_loss = mean if hyper.decoupled_weight_decay else mean - hyper.weight_decay * w
     fall = rate * q * mean * of_loss - influence * (variance_of_mean(hyper.beta1, t) * shrunk**2)
@@ -174,29 +175,14 @@ def same_pass(beta1: float, pass_steps: float) -> float:
     return weights * math.fsum(beta1**d * (1 - d / pass_steps) for d in range(1, farthest))
 
 
-def streamed_variance(entry: Moments, hyper: Hyperparameters) -> Tensor:
-    """Return the minibatch gradient's variance from PRM's `s`, of its shape."""
+def gradient_variance(entry: Moments, hyper: Hyperparameters) -> Tensor:
+    """Return the minibatch gradient's variance from `s`, of its shape."""
     divisor = corrections(entry.t, hyper._replace(bias_correction=True)).bias_var
     if not (hyper.given or hyper.debias):
         # Deviations from a mean have the mean's variance too.
         divisor = divisor * (1 + variance_of_mean(hyper.beta1, entry.t - 1))
-    variance: Tensor = entry.noise / divisor
+    variance: Tensor = entry.exp_avg_var / divisor
     return variance
-
-
-def squared_deviation(entry: Moments, hyper: Hyperparameters) -> Tensor:
-    """Return the minibatch gradient's variance from the last gradient alone, unbiased where the mean stands still.
-
-    The square of its deviation from the mean before it, less that mean's own variance.
-    """
-    g = -entry.noise if hyper.maximize else entry.noise
-    if not hyper.decoupled_weight_decay:
-        g = g + hyper.weight_decay * entry.param
-    # The mean before is not kept, but m = beta1 * m_before + (1 - beta1) * g.
-    before = corrections(entry.t - 1, hyper).bias1 * hyper.beta1
-    deviation: Tensor = g * (1 + (1 - hyper.beta1) / before) - entry.exp_avg / before
-    squared: Tensor = deviation.square() / (1 + variance_of_mean(hyper.beta1, entry.t - 1))
-    return squared
 
 
 def mask_and_slope(entry: Moments, hyper: Hyperparameters) -> tuple[Tensor, Tensor]:
@@ -211,7 +197,7 @@ def mask_and_slope(entry: Moments, hyper: Hyperparameters) -> tuple[Tensor, Tens
         return one, one
     with torch.enable_grad():
         m = entry.exp_avg.detach().requires_grad_()
-        q = evaluate(*signal_and_noise(m, entry.noise, c, hyper), c, hyper)
+        q = evaluate(*signal_and_noise(m, entry.exp_avg_var, c, hyper), c, hyper)
         if not q.requires_grad:
             return q, q
         (dq,) = torch.autograd.grad(q.sum(), m)

@@ -44,7 +44,7 @@ def mask_stats(optimizer: Optimizer, by: str | None = None, applied: Sequence[Hy
             "call it after optimizer.step()"
         )
     # One transfer to the host for each device, not one for each number.
-    sums = _to_host([values for *_, values in measured])
+    sums = to_host([values for *_, values in measured])
     gathered: dict[Any, list[tuple[int, list[float]]]] = {}
     for (group, name, count, weight, _), values in zip(measured, sums):
         key = {None: None, "group": group, "parameter": name}[by]
@@ -105,7 +105,8 @@ def _sums(m: Tensor, s: Tensor, t: float, hyper: Hyperparameters) -> Tensor:
     return torch.stack([getattr(number, "full_tensor", lambda number=number: number)() for number in numbers])
 
 
-def _to_host(values: list[Tensor]) -> list[list[float]]:
+def to_host(values: list[Tensor]) -> list[list[float]]:
+    """Return small tensors of one shape as lists of numbers, with one transfer for each device."""
     by_device: dict[torch.device, list[int]] = {}
     for i, value in enumerate(values):
         by_device.setdefault(value.device, []).append(i)

@@ -7,7 +7,7 @@ import torch
 from conftest import TORCH
 from torch import nn
 
-from popriskmin import PRM
+from popriskmin import PRM, RiskMonitor
 
 pytestmark = pytest.mark.skipif(TORCH < (2, 6), reason="fully_shard is public since torch 2.6")
 
@@ -18,6 +18,8 @@ OPTIONS = [
     {"mask": "soft", "reduction": "per_tensor", "foreach": False, "debias": True},
     {"mask": "soft", "debias": True, "mask_decay": True, "amsgrad": True},
     {"reduction": "per_tensor", "capturable": True},
+    {"variance": "given", "min_q": 0.1},
+    {"variance": "given", "mask": "soft", "reduction": "per_tensor"},
     {"reduction": "per_tensor", "state_dtype": torch.bfloat16},
 ]
 
@@ -28,13 +30,16 @@ def _train(shard, options):
     model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
     shard(model)
     optimizer = PRM(model.named_parameters(), lr=0.05, weight_decay=0.1, **options)
+    monitor = RiskMonitor(optimizer, every=1, n_dataset=40, batch_size=16)
     x, y = torch.randn(6, 16, 7), torch.randn(6, 16, 3)
     for step in range(6):
         optimizer.zero_grad()
         (model(x[step]) - y[step]).square().mean().backward()
+        if options.get("variance") == "given":
+            optimizer.set_variances({p: 0.5 * p.grad.square() for p in model.parameters()})
         optimizer.step()
     weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
-    return [w.detach().clone() for w in weights], optimizer.get_mask_stats(by="parameter")
+    return [w.detach().clone() for w in weights], optimizer.get_mask_stats(by="parameter"), monitor.estimate()
 
 
 def _rank(rank, rendezvous, failures):
@@ -47,14 +52,15 @@ def _rank(rank, rendezvous, failures):
     try:
         mesh = init_device_mesh("cpu", (2,))
         for options in OPTIONS:
-            weights, stats = _train(lambda model: fully_shard(model, mesh=mesh), options)
-            expected_weights, expected_stats = _train(lambda model: None, options)
+            weights, stats, estimate = _train(lambda model: fully_shard(model, mesh=mesh), options)
+            expected_weights, expected_stats, expected_estimate = _train(lambda model: None, options)
             for got, expected in zip(weights, expected_weights):
                 # Stored in bfloat16, the state is rounded by each element's place, which sharding changes.
                 narrow = options.get("state_dtype") == torch.bfloat16
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=5e-3 if narrow else 1e-6)
             for name, row in expected_stats.items():
                 assert stats[name] == pytest.approx(row, rel=0.05 if narrow else 1e-4, abs=1e-6), (options, name)
+            assert estimate == pytest.approx(expected_estimate, rel=0.05 if narrow else 1e-3, abs=1e-6), options
     except BaseException as error:
         failures.put(f"rank {rank}: {error!r}")
         raise

@@ -37,7 +37,7 @@ def test_stop_without_validation(monkeypatch, capsys):
     """One seed of the five of the docs: the monitor alone stops it, within 1 point of its best epoch."""
     run(monkeypatch, "examples/stop_without_validation.py", "--seeds", "1", "--epochs", "30")
     lines = capsys.readouterr().out.splitlines()
-    seed, stopped, at_stop, best_epoch, best, last = lines[2].split()
+    _, stopped, at_stop, best_epoch, best, last = lines[2].split()
     assert 5 < int(stopped) < 30
     assert 1 <= int(best_epoch) <= 30
     assert float(last) <= float(best)

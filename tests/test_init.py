@@ -24,7 +24,7 @@ FLOORS = [
     ["options"],
     ["base"],
     ["optimizer"],
-    ["risk_terms"],
+    ["risk_terms", "adam_variance"],
     ["risk"],
     ["variance.source"],
     ["variance.microbatches", "variance.ranks", "variance.examples"],

@@ -146,7 +146,7 @@ def test_going_on_from_a_checkpoint_is_the_uninterrupted_run(name):
 def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_lost():
     line = Line().train(20)
     before = line.monitor.estimate()
-    with pytest.raises(ValueError, match="it lacks every, format, samples, steps"):
+    with pytest.raises(ValueError, match="it lacks every, format, samples, steps, variances"):
         line.monitor.load_state_dict({})
     with pytest.raises(ValueError, match=r"format 99.*up to 1"):
         line.monitor.load_state_dict({**line.monitor.state_dict(), "format": 99})

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from popriskmin import PRM
+from popriskmin.adam_variance import Variances
 from popriskmin.mask import variance_of_mean
 from popriskmin.risk_terms import (
     fall_and_influence,
@@ -29,12 +30,15 @@ ADAMS = [
 
 
 def sums_of(optimizer):
-    """Return fall and influence of the last step, over all groups."""
+    """Return fall and influence of the last step, over all groups; Adam's variance is that of the last gradient."""
     total = torch.zeros(2, dtype=torch.float64)
     for group in optimizer.param_groups:
         hyper = hyperparameters(optimizer, group)
-        for entry in moments(group["params"], optimizer, hyper):
-            total += fall_and_influence(entry, optimizer, hyper)
+        kept = Variances()
+        if not isinstance(optimizer, PRM):
+            kept.update(group["params"], optimizer, hyper, step=1)
+        for entry in moments(group["params"], optimizer, hyper, kept.tensors):
+            total += fall_and_influence(entry, hyper)
     return total
 
 
@@ -221,7 +225,7 @@ def test_the_first_step_is_left_out():
     w = torch.ones(3, requires_grad=True)
     for optimizer in (PRM([w]), torch.optim.AdamW([w])):
         train(optimizer, [w], [[torch.ones(3)]])
-        assert list(moments([w], optimizer, hyperparameters(optimizer, optimizer.param_groups[0]))) == []
+        assert list(moments([w], optimizer, hyperparameters(optimizer, optimizer.param_groups[0]), {})) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex64, torch.float64])

@@ -94,7 +94,7 @@ class Microbatches(Source):
         new, total = as_real(grad.resolve_conj()), as_real(gradient(record))
         dtype = compute_dtype(new, total)
         deviation = torch.sub(new.to(dtype), total.to(dtype), alpha=1 / k)  # from the mean of those before
-        # Welford's sum of squares grows by deviation**2 * k / (k + 1). Twice that is kept, which begins without a factor.
+        # Welford's sum of squares grows by deviation**2 * k / (k + 1). Twice that is kept: it begins without a factor.
         if record.variance is None:  # k is 1
             record.variance = deviation.square_()
         else:

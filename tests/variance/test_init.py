@@ -1,5 +1,6 @@
 """The public names of `popriskmin.variance`, its page of the documentation and its benchmark."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -32,7 +33,8 @@ def test_the_page():
 def test_the_page_on_two_ranks(tmp_path):
     (tmp_path / "train.py").write_text(next(block for block in BLOCKS if block.startswith("# train.py")))
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # whether installed or not
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
