@@ -64,7 +64,7 @@ def observe(name: str, optimizer_name: str, seed: int) -> dict[str, Any]:
         "ends": ends,
         "held_out": held_out,
         "overfitting": overfitting,
-        "samples": [list(sample) for sample in monitor.samples],
+        "samples": [[sample.step, *(float(f"{x:.6g}") for x in sample[1:])] for sample in monitor.samples],
     }
 
 
@@ -156,7 +156,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             ax.set_ylim(low - 0.5 * (high - low), high + 0.3 * (high - low))
             ax.set_title(f"{name}, {optimizer}", fontsize=9)
             ax.tick_params(labelsize=8)
-    axes[0][0].legend(fontsize=8, frameon=False)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9, frameon=False)
     for ax in axes[-1]:
         ax.set_xlabel("step", fontsize=8)
     figure.savefig(path, dpi=110)
@@ -180,6 +181,9 @@ def main() -> None:
                 if any((s["run"], s["optimizer"], s["seed"]) == (name, optimizer, seed) for s in results):
                     continue
                 results.append(observe(name, optimizer, seed))
+                results.sort(
+                    key=lambda s: (list(RUNS).index(s["run"]), list(OPTIMIZERS).index(s["optimizer"]), s["seed"])
+                )
                 partial = path.with_suffix(".partial")
                 partial.write_text("[\n" + ",\n".join(json.dumps(seen) for seen in results) + "\n]\n")
                 partial.replace(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -43,7 +44,7 @@ class Variances:
                 continue
             else:
                 t = int(t)
-            g, m, w = (as_real(tensor.detach()) for tensor in (param.grad, state["exp_avg"], param))
+            g, m, w = (as_real(tensor.detach().resolve_conj()) for tensor in (param.grad, state["exp_avg"], param))
             dtype = compute_dtype(g, m)
             g, m = g.to(dtype), m.to(dtype)
             g = -g if hyper.maximize else g
@@ -53,7 +54,10 @@ class Variances:
             before = corrections(t - 1, hyper).bias1 * hyper.beta1
             deviation = g * (1 + (1 - hyper.beta1) / before) - m / before
             # Deviations from a mean have the mean's variance too.
-            self._add(param, deviation.square() / (1 + variance_of_mean(hyper.beta1, t - 1)), step)
+            squared = deviation.square() / (1 + variance_of_mean(hyper.beta1, t - 1))
+            # A step that a loss scaler leaves out has gradients too, infinite ones.
+            kept = self.tensors.get(param, torch.zeros_like(squared))
+            self._add(param, torch.where(torch.isfinite(squared), squared, kept), step)
 
     def _add(self, param: Tensor, squared: Tensor, step: int) -> None:
         if param not in self.tensors:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +34,13 @@ def bump_versions(tensors: list[Tensor]) -> None:
     else:
         for tensor in tensors:
             tensor.detach().as_strided((0,), (1,)).zero_()  # writing to an empty part of it counts
+
+
+def run_uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function such that torch.compile, where it meets a call of it, calls it as it stands."""
+    dynamo: Any = importlib.import_module("torch._dynamo")  # about a second, which the first step would take anyway
+    disabled: Callable[..., Any] = dynamo.disable(function)
+    return disabled
 
 
 def check_graph_capture(optimizer: Optimizer) -> None:

@@ -51,7 +51,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     eps = float(options["eps"])
     if options["mask_eps"] is None and eps * eps == float("inf"):
         raise ValueError(f"eps must be so small that its square is finite, or mask_eps be given, got eps={eps!r}")
-    _check_counts(options)
+    check_counts(options)
     _check_switches(options)
     known_values = {"mask": MASKS, "boundary": BOUNDARIES, "reduction": REDUCTIONS, "variance": VARIANCES}
     for name, known in known_values.items():
@@ -96,12 +96,13 @@ def _check_switches(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be None, True or False, got {options[name]!r}")
 
 
-def _check_counts(options: Mapping[str, Any]) -> None:
+def check_counts(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a number of steps or of examples that is none."""
     warmup_steps, batch_size, n = (options[name] for name in ("warmup_steps", "batch_size", "n_dataset"))
     if not (isinstance(warmup_steps, Integral) and int(warmup_steps) >= 0):
         raise ValueError(f"warmup_steps must be a whole number >= 0, got {warmup_steps!r}")
     for name, value in (("batch_size", batch_size), ("n_dataset", n)):
-        if value is not None and not (isinstance(value, Integral) and int(value) >= 1):
+        if value is not None and not (isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1):
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
     if batch_size is not None and n is not None and n <= batch_size:
         raise ValueError(f"n_dataset must be larger than batch_size, got n_dataset={n} and batch_size={batch_size}")

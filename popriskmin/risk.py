@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from numbers import Real
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -11,8 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from popriskmin.adam_variance import Variances
+from popriskmin.compat import run_uncompiled
 from popriskmin.mask import boundary_coefficient
 from popriskmin.optimizer import PRM
+from popriskmin.options import check_counts
 from popriskmin.pace import Pace
 from popriskmin.risk_terms import fall_and_influence, hyperparameters, moments, same_pass
 from popriskmin.smoothing import Smoothed
@@ -77,7 +81,7 @@ class RiskMonitor:
     more. Derivation, assumptions, biases and how well it follows the held-out loss: docs/risk.md.
 
     It looks at every `every`-th step through `register_step_post_hook`, changes nothing, and waits for the device only
-    when asked for a result.
+    when asked for a result, and once in 256 samples. A parameter without a gradient has not moved and does not count.
 
     Parameters
     ----------
@@ -89,8 +93,8 @@ class RiskMonitor:
         long a sample; then it is the power of two that keeps samples under 3% of the time. That depends on the
         machine: give a number where a run must give the same numbers twice.
     n_dataset, batch_size
-        Numbers of examples in the data set and in a batch, where the data set is used more than once. Taken from PRM's
-        groups if they have them and nothing is given here.
+        Numbers of examples in the data set and in a step (of all micro-batches and ranks together), where the data set
+        is used more than once. Taken from PRM's groups if they have them and nothing is given here.
     unfitted
         The share of the training set's own noise that has not been fitted yet, in [0, 1]. 1 is right at the beginning,
         and expects the least; what it is later depends on the problem. The default is what fitted the runs of
@@ -100,7 +104,8 @@ class RiskMonitor:
     smoothing
         Steps over which `per_step` is averaged, with exponentially falling weights.
     confidence
-        With which `overfitting` is said, between 0.5 and 1.
+        With which `overfitting` is said at one look, between 0.5 and 1. The default asks for little more than that the
+        smoothed fall be negative: what scatters is much, and waiting for 95% costs more than it saves.
 
     Raises
     ------
@@ -141,7 +146,7 @@ class RiskMonitor:
         unfitted: float = 0.25,
         replacement: bool = False,
         smoothing: int = 50,
-        confidence: float = 0.95,
+        confidence: float = 0.6,
     ) -> None:
         if not isinstance(optimizer, (PRM, torch.optim.Adam, torch.optim.AdamW)):
             raise TypeError(
@@ -151,16 +156,17 @@ class RiskMonitor:
         for name, value in (("every", 1 if every is None else every), ("smoothing", smoothing)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-        if not 0 <= unfitted <= 1:
+        if not (_is_number(unfitted) and 0 <= unfitted <= 1):
             raise ValueError(f"unfitted must be a share from 0 to 1, got {unfitted!r}")
-        if not 0.5 < confidence < 1:
+        if not (_is_number(confidence) and 0.5 < confidence < 1):
             raise ValueError(f"confidence must be between 0.5 and 1, got {confidence!r}")
+        if not isinstance(replacement, bool):
+            raise ValueError(f"replacement must be True or False, got {replacement!r}")
         if (n_dataset is None) != (batch_size is None):
             raise ValueError(
                 f"n_dataset and batch_size are needed together, got n_dataset={n_dataset} and batch_size={batch_size}"
             )
-        if n_dataset is not None:
-            boundary_coefficient("empirical", batch_size, n_dataset)
+        check_counts({"warmup_steps": 0, "batch_size": batch_size, "n_dataset": n_dataset})
         for i, group in enumerate(optimizer.param_groups):
             if group["betas"][0] == 0 and not isinstance(optimizer, PRM):
                 raise ValueError(
@@ -179,7 +185,9 @@ class RiskMonitor:
         self._waiting: list[tuple[int, Tensor]] = []
         self._samples: list[Sample] = []
         self._smoothed = Smoothed(FEWEST_SAMPLES)
-        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self._total = 0.0
+        self._finite = True
+        self._handle = optimizer.register_step_post_hook(run_uncompiled(self._after_step))
 
     def detach(self) -> None:
         """Stop watching; what has been seen stays."""
@@ -217,10 +225,18 @@ class RiskMonitor:
         batch_size, n_dataset = self._counts
         if n_dataset is None:
             batch_size, n_dataset = group.get("batch_size"), group.get("n_dataset")
-        if batch_size is None or n_dataset is None or self._steps * batch_size <= n_dataset:
+        if batch_size is None or n_dataset is None or self._taken(group) * batch_size <= n_dataset:
             return 0.0, 0.0
         a = boundary_coefficient("empirical", batch_size, n_dataset)
         return a, 0.0 if self.replacement else a * same_pass(group["betas"][0], n_dataset / batch_size)
+
+    def _taken(self, group: Mapping[str, Any]) -> int:
+        """Return the steps taken, those before the monitor was attached too where the host knows of them."""
+        steps = (
+            self.optimizer.state[param].get("step", 0) for param in group["params"] if param in self.optimizer.state
+        )
+        known = [int(step) for step in steps if not isinstance(step, Tensor) or step.device.type == "cpu"]
+        return max([self._steps, *known])
 
     def _absorb(self) -> None:
         """Bring the samples that wait on the device to the host, in one transfer."""
@@ -232,14 +248,18 @@ class RiskMonitor:
                 self._add(Sample(step, fresh, influence))
 
     def _add(self, sample: Sample) -> None:
-        before = self._samples[-1].step if self._samples else 0
+        expected = sample.fresh - self.unfitted * sample.influence
+        self._finite = math.isfinite(expected)
+        if not self._finite:
+            return
+        before = self._samples[-1] if self._samples else sample._replace(step=0)
+        gap = sample.step - before.step
+        # Between samples the fall is taken to change evenly.
+        self._total += gap * (expected + before.fresh - self.unfitted * before.influence) / 2
         self._samples.append(sample)
-        self._smoothed.add(
-            (sample.step - before) / self.smoothing,
-            sample.fresh - self.unfitted * sample.influence,
-            sample.fresh,
-            sample.influence,
-        )
+        # Neighbours share gradients: their means have the correlation beta1**gap, the squares of which these are made.
+        correlation = max(group["betas"][0] for group in self.optimizer.param_groups) ** (2 * gap)
+        self._smoothed.add(gap / self.smoothing, correlation, expected, sample.fresh, sample.influence)
 
     @property
     def samples(self) -> list[Sample]:
@@ -256,20 +276,16 @@ class RiskMonitor:
             Before the first sample.
         """
         self._absorb()
-        if not self._samples:
+        if not self._samples and self._finite:
             raise RuntimeError(
                 f"no sample yet: the optimizer has taken {self._steps} steps since the monitor was attached, and every "
                 f"{self.every} of them give one, from the second on"
             )
-        per_step, fresh, influence = self._smoothed.means
-        total, before = 0.0, 0
-        for sample in self._samples:  # each stands for the steps since the one before it
-            total += (sample.step - before) * (sample.fresh - self.unfitted * sample.influence)
-            before = sample.step
+        per_step, fresh, influence = self._smoothed.means if self._finite else [math.nan] * 3
         return RiskEstimate(
             per_step=per_step,
-            total=total,
-            stderr=self._smoothed.stderr,
+            total=self._total if self._finite else math.nan,
+            stderr=self._smoothed.stderr if self._finite else math.nan,
             steps=self._steps,
             fresh=fresh,
             reused=fresh - influence,
@@ -279,11 +295,14 @@ class RiskMonitor:
     def overfitting(self) -> bool:
         """Whether the expected fall, smoothed, is negative with the stated confidence: the risk is rising.
 
-        False before the sixth sample. It can become false again; who stops by it stops the first time it is true.
+        The confidence is that of one look. Where nothing is left to learn the expected fall is 0, and who looks long
+        enough sees it below by chance: without `n_dataset` this says that training has come to rest, not that it does
+        harm. False before the sixth sample, and after a sample that is not finite. It can become false again; who stops
+        by it stops the first time it is true.
         """
         self._absorb()
         smoothed = self._smoothed
-        if smoothed.count < FEWEST_SAMPLES:
+        if smoothed.count < FEWEST_SAMPLES or not self._finite:
             return False
         return smoothed.means[0] + NormalDist().inv_cdf(self.confidence) * smoothed.stderr < 0
 
@@ -297,6 +316,7 @@ class RiskMonitor:
             "format": STATE_FORMAT,
             "steps": self._steps,
             "every": self.every,
+            "pace": self._pace is not None,
             "variances": self._variances.state(self.optimizer),
             "samples": torch.tensor(self._samples, dtype=torch.float64).reshape(-1, len(Sample._fields)),
         }
@@ -309,19 +329,28 @@ class RiskMonitor:
         ValueError
             For something that is no state of a RiskMonitor, of a newer version, or of other parameters.
         """
-        missing = {"format", "steps", "every", "samples", "variances"} - set(state_dict)
+        missing = {"format", "steps", "every", "pace", "samples", "variances"} - set(state_dict)
         if missing:
             raise ValueError(f"not the state of a RiskMonitor: it lacks {', '.join(sorted(missing))}")
-        if state_dict["format"] > STATE_FORMAT:
+        if not isinstance(state_dict["format"], int) or state_dict["format"] > STATE_FORMAT:
             raise ValueError(
                 f"the state of a RiskMonitor has format {state_dict['format']}, and this version of popriskmin reads "
                 f"formats up to {STATE_FORMAT}; a newer version can load it"
             )
+        for name in ("steps", "every"):
+            if not isinstance(state_dict[name], int) or state_dict[name] < (name == "every"):
+                raise ValueError(f"not the state of a RiskMonitor: {name} is {state_dict[name]!r}")
+        rows = state_dict["samples"]
+        if not isinstance(rows, Tensor) or rows.dim() != 2 or rows.shape[1] != len(Sample._fields):
+            raise ValueError("not the state of a RiskMonitor: samples is no table of three columns")
         self._variances.load(state_dict["variances"], self.optimizer)
-        self._steps = int(state_dict["steps"])
-        self.every, self._pace = int(state_dict["every"]), None
-        self._waiting = []
-        self._samples = []
-        self._smoothed = Smoothed(FEWEST_SAMPLES)
-        for step, fresh, influence in state_dict["samples"].tolist():
+        self._steps = state_dict["steps"]
+        self.every, self._pace = state_dict["every"], Pace() if state_dict["pace"] else None
+        self._waiting, self._samples = [], []
+        self._smoothed, self._total, self._finite = Smoothed(FEWEST_SAMPLES), 0.0, True
+        for step, fresh, influence in rows.tolist():
             self._add(Sample(int(step), fresh, influence))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real)

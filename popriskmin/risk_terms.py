@@ -23,6 +23,9 @@ from popriskmin.optimizer import PRM
 # Tensors of one group are joined up to so many scalars: on small ones an operation's start costs more than its work.
 JOINED = 1 << 16
 
+# Larger ones are read in blocks of so many scalars.
+BLOCK = 1 << 21
+
 # Adam's step is PRM's without a mask; with `rho` 0 and a variance that is given, nothing is divided out of it.
 _ADAM: dict[str, Any] = {
     "rho": 0.0,
@@ -74,7 +77,8 @@ def moments(
 ) -> Iterator[Moments]:
     """Yield what is to be read of these parameters of one group, small ones joined.
 
-    Those are left out that have not taken two steps. `variances` holds that of each parameter's gradient for Adam and
+    Those are left out that did not move in this step, or have not taken two. Large tensors come in blocks, so that
+    temporaries stay small. `variances` holds that of each parameter's gradient for Adam and
     AdamW; PRM has its own.
     """
     waiting: dict[Any, list[Moments]] = {}
@@ -85,7 +89,7 @@ def moments(
         # Where steps are counted on the device they are not compared, which would need them on the host.
         alone = hyper.reduction == "per_tensor" or entry.param.numel() >= JOINED or isinstance(entry.t, Tensor)
         if alone or type(param) not in PLAIN:
-            yield entry
+            yield from _blocks(entry) if hyper.reduction == "per_param" and type(param) in PLAIN else [entry]
             continue
         key = (entry.t, entry.param.dtype, entry.param.device)
         waiting.setdefault(key, []).append(entry)
@@ -96,12 +100,12 @@ def moments(
 
 
 def read(param: Tensor, optimizer: Optimizer, hyper: Hyperparameters, variance: Tensor | None = None) -> Moments | None:
-    """Return what is to be read of one parameter, or None where it has not taken two steps yet.
+    """Return what is to be read of one parameter, or None where it has not moved now, or has not taken two steps yet.
 
     The first step has no mean before it, from which the gradient could deviate.
     """
     state = optimizer.state.get(param)
-    if not state or param.numel() == 0:
+    if not state or param.numel() == 0 or param.grad is None:
         return None
     step = state["step"]
     t = step if isinstance(step, Tensor) and step.device.type != "cpu" else int(step)
@@ -113,6 +117,12 @@ def read(param: Tensor, optimizer: Optimizer, hyper: Hyperparameters, variance: 
     dtype = compute_dtype(*held)
     w, m, v, s = (tensor.to(dtype) for tensor in held)
     return Moments(w, m, v, s, t.to(dtype) if isinstance(t, Tensor) else t)
+
+
+def _blocks(entry: Moments) -> Iterator[Moments]:
+    w, m, v, s = (torch.split(tensor.flatten(), BLOCK) for tensor in entry[:4])
+    for parts in zip(w, m, v, s):
+        yield Moments(*parts, entry.t)
 
 
 def _join(entries: list[Moments]) -> Moments:
@@ -131,21 +141,27 @@ def fall_and_influence(entry: Moments, hyper: Hyperparameters) -> Tensor:
         Of shape (2,), in units of the loss, float64 where the device has it. First, the sum over scalars of
         `rate * (q * m^**2 - k * z * slope)`, where `rate = lr / (sqrt(v^) + eps)` and `slope` is the derivative of
         `q * m^` with respect to `m^`, 1 where there is no mask; and what the decay of the weights adds. Second, the
-        sum of `rate * z * slope`.
+        sum of `rate * z * slope`, with the decay's part in it where that is masked.
     """
     w, m, v, _, t = entry
     c = corrections(t, hyper)
     mean = m / c.bias1
     # Without bias correction the step takes a mean that is too small, and so is its variance.
     shrunk = corrections(t, hyper._replace(bias_correction=True)).bias1 / c.bias1
+    k = variance_of_mean(hyper.beta1, t) * shrunk**2
     rate = hyper.lr / ((v / c.bias2).sqrt() + hyper.eps)
-    q, slope = mask_and_slope(entry, hyper) if hyper.mask != "none" else (1.0, 1.0)
-    influence = rate * slope * gradient_variance(entry, hyper)
+    q, dq = mask_and_derivative(entry, hyper)
+    z = gradient_variance(entry, hyper)
+    influence = rate * (q + mean * dq) * z
     # With coupled decay the mean is that of the loss and its penalty together, and only the loss counts.
     of_loss = mean if hyper.decoupled_weight_decay else mean - hyper.weight_decay * w
-    fall = rate * q * mean * of_loss - influence * (variance_of_mean(hyper.beta1, t) * shrunk**2)
+    fall = rate * q * mean * of_loss
     if hyper.decoupled_weight_decay and hyper.weight_decay != 0:
-        fall = fall + hyper.lr * hyper.weight_decay * (q if hyper.mask_decay else 1.0) * w * mean
+        decay = hyper.lr * hyper.weight_decay * w
+        fall = fall + decay * mean * (q if hyper.mask_decay else 1.0)
+        if hyper.mask_decay:  # the mask that multiplies it depends on the noise too
+            influence = influence + decay * dq * z
+    fall = fall - k * influence
     wide = torch.float32 if m.device.type == "mps" else torch.float64
     return torch.stack([total(fall.sum(dtype=wide)), total(influence.sum(dtype=wide))])
 
@@ -185,20 +201,19 @@ def gradient_variance(entry: Moments, hyper: Hyperparameters) -> Tensor:
     return variance
 
 
-def mask_and_slope(entry: Moments, hyper: Hyperparameters) -> tuple[Tensor, Tensor]:
-    """Return `q` and the derivative of `q * m^` with respect to `m^`, both of the shape of `m` or shape ().
+def mask_and_derivative(entry: Moments, hyper: Hyperparameters) -> tuple[Any, Any]:
+    """Return `q`, of the shape of `m` or of shape (), and its derivative with respect to `m^`; numbers without a mask.
 
     The mask depends on the very noise that it judges: where `m` is large by chance, so is `q`. The derivative says by
-    how much. A hard mask has none at its step; its slope is taken for `q`.
+    how much. A hard mask has none at its step; 0 stands for it.
     """
     c = corrections(entry.t, hyper)
     if hyper.mask == "none":
-        one = torch.ones((), dtype=entry.exp_avg.dtype, device=entry.exp_avg.device)
-        return one, one
+        return 1.0, 0.0
     with torch.enable_grad():
         m = entry.exp_avg.detach().requires_grad_()
         q = evaluate(*signal_and_noise(m, entry.exp_avg_var, c, hyper), c, hyper)
         if not q.requires_grad:
-            return q, q
+            return q, 0.0
         (dq,) = torch.autograd.grad(q.sum(), m)
-    return q.detach(), q.detach() + m.detach() * dq
+    return q.detach(), dq * c.bias1

@@ -8,7 +8,9 @@ import math
 class Smoothed:
     """Exponentially weighted means of several series, and the standard error of the first.
 
-    The scatter of a sample is taken from the differences of neighbours, which a slow trend leaves alone.
+    The scatter of a sample is taken from the differences of neighbours, which a slow trend leaves alone. Where
+    neighbours are alike, those differences are too small and the samples tell less than their number says: with the
+    correlation `r`, both together make the standard error `sqrt(1 + r) / (1 - r)` times as large.
 
     Parameters
     ----------
@@ -26,12 +28,23 @@ class Smoothed:
         self._squares = 0.0
         self._squares_weight = 0.0
 
-    def add(self, age: float, *values: float) -> None:
-        """Take in the next sample of each series; `age` is the time since the one before, in units of the horizon."""
+    def add(self, age: float, correlation: float, *values: float) -> None:
+        """Take in the next sample of each series.
+
+        Parameters
+        ----------
+        age
+            The time since the sample before, in units of the horizon.
+        correlation
+            With the sample before, in [0, 1).
+        values
+            One for each series.
+        """
         kept = max(math.exp(-age), self._most_forgotten)
         if self.count:
             # Half the square of a difference has one sample's variance.
-            self._squares = kept * self._squares + (values[0] - self._last) ** 2 / 2
+            inflation = (1 + correlation) / (1 - correlation) ** 2
+            self._squares = kept * self._squares + inflation * (values[0] - self._last) ** 2 / 2
             self._squares_weight = kept * self._squares_weight + 1
         else:
             self._sums = [0.0] * len(values)

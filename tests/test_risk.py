@@ -2,10 +2,12 @@
 
 import copy
 import io
+import itertools
 import math
 
 import pytest
 import torch
+from conftest import TORCH
 from torch import nn
 
 from popriskmin import PRM
@@ -116,7 +118,9 @@ def test_samples_are_kept_and_add_up_to_the_total():
     samples = line.monitor.samples
     assert [sample.step for sample in samples] == [5, 10, 15, 20]
     assert isinstance(samples[0], Sample)
-    assert line.monitor.estimate().total == pytest.approx(5 * sum(sample.fresh for sample in samples))
+    fresh = [samples[0].fresh, *(sample.fresh for sample in samples)]
+    trapezoid = sum(5 * (a + b) / 2 for a, b in itertools.pairwise(fresh))
+    assert line.monitor.estimate().total == pytest.approx(trapezoid)
 
 
 def test_many_samples_do_not_pile_up_on_the_device():
@@ -146,10 +150,17 @@ def test_going_on_from_a_checkpoint_is_the_uninterrupted_run(name):
 def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_lost():
     line = Line().train(20)
     before = line.monitor.estimate()
-    with pytest.raises(ValueError, match="it lacks every, format, samples, steps, variances"):
+    with pytest.raises(ValueError, match="it lacks every, format, pace, samples, steps, variances"):
         line.monitor.load_state_dict({})
     with pytest.raises(ValueError, match=r"format 99.*up to 1"):
         line.monitor.load_state_dict({**line.monitor.state_dict(), "format": 99})
+    for part, message in (
+        ({"every": 0}, "every is 0"),
+        ({"samples": torch.ones(3)}, "samples is no table"),
+        ({"format": None}, "format None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            line.monitor.load_state_dict({**line.monitor.state_dict(), **part})
     assert line.monitor.estimate() == before
 
 
@@ -239,7 +250,12 @@ def test_gradients_that_a_scaler_has_scaled():
         ({"every": 2.5}, "every must be a whole number >= 1, got 2.5"),
         ({"smoothing": -1}, "smoothing must be a whole number >= 1, got -1"),
         ({"unfitted": 2}, "unfitted must be a share from 0 to 1, got 2"),
+        ({"unfitted": "a"}, "unfitted must be a share from 0 to 1, got 'a'"),
         ({"confidence": 0.5}, "confidence must be between 0.5 and 1, got 0.5"),
+        ({"confidence": None}, "confidence must be between 0.5 and 1, got None"),
+        ({"replacement": "no"}, "replacement must be True or False, got 'no'"),
+        ({"n_dataset": 100.5, "batch_size": 10}, "n_dataset must be a whole number >= 1, got 100.5"),
+        ({"n_dataset": 100, "batch_size": 0}, "batch_size must be a whole number >= 1, got 0"),
         ({"n_dataset": 100}, "n_dataset and batch_size are needed together, got n_dataset=100 and batch_size=None"),
         ({"n_dataset": 10, "batch_size": 10}, "n_dataset must be larger than batch_size"),
     ],
@@ -263,3 +279,74 @@ def test_a_gradient_that_is_not_finite_is_seen():
     line.optimizer.step()
     assert math.isnan(line.monitor.estimate().per_step)
     assert not line.monitor.overfitting
+
+
+def test_a_step_that_a_loss_scaler_leaves_out_spoils_nothing():
+    """The fused step is called with infinite gradients and leaves the weights alone; hooks run all the same."""
+    if not hasattr(torch.amp, "GradScaler"):
+        pytest.skip("this torch scales gradients on CUDA only")
+    line = Line(lambda params, lr: torch.optim.AdamW(params, lr=lr, fused=True), every=1).train(10)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for factor in (1.0, math.inf, 1.0, 1.0):
+        x = torch.randn(16, 20, generator=line.generator)
+        line.optimizer.zero_grad()
+        scaler.scale(factor * line.model(x).square().mean()).backward()
+        scaler.step(line.optimizer)
+        scaler.update()
+    assert all(torch.isfinite(p).all() for p in line.model.parameters())
+    assert all(map(math.isfinite, line.train(10).monitor.estimate()))
+
+
+@pytest.mark.skipif(TORCH < (2, 4), reason="older dynamos cannot trace an optimizer's hooks around a graph break")
+@pytest.mark.parametrize("name", BUILDS)
+def test_under_a_compiled_step(name):
+    line, plain = Line(BUILDS[name], every=2), Line(BUILDS[name], every=2).train(8)
+    line.optimizer.step = torch.compile(line.optimizer.step, backend="eager")
+    assert line.train(8).monitor.estimate() == pytest.approx(plain.monitor.estimate(), rel=1e-3)
+
+
+def test_conjugate_gradients():
+    w = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    optimizer = torch.optim.AdamW([w], foreach=True)  # torch's loop does not take them
+    monitor = RiskMonitor(optimizer, every=1)
+    for _ in range(4):
+        w.grad = torch.randn(3, dtype=torch.complex64).conj()
+        optimizer.step()
+    assert math.isfinite(monitor.estimate().per_step)
+
+
+def test_steps_before_it_was_attached_count_as_a_pass():
+    line = Line(monitored=False).train(40)
+    monitor = RiskMonitor(line.optimizer, every=2, n_dataset=100, batch_size=16)
+    line.train(4)
+    assert monitor.samples[-1].influence > 0
+
+
+def test_the_pace_goes_on_from_a_checkpoint():
+    line = Line(every=None).train(10)
+    resumed = Line(every=None)
+    resumed.monitor.load_state_dict(line.monitor.state_dict())
+    assert resumed.monitor._pace is not None
+    line.train(50)
+    resumed.monitor.load_state_dict(line.monitor.state_dict())
+    assert resumed.monitor._pace is None
+    assert resumed.monitor.every == line.monitor.every
+
+
+@pytest.mark.parametrize("every", [1, 2, 8])
+def test_the_standard_error_allows_for_samples_that_share_gradients(every):
+    """At rest, on noise alone, smoothed estimates scatter as their standard error says."""
+    torch.manual_seed(0)
+    values, errors = [], []
+    for _ in range(25):
+        w = nn.Parameter(torch.zeros(200))
+        optimizer = torch.optim.AdamW([w], lr=1e-3, weight_decay=0.0)
+        monitor = RiskMonitor(optimizer, every=every)
+        for step in range(1, 401):
+            w.grad = torch.randn(200)
+            optimizer.step()
+            if step % 100 == 0 and step > 100:
+                values.append(monitor.estimate().per_step)
+                errors.append(monitor.estimate().stderr)
+    spread = torch.tensor(values).std().item()
+    assert 0.6 < torch.tensor(errors).mean().item() / spread < 1.7

@@ -5,16 +5,17 @@ import math
 
 import pytest
 import torch
+from conftest import TORCH
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popriskmin import PRM
+from popriskmin import PRM, risk_terms
 from popriskmin.adam_variance import Variances
-from popriskmin.mask import variance_of_mean
+from popriskmin.mask import corrections, variance_of_mean
 from popriskmin.risk_terms import (
     fall_and_influence,
     hyperparameters,
-    mask_and_slope,
+    mask_and_derivative,
     moments,
     read,
     same_pass,
@@ -92,16 +93,18 @@ def test_the_slope_is_the_derivative_of_what_moves(mask, reduction, debias, min_
     train(optimizer, [w], [[torch.randn(6, dtype=torch.float64) + 1] for _ in range(5)])
     hyper = hyperparameters(optimizer, optimizer.param_groups[0])
     entry = read(w, optimizer, hyper)
-    _, slope = mask_and_slope(entry, hyper)
+    q, dq = mask_and_derivative(entry, hyper)
+    slope = q + entry.exp_avg / corrections(5, hyper).bias1 * dq
     step = 1e-6 * entry.exp_avg.abs().max()
     for i in range(6):
         moved = []
         for sign in (1, -1):
             m = entry.exp_avg.clone()
             m[i] += sign * step
-            q, _ = mask_and_slope(entry._replace(exp_avg=m), hyper)
+            q, _ = mask_and_derivative(entry._replace(exp_avg=m), hyper)
             moved.append((q * m)[i])
-        assert (moved[0] - moved[1]).item() / (2 * step) == pytest.approx(slope.expand(6)[i].item(), rel=1e-4, abs=1e-4)
+        expected = (moved[0] - moved[1]).item() / (2 * step)
+        assert expected == pytest.approx(torch.as_tensor(slope).expand(6)[i].item(), rel=1e-4, abs=1e-4)
 
 
 def test_a_hard_mask_counts_as_its_value():
@@ -109,8 +112,8 @@ def test_a_hard_mask_counts_as_its_value():
     optimizer = PRM([w], mask="hard")
     train(optimizer, [w], [[torch.tensor([1.0, 0.9, -1.0, 0.1]) + 0.1 * k] for k in range(4)])
     hyper = hyperparameters(optimizer, optimizer.param_groups[0])
-    q, slope = mask_and_slope(read(w, optimizer, hyper), hyper)
-    assert torch.equal(q, slope)
+    q, dq = mask_and_derivative(read(w, optimizer, hyper), hyper)
+    assert dq == 0
     assert set(q.tolist()) <= {0.0, 1.0}
 
 
@@ -122,6 +125,8 @@ SIMULATED = {
     "soft": lambda w: PRM([w], lr=0.01, weight_decay=0.0, mask="soft", softness=0.3, boundary="empirical",
                           batch_size=1, n_dataset=20),
     "per_tensor": lambda w: PRM([w], lr=0.01, weight_decay=0.0, reduction="per_tensor"),
+    "decay": lambda w: PRM([w], lr=0.001, weight_decay=1.0),
+    "mask_decay": lambda w: PRM([w], lr=0.001, weight_decay=1.0, mask_decay=True),
 }  # fmt: skip
 
 
@@ -130,7 +135,7 @@ SIMULATED = {
 def test_the_fall_is_what_the_step_gains_along_the_true_gradient(name, signal):
     """Independent gradients of mean `signal` and variance 1: the risk falls by `signal` times the way back."""
     torch.manual_seed(0)
-    w = torch.zeros(SCALARS, requires_grad=True)
+    w = torch.ones(SCALARS, requires_grad=True)
     optimizer = SIMULATED[name](w)
     expected = measured = unmasked = 0.0
     for t in range(300):
@@ -144,7 +149,9 @@ def test_the_fall_is_what_the_step_gains_along_the_true_gradient(name, signal):
             unmasked += influence
     # In units of what one step would gain without any noise to take out.
     scale = unmasked * variance_of_mean(0.9, 300)
-    assert abs(measured - expected) < 0.1 * scale + 0.05 * abs(expected)
+    # The decay's part is the sum of the means themselves, whose own noise these 50 steps share.
+    noise = 3 * 0.001 * 50 * (SCALARS * variance_of_mean(0.9, 300) / 3) ** 0.5 if "decay" in name else 0.0
+    assert abs(measured - expected) < 0.1 * scale + 0.05 * abs(expected) + noise
 
 
 def test_without_the_slope_the_mask_would_flatter_itself():
@@ -155,7 +162,8 @@ def test_without_the_slope_the_mask_would_flatter_itself():
     train(optimizer, [w], [[torch.randn(SCALARS)] for _ in range(300)])
     hyper = hyperparameters(optimizer, optimizer.param_groups[0])
     entry = read(w, optimizer, hyper)
-    q, slope = mask_and_slope(entry, hyper)
+    q, dq = mask_and_derivative(entry, hyper)
+    slope = q + entry.exp_avg / corrections(300, hyper).bias1 * dq
     assert (slope.sum() / q.sum()).item() > 2
     fall, influence = sums_of(optimizer).tolist()
     naive = fall + influence * variance_of_mean(0.9, 300) * (1 - (q.sum() / slope.sum()).item())
@@ -228,11 +236,40 @@ def test_the_first_step_is_left_out():
         assert list(moments([w], optimizer, hyperparameters(optimizer, optimizer.param_groups[0]), {})) == []
 
 
+def test_large_tensors_are_read_in_blocks(monkeypatch):
+    torch.manual_seed(0)
+    gradients = [[torch.randn(50, 7)] for _ in range(4)]
+    for build in (PRM, torch.optim.AdamW):
+        w = torch.ones(50, 7, requires_grad=True)
+        optimizer = build([w])
+        train(optimizer, [w], gradients)
+        whole = sums_of(optimizer)
+        with monkeypatch.context() as patch:
+            patch.setattr(risk_terms, "JOINED", 10)
+            patch.setattr(risk_terms, "BLOCK", 40)
+            hyper = hyperparameters(optimizer, optimizer.param_groups[0])
+            sizes = [e.param.numel() for e in moments([w], optimizer, hyper, {w: torch.ones_like(w)})]
+            assert sizes == [40] * 8 + [30]
+            torch.testing.assert_close(sums_of(optimizer), whole)
+
+
+def test_what_did_not_move_does_not_count():
+    a, b = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    for build in (PRM, torch.optim.AdamW):
+        optimizer = build([a, b])
+        train(optimizer, [a, b], [[torch.ones(3), torch.ones(3)]] * 4)
+        both = sums_of(optimizer)
+        b.grad = None
+        torch.testing.assert_close(2 * sums_of(optimizer), both)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex64, torch.float64])
 def test_other_types(dtype):
     torch.manual_seed(0)
     w = torch.ones(50, dtype=dtype, requires_grad=True)
     for optimizer in (PRM([w]), torch.optim.AdamW([w])):
+        if isinstance(optimizer, torch.optim.AdamW) and dtype == torch.float16 and TORCH < (2, 1):
+            continue  # torch's own step does not take it on the CPU
         train(optimizer, [w], [[torch.randn(50).to(dtype) + 1] for _ in range(4)])
         fall, influence = sums_of(optimizer).tolist()
         assert math.isfinite(fall)
