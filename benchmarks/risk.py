@@ -189,7 +189,6 @@ def main() -> None:
                 partial.replace(path)
                 print(f"done: {name}, {optimizer}, seed {seed}", flush=True)
     print(table(results))
-    (args.out / "table.md").write_text(table(results) + "\n")
     plot(results, args.out / "risk.png")
 
 

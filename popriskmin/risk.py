@@ -90,7 +90,7 @@ class RiskMonitor:
         monitor keeps one, a tensor per parameter, and feeds it at the sampled steps; for PRM it keeps nothing.
     every
         Steps from one sample to the next. None begins with 8 and measures for 48 steps how long a step takes and how
-        long a sample; then it is the power of two that keeps samples under 3% of the time. That depends on the
+        long a sample; then it is the power of two that keeps samples to 1% of the time. That depends on the
         machine: give a number where a run must give the same numbers twice.
     n_dataset, batch_size
         Numbers of examples in the data set and in a step (of all micro-batches and ranks together), where the data set
@@ -193,7 +193,6 @@ class RiskMonitor:
         """Stop watching; what has been seen stays."""
         self._handle.remove()
 
-    @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._steps += 1
         due = self._steps % self.every == 0
@@ -204,6 +203,7 @@ class RiskMonitor:
         if self._pace is not None and self._pace.sample_ended(due):
             self.every, self._pace = self._pace.every(), None
 
+    @torch.no_grad()
     def _sample(self) -> None:
         gathered: Tensor | None = None
         for group in self.optimizer.param_groups:

@@ -306,8 +306,9 @@ def test_under_a_compiled_step(name):
 
 
 def test_conjugate_gradients():
+    """Gradients that are views with the conjugation still to be done; torch's own AdamW does not take them."""
     w = nn.Parameter(torch.ones(3, dtype=torch.complex64))
-    optimizer = torch.optim.AdamW([w], foreach=True)  # torch's loop does not take them
+    optimizer = PRM([w])
     monitor = RiskMonitor(optimizer, every=1)
     for _ in range(4):
         w.grad = torch.randn(3, dtype=torch.complex64).conj()
