@@ -107,12 +107,12 @@ def within(turned: int, truth: int, last: int) -> bool:
     return abs(turned - truth) <= 0.25 * truth or (truth == last and turned >= 0.75 * last)
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """Return the table as Markdown: a row for each run and optimizer, medians over seeds."""
-    lines = [
-        "| | | correlation | | | lowest held-out loss | | | | within | `overfitting` | of | unfitted |",
-        "| run | | fresh | estimate | reused | truth | fresh | estimate | reused | 25% | from step | steps | share |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+def tables(results: list[dict[str, Any]]) -> str:
+    """Return two tables as Markdown, a row for each run and optimizer, medians over seeds."""
+    correlations = ["| correlation of falls | fresh | estimate | reused |", "| --- | ---: | ---: | ---: |"]
+    turns = [
+        "| lowest held-out loss | truth | fresh | estimate | reused | within 25% | `overfitting` from | `unfitted` |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in RUNS:
         for optimizer in OPTIMIZERS:
@@ -122,15 +122,16 @@ def table(results: list[dict[str, Any]]) -> str:
             found = [judge(seen) for seen in rows]
             last = rows[0]["ends"][-1]
             cells = [f"{statistics.median(row['correlations'][e] for row in found):.2f}" for e in ESTIMATES]
-            turns = [statistics.median_low([row["turn"] for row in found])]
-            turns += [statistics.median_low([row["turns"][e] for row in found]) for e in ESTIMATES]
-            cells += ["the end" if step == last else f"{step:,}" for step in turns]
+            correlations.append(f"| {name}, {optimizer} | {' | '.join(cells)} |")
+            steps = [statistics.median_low([row["turn"] for row in found])]
+            steps += [statistics.median_low([row["turns"][e] for row in found]) for e in ESTIMATES]
+            cells = ["end" if step == last else f"{step:,}" for step in steps]
             hits = sum(within(row["turns"]["estimate"], row["turn"], last) for row in found)
             flags = statistics.median_low([seen["overfitting"] or math.inf for seen in rows])
-            cells += [f"{hits} of {len(rows)}", "never" if flags == math.inf else f"{flags:,}", f"{last:,}"]
+            cells += [f"{hits} of {len(rows)}", "never" if flags == math.inf else f"{flags:,}"]
             cells.append(f"{statistics.median(map(best_share, found)):.2f}" if rows[0]["n_dataset"] else "")
-            lines.append(f"| {name} | {optimizer} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            turns.append(f"| {name}, {optimizer} | {' | '.join(cells)} |")
+    return "\n".join([*correlations, "", *turns])
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
@@ -188,7 +189,7 @@ def main() -> None:
                 partial.write_text("[\n" + ",\n".join(json.dumps(seen) for seen in results) + "\n]\n")
                 partial.replace(path)
                 print(f"done: {name}, {optimizer}, seed {seed}", flush=True)
-    print(table(results))
+    print(tables(results))
     plot(results, args.out / "risk.png")
 
 

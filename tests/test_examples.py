@@ -65,7 +65,7 @@ def test_the_risk_benchmark_resumes_and_draws(monkeypatch, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("done: short") == 1
     assert (tmp_path / "results.json").read_bytes() == first
-    assert out.count("| short | ") == 2
+    assert out.count("\n| short, ") == 4
     assert (tmp_path / "risk.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -6,7 +6,8 @@ from popriskmin import pace
 
 
 @pytest.mark.parametrize(
-    ("step", "sample", "every"), [(1.0, 0.001, 1), (1.0, 0.0099, 1), (1.0, 0.011, 2), (1.0, 1.0, 128), (0.001, 0.01, 1024)]
+    ("step", "sample", "every"),
+    [(1.0, 0.001, 1), (1.0, 0.0099, 1), (1.0, 0.011, 2), (1.0, 1.0, 128), (0.001, 0.01, 1024)],
 )
 def test_the_smallest_power_of_two_within_the_share(monkeypatch, step, sample, every):
     clock = [0.0]
