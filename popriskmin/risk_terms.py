@@ -78,8 +78,7 @@ def moments(
     """Yield what is to be read of these parameters of one group, small ones joined.
 
     Those are left out that did not move in this step, or have not taken two. Large tensors come in blocks, so that
-    temporaries stay small. `variances` holds that of each parameter's gradient for Adam and
-    AdamW; PRM has its own.
+    temporaries stay small. `variances` holds that of each parameter's gradient for Adam and AdamW; PRM has its own.
     """
     waiting: dict[Any, list[Moments]] = {}
     for param in params:

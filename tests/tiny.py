@@ -1,6 +1,7 @@
 """A task that trains in milliseconds, for tests of the comparison; also what a user's own file looks like."""
 
 import dataclasses
+import glob
 import os
 import signal
 import sys
@@ -28,6 +29,9 @@ class Tiny(Task):
 
     def trial(self, seed):
         time.sleep(self.sleep)
+        held = os.environ.get("TINY_HELD")  # a folder: once four runs have ended there, the others wait to be killed
+        if held and len(glob.glob(os.path.join(held, "*.jsonl"))) >= 4:
+            time.sleep(30)
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(64, 9, generator=generator)
         truth = torch.randn(9, 1, generator=generator)

@@ -181,7 +181,12 @@ def undisturbed(tmp_path_factory):
 def test_killed_in_the_middle_and_started_again_gives_the_same_results(tmp_path, undisturbed, signal_number):
     disturbed = tmp_path / "disturbed"
     process = subprocess.Popen(
-        command(disturbed), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(disturbed),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "TINY_HELD": str(disturbed / "runs")},
     )
     while finished_runs(disturbed / "runs") < 4:
         assert process.poll() is None, process.communicate()
