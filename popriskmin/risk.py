@@ -47,7 +47,8 @@ class RiskEstimate(NamedTuple):
         The steps seen.
     fresh, reused
         As `per_step` with `unfitted` 0, as if the training set were the world, and 1, as if nothing of its noise had
-        been fitted yet: the two ends between which the truth is expected. Without `n_dataset` both are `per_step`.
+        been fitted yet: the two ends between which the truth is expected, but for what weight decay undoes. Without
+        `n_dataset` both are `per_step`.
     """
 
     per_step: float
@@ -167,11 +168,8 @@ class RiskMonitor:
                 f"n_dataset and batch_size are needed together, got n_dataset={n_dataset} and batch_size={batch_size}"
             )
         check_counts({"warmup_steps": 0, "batch_size": batch_size, "n_dataset": n_dataset})
-        for i, group in enumerate(optimizer.param_groups):
-            if group["betas"][0] == 0 and not isinstance(optimizer, PRM):
-                raise ValueError(
-                    f"RiskMonitor needs betas[0] > 0, a mean that tells the gradient from its noise, got 0 in group {i}"
-                )
+        for group in optimizer.param_groups:
+            hyperparameters(optimizer, group)  # says what is wrong before a step does
         self.optimizer = optimizer
         self._pace = Pace() if every is None else None
         self.every = EVERY_AT_FIRST if every is None else every

@@ -54,10 +54,18 @@ class Moments(NamedTuple):
 
 
 def hyperparameters(optimizer: Optimizer, group: Mapping[str, Any]) -> Hyperparameters:
-    """Return the numbers of a group of PRM, or of Adam or AdamW as those of a PRM without mask."""
+    """Return the numbers of a group of PRM, or of Adam or AdamW as those of a PRM without mask.
+
+    Raises
+    ------
+    ValueError
+        For Adam without a mean, `betas[0]` of 0.
+    """
     if isinstance(optimizer, PRM):
         return Hyperparameters.of_group(group)
     beta1, beta2 = group["betas"]
+    if beta1 == 0:
+        raise ValueError("RiskMonitor needs betas[0] > 0, a mean that tells the gradient from its noise, got 0")
     return Hyperparameters.of(
         lr=group["lr"],
         beta1=beta1,

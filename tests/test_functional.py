@@ -83,7 +83,11 @@ def test_float32_stays_close_to_the_reference(options, problem, implementation):
             share = np.mean(np.abs(w.numpy() - x) > 1e-4 * (np.abs(x) + 1)) if x.size else 0
             assert share <= 0.05 or options["reduction"] == "per_tensor"
         else:
-            np.testing.assert_allclose(w.numpy(), x, rtol=1e-5, atol=1e-4 * options["lr"] * problem["steps"])
+            # Where a gradient and its coupled decay cancel and v is that step's alone, float32 divides what is left of
+            # both: the step is large and has lost digits.
+            cancels = options["betas"][1] == 0 and options["weight_decay"] and not options["decoupled_weight_decay"]
+            rtol = 1e-3 if cancels else 1e-5
+            np.testing.assert_allclose(w.numpy(), x, rtol=rtol, atol=1e-4 * options["lr"] * problem["steps"])
 
 
 @settings(max_examples=150)

@@ -269,8 +269,13 @@ def test_optimizers_that_it_cannot_read():
     w = nn.Parameter(torch.ones(2))
     with pytest.raises(TypeError, match=r"reads popriskmin.PRM, torch.optim.AdamW and torch.optim.Adam, got SGD"):
         RiskMonitor(torch.optim.SGD([w], lr=0.1))
-    with pytest.raises(ValueError, match=r"betas\[0\] > 0.*got 0 in group 0"):
+    with pytest.raises(ValueError, match=r"betas\[0\] > 0.*got 0"):
         RiskMonitor(torch.optim.AdamW([w], betas=(0.0, 0.9)))
+    optimizer = torch.optim.AdamW([w])
+    RiskMonitor(optimizer, every=1)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "betas": (0.0, 0.9)})
+    with pytest.raises(ValueError, match=r"betas\[0\] > 0.*got 0"):
+        optimizer.step()
 
 
 def test_a_gradient_that_is_not_finite_is_seen():
