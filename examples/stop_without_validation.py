@@ -66,6 +66,7 @@ def main() -> None:
     """Print a line for each seed."""
     parser = argparse.ArgumentParser(description="Stop without validation data.")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--unfitted", type=float, default=0.25, help="the monitor's own argument")
@@ -74,8 +75,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, AdamW, lr {args.lr}, {args.epochs} epochs, {TRAINING} digits, 40% wrong labels")
     print("                 averaged weights                      plain weights")
     print("seed  stop at    there    best   (epoch)    end    there    best   (epoch)    end")
-    runs = [train(seed, args.epochs, args.lr, args.unfitted) for seed in range(args.seeds)]
-    for seed, (stopped, *curves) in enumerate(runs):
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    runs = [train(seed, args.epochs, args.lr, args.unfitted) for seed in seeds]
+    for seed, (stopped, *curves) in zip(seeds, runs):
         cells = []
         for accuracy in curves:
             there, best = accuracy[(stopped or args.epochs) - 1], max(accuracy)
