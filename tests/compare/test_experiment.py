@@ -187,6 +187,8 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_results(tmp_path,
         text=True,
         start_new_session=True,
         env={**os.environ, "TINY_HELD": str(disturbed / "runs")},
+        # What runs in the background of a shell ignores Ctrl-C, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while finished_runs(disturbed / "runs") < 4:
         assert process.poll() is None, process.communicate()
