@@ -56,7 +56,7 @@ class Variances:
             # Deviations from a mean have the mean's variance too.
             squared = deviation.square() / (1 + variance_of_mean(hyper.beta1, t - 1))
             # A step that a loss scaler leaves out has gradients too, infinite ones.
-            kept = self.tensors.get(param, torch.zeros_like(squared))
+            kept: Any = self.tensors.get(param, 0.0)
             self._add(param, torch.where(torch.isfinite(squared), squared, kept), step)
 
     def _add(self, param: Tensor, squared: Tensor, step: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from popriskmin.evidence import applied, steps_taken
-from popriskmin.lists import are_plain
+from popriskmin.lists import are_plain, sum_dtype, whole
 from popriskmin.mask import Hyperparameters, corrections, evaluate, signal_and_noise
 from popriskmin.noise import enough_steps, mean_and_variance, weights
 from popriskmin.optimizer import PRM
@@ -244,7 +244,7 @@ class SoftnessController:
         m, s = m.to(dtype), s.to(dtype)
         c = corrections(t, hyper)
         q = evaluate(*signal_and_noise(m, s, c, hyper), c, hyper)
-        wide = torch.float32 if m.device.type == "mps" else torch.float64
+        wide = sum_dtype(m.device)
         measured = (q if self.measure == "mean_q" else q >= 0.5).sum(dtype=wide)
         if q.dim() < m.dim():
             measured = measured * m.numel()
@@ -252,7 +252,7 @@ class SoftnessController:
         signal, noise = (m / full.bias1).square().sum(dtype=wide), s.sum(dtype=wide) / full.bias_var
         numbers = [measured, *mean_and_variance(signal, noise, weights(t, hyper))]
         # Those of a tensor that is sharded over ranks are gathered.
-        gathered = [getattr(number, "full_tensor", lambda number=number: number)() for number in numbers]
+        gathered = [whole(number) for number in numbers]
         sums: Tensor = torch.stack([torch.full_like(gathered[0], m.numel()), *gathered])
         return sums.mul(count / m.numel())
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from popriskmin.lists import sum_dtype, whole
 from popriskmin.mask import Hyperparameters, corrections, evaluate, signal_and_noise
 from popriskmin.noise import first_step, mean_and_variance, weights
 from popriskmin.optimizer import PRM
@@ -129,7 +130,7 @@ def _sums(param: Tensor, state: dict[str, Any], t: int, hyper: Hyperparameters) 
     q, without_eps, q_plain = (evaluate(signal, noise, c, h) for h in (hyper, hyper._replace(mask_eps=0.0), plain))
     noise = noise * hyper.coefficient
     step_sq = ((m / c.bias1) / ((divisor / c.bias2).sqrt() + hyper.eps)).square()
-    wide = torch.float32 if m.device.type == "mps" else torch.float64
+    wide = sum_dtype(m.device)
 
     def total(x: Tensor, among: Tensor | None = None) -> Tensor:
         """Sum over the tensor, or over those `among` it; a pooled number stands for each of them."""
@@ -154,4 +155,4 @@ def _sums(param: Tensor, state: dict[str, Any], t: int, hyper: Hyperparameters) 
     }
     numbers = [sums[name] for name in Sums._fields]
     # Those of a tensor that is sharded over ranks are gathered.
-    return torch.stack([getattr(number, "full_tensor", lambda number=number: number)() for number in numbers])
+    return torch.stack([whole(number) for number in numbers])

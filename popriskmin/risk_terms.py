@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from popriskmin.lists import PLAIN, as_real, compute_dtype
+from popriskmin.lists import PLAIN, as_real, compute_dtype, sum_dtype, whole
 from popriskmin.mask import Hyperparameters, corrections, evaluate, signal_and_noise, variance_of_mean
 from popriskmin.optimizer import PRM
 
@@ -169,14 +169,7 @@ def fall_and_influence(entry: Moments, hyper: Hyperparameters) -> Tensor:
         if hyper.mask_decay:  # the mask that multiplies it depends on the noise too
             influence = influence + decay * dq * z
     fall = fall - k * influence
-    wide = torch.float32 if m.device.type == "mps" else torch.float64
-    return torch.stack([total(fall.sum(dtype=wide)), total(influence.sum(dtype=wide))])
-
-
-def total(number: Tensor) -> Tensor:
-    """Return a sum over a tensor that may be sharded over ranks (DTensor) as the sum over all ranks."""
-    gathered: Tensor = getattr(number, "full_tensor", lambda: number)()
-    return gathered
+    return torch.stack([whole(terms.sum(dtype=sum_dtype(m.device))) for terms in (fall, influence)])
 
 
 def same_pass(beta1: float, pass_steps: float) -> float:
@@ -214,9 +207,9 @@ def mask_and_derivative(entry: Moments, hyper: Hyperparameters) -> tuple[Any, An
     The mask depends on the very noise that it judges: where `m` is large by chance, so is `q`. The derivative says by
     how much. A hard mask has none at its step; 0 stands for it.
     """
-    c = corrections(entry.t, hyper)
     if hyper.mask == "none":
         return 1.0, 0.0
+    c = corrections(entry.t, hyper)
     with torch.enable_grad():
         m = entry.exp_avg.detach().requires_grad_()
         q = evaluate(*signal_and_noise(m, entry.exp_avg_var, c, hyper), c, hyper)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
+from popriskmin.lists import sum_dtype, whole
 from popriskmin.mask import Hyperparameters, corrections, evaluate, signal_and_noise
 
 if TYPE_CHECKING:
@@ -97,12 +98,12 @@ def _sums(m: Tensor, s: Tensor, t: float, hyper: Hyperparameters) -> Tensor:
     q = evaluate(signal, noise, c, hyper)
     noise = noise * hyper.coefficient
     # A squared gradient that float32 still holds need not leave room for the sum of many.
-    wide = torch.float32 if m.device.type == "mps" else torch.float64
+    wide = sum_dtype(m.device)
     active = (signal > noise).sum().to(wide)
     sums = [q.sum(dtype=wide), active, signal.sum(dtype=wide), noise.sum(dtype=wide)]
     numbers = [*sums, q.min().to(wide), q.max().to(wide)]
     # Those of a tensor that is sharded over ranks are gathered.
-    return torch.stack([getattr(number, "full_tensor", lambda number=number: number)() for number in numbers])
+    return torch.stack([whole(number) for number in numbers])
 
 
 def to_host(values: list[Tensor]) -> list[list[float]]:

@@ -13,7 +13,7 @@ from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from popriskmin.lists import as_real, compute_dtype
+from popriskmin.lists import as_real, compute_dtype, sum_dtype
 from popriskmin.stats import parameter_names
 
 Hook = Callable[..., Any]
@@ -281,7 +281,7 @@ def _factors(records: list[Record]) -> list[Tensor]:
         if record.norm is not None:
             by_device.setdefault(record.norm.device, []).append(i)
     for device, indices in by_device.items():
-        wide = torch.float32 if device.type == "mps" else torch.float64
+        wide = sum_dtype(device)
         new = torch.stack([now[i].to(wide) for i in indices])
         old = torch.stack([norm.to(wide) for i in indices if (norm := records[i].norm) is not None])
         ratio = torch.where(old > 0, new / old, torch.linalg.vector_norm(new) / torch.linalg.vector_norm(old))
