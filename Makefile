@@ -27,13 +27,13 @@ benchmark: $(VENV)/.demo
 	$(BIN)/python benchmarks/step_time.py
 
 clean:
-	rm -rf $(VENV) site build popriskmin.egg-info popriskmin/kernels/*.so
+	rm -rf $(VENV) site build popriskmin.egg-info popriskmin/step/kernels/*.so
 
 $(BIN)/python:
 	tools/make-venv $(VENV)
 
 # What the fused step is built from: installed anew when it changes.
-KERNEL := setup.py popriskmin/kernels/cpu.c $(wildcard popriskmin/kernels/*.h)
+KERNEL := setup.py popriskmin/step/kernels/cpu.c $(wildcard popriskmin/step/kernels/*.h)
 
 $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt $(KERNEL)
 	@echo "installing torch and the compare extra into $(VENV), once"

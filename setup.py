@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-NAME = "popriskmin.kernels._cpu"
+NAME = "popriskmin.step.kernels._cpu"
 
 # Nothing that changes values: no -ffast-math. The two -fno- options only say that nobody reads errno or the
 # floating-point exception flags; without them square roots and comparisons are not made into vector code.
@@ -44,8 +44,8 @@ setup(
     ext_modules=[
         Extension(
             NAME,
-            sources=["popriskmin/kernels/cpu.c"],
-            depends=[f"popriskmin/kernels/cpu_{part}.h" for part in ("step", "threads", "types")],
+            sources=["popriskmin/step/kernels/cpu.c"],
+            depends=[f"popriskmin/step/kernels/cpu_{part}.h" for part in ("step", "threads", "types")],
             extra_compile_args=COMPILE,
             extra_link_args=["-pthread"],
             libraries=["m"],

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from popriskmin import PRM, __version__
-from popriskmin.kernels import describe
+from popriskmin.step.kernels import describe
 
 Build = Callable[[Any], torch.optim.Optimizer]
 

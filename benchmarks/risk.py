@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from risk_runs import RUNS
 
-from popriskmin import PRM
-from popriskmin.risk import RiskMonitor
+from popriskmin import PRM, RiskMonitor
 
 WINDOWS = 30
 EVERY = 2

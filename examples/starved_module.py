@@ -19,10 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from popriskmin import PRM
-from popriskmin.controller import SoftnessController
-from popriskmin.diagnosis import Row, diagnose
-from popriskmin.groups import param_groups
+from popriskmin import PRM, SoftnessController, diagnose, param_groups
+from popriskmin.diagnosis import Row
 from popriskmin.tasks.starved import Starved
 from popriskmin.variance import Microbatches
 

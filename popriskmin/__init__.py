@@ -1,9 +1,33 @@
 """PRM, an optimizer that trains on population risk: AdamW with one running variance more."""
 
-from popriskmin.diagnosis import diagnose
-from popriskmin.groups import param_groups
-from popriskmin.optimizer import PRM
+import sys
+
+from popriskmin.diagnosis import SoftnessController, controller, diagnose, noise
+from popriskmin.optimizer import PRM, groups
+from popriskmin.optimizer.groups import param_groups
 from popriskmin.risk import RiskMonitor
+from popriskmin.step import functional, kernels, rounding
+from popriskmin.variance import Examples, Microbatches, Ranks, coherence
 from popriskmin.version import __version__
 
-__all__ = ["PRM", "RiskMonitor", "__version__", "diagnose", "param_groups"]
+__all__ = [
+    "PRM",
+    "Examples",
+    "Microbatches",
+    "Ranks",
+    "RiskMonitor",
+    "SoftnessController",
+    "__version__",
+    "coherence",
+    "diagnose",
+    "param_groups",
+]
+
+# What the pages of 0.1.0 named by the module's place at that time is found there still.
+for _module in (controller, functional, groups, kernels, noise, rounding):
+    sys.modules[f"popriskmin.{_module.__name__.rpartition('.')[2]}"] = _module
+
+
+def __dir__() -> list[str]:
+    """Return the public names alone."""
+    return __all__

@@ -63,7 +63,7 @@ def _info() -> int:
     """Print versions, what each device steps with, and which extras are installed."""
     import torch
 
-    from popriskmin import kernels
+    from popriskmin.step import kernels
 
     print(f"popriskmin {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     print(f"{platform.system()} {platform.machine()}\n")
@@ -135,9 +135,9 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 def _compare(parser: _CompareParser, known: argparse.Namespace) -> int:
     try:
         from popriskmin.compare import compare
-        from popriskmin.compare.arms import parse_options
         from popriskmin.compare.flags import add_task_options, option_fields
-        from popriskmin.compare.loading import load_task_class, make_task, shipped_tasks
+        from popriskmin.compare.loading import installed_tasks, load_task_class, make_task
+        from popriskmin.compare.runs.arms import parse_options
     except ImportError as error:
         needed = f"popriskmin compare needs a package that is not installed: {error.name}"
         print(f"{needed}; get all it needs with: pip install 'popriskmin[compare]'", file=sys.stderr)
@@ -146,9 +146,9 @@ def _compare(parser: _CompareParser, known: argparse.Namespace) -> int:
         if known.help:
             parser.print_help()
             return 0
-        meant = next((word for word in parser.words if word.endswith(".py") or word in shipped_tasks()), "TASK")
+        meant = next((word for word in parser.words if word.endswith(".py") or word in installed_tasks()), "TASK")
         first = f"; the task goes first: {parser.with_task_first(meant)}" if parser.words else ""
-        return _wrong(f"name a task: {', '.join(shipped_tasks())}, or a Python file that defines one{first}")
+        return _wrong(f"name a task: {', '.join(installed_tasks())}, or a Python file that defines one{first}")
     try:
         task_class = load_task_class(known.task)
         add_task_options(parser, task_class)

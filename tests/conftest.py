@@ -5,7 +5,7 @@ import os
 import torch
 from hypothesis import settings
 
-from popriskmin.kernels import cpu
+from popriskmin.step.kernels import cpu
 
 # What some tests ask of torch itself.
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -16,5 +16,6 @@ settings.load_profile("suite")
 
 torch.set_num_threads(1)
 
-# The implementations to be had here, as arguments of PRM. tests/kernels fails where a kernel should be here and is not.
+# The implementations to be had here, as arguments of PRM; tests/step/kernels fails where a kernel should be here and is
+# not.
 HOW = [{"foreach": False}, {"foreach": True}, *([{"fused": True}] if cpu.unusable() is None else [])]

@@ -1,7 +1,7 @@
 """A fair comparison of PRM with AdamW on a task of your own. Needs `pip install 'popriskmin[compare]'`."""
 
+from popriskmin.compare.answer.results import Results
 from popriskmin.compare.experiment import compare
-from popriskmin.compare.results import Results
 from popriskmin.compare.task import Task, Trial
 
 __all__ = ["Results", "Task", "Trial", "compare"]

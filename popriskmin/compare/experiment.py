@@ -10,15 +10,15 @@ from typing import Any
 
 from rich.console import Console
 
-from popriskmin.compare.analysis import read_run
-from popriskmin.compare.arms import check_common_options, make_arms
-from popriskmin.compare.digest import source_digest
+from popriskmin.compare.answer.analysis import read_run
+from popriskmin.compare.answer.report import write_report
+from popriskmin.compare.answer.results import Results
 from popriskmin.compare.loading import load_task_class, make_task
-from popriskmin.compare.progress import Display, Silent
-from popriskmin.compare.report import write_report
-from popriskmin.compare.results import Results
-from popriskmin.compare.runner import make_jobs, make_runs, prepare_backend
-from popriskmin.compare.store import Store, prepare_folder
+from popriskmin.compare.runs.arms import check_common_options, make_arms
+from popriskmin.compare.runs.digest import source_digest
+from popriskmin.compare.runs.progress import Display, Silent
+from popriskmin.compare.runs.runner import make_jobs, make_runs, prepare_backend
+from popriskmin.compare.runs.store import Store, prepare_folder
 from popriskmin.compare.task import Task, check_task
 
 

@@ -1,11 +1,10 @@
-"""Finding tasks: those that come with the package, and those in files of the user's."""
+"""Finding tasks: those that installed packages bring, and those in files of the user's."""
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
 import importlib.util
 import inspect
-import pkgutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +18,21 @@ from popriskmin.compare.text import describe, place_of
 _given: dict[str, str] = {}
 
 
-def shipped_tasks() -> list[str]:
-    """Return the names of the tasks that come with the package: the modules of `popriskmin.tasks`."""
-    package = importlib.import_module("popriskmin.tasks")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+# Packages name their tasks here, this one among them; a value is the path of a class, package.module:Class.
+GROUP = "popriskmin.tasks"
+
+
+def installed_tasks() -> dict[str, str]:
+    """Return the names of the tasks that installed packages bring, and where the class of each is.
+
+    Another package adds its own in its pyproject.toml, under ``[project.entry-points."popriskmin.tasks"]``.
+
+    Examples
+    --------
+    >>> installed_tasks()["digits"]
+    'popriskmin.tasks.digits:Digits'
+    """
+    return {entry.name: entry.value for entry in sorted(importlib.metadata.entry_points(group=GROUP))}
 
 
 def load_task_class(name: str) -> type[Task]:
@@ -31,23 +41,24 @@ def load_task_class(name: str) -> type[Task]:
     Parameters
     ----------
     name
-        One of `shipped_tasks()`, or the path of a file that ends in .py.
+        One of `installed_tasks()`, or the path of a file that ends in .py.
 
     Raises
     ------
     ValueError
         If there is no such task or file, or the file cannot be run, or defines no usable task or several.
     """
+    installed = installed_tasks()
+    if name in installed:
+        return _load_installed(name, installed[name])
     if name.endswith(".py"):
         if not Path(name).is_file():
             raise ValueError(f"there is no file {name}")
         module = _load_file(name)
-    elif name in shipped_tasks():
-        module = importlib.import_module(f"popriskmin.tasks.{name}")
     else:
         raise ValueError(
-            f"there is no task {name!r}; the package has {', '.join(shipped_tasks())}, and a file of your own is given "
-            "by its path, ending in .py"
+            f"there is no task {name!r}; installed are {', '.join(installed)}, and a file of your own is given by its "
+            "path, ending in .py"
         )
     found = [
         value
@@ -63,11 +74,7 @@ def load_task_class(name: str) -> type[Task]:
     if len(found) != 1:
         names = ", ".join(task.__name__ for task in found) or "none"
         raise ValueError(f"{name} must define one subclass of popriskmin.compare.Task, but defines {names}")
-    try:
-        check_task_class(found[0])
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    return found[0]
+    return _checked(name, found[0])
 
 
 def make_task(task_class: type[Task], options: Mapping[str, Any]) -> Task:
@@ -76,14 +83,14 @@ def make_task(task_class: type[Task], options: Mapping[str, Any]) -> Task:
     Raises
     ------
     ValueError
-        Where the task's own code raises; with the line, unless it is a shipped task that refuses an option.
+        Where the task's own code raises; with the line, unless it is an installed task that refuses an option.
     """
     module = task_class.__module__
     try:
         task = task_class(**options)
         _ = task.metrics  # may be a property, with code of the user's
     except (Exception, SystemExit) as error:
-        if module.startswith("popriskmin.") and isinstance(error, ValueError):
+        if _installed_name(task_class) is not None and isinstance(error, ValueError):
             raise
         raise _mistake(error, _given.get(module, module)) from error
     return task
@@ -91,15 +98,40 @@ def make_task(task_class: type[Task], options: Mapping[str, Any]) -> Task:
 
 def given_path(task: Task) -> str | None:
     """Return how the user can name the task on the command line; None for one that is not in a file of its own."""
-    module = type(task).__module__
-    if module.startswith("popriskmin.tasks."):
-        return module.rsplit(".", 1)[1]
+    module, name = type(task).__module__, _installed_name(type(task))
+    if name is not None:
+        return name
     file = getattr(sys.modules.get(module), "__file__", None)
     # A script that defines a task and compares it too would compare again when it is loaded.
     if module == "__main__" or file is None:
         return None
     path, here = Path(file).resolve(), Path.cwd()
     return _given.get(module, str(path.relative_to(here) if here in path.parents else path))
+
+
+def _installed_name(task_class: type[Task]) -> str | None:
+    place = f"{task_class.__module__}:{task_class.__qualname__}"
+    return next((name for name, value in installed_tasks().items() if value == place), None)
+
+
+def _load_installed(name: str, place: str) -> type[Task]:
+    try:
+        task_class: Any = importlib.metadata.EntryPoint(name, place, GROUP).load()
+    except ImportError:
+        raise  # a package that the task needs; the command says how to get it
+    except Exception as error:
+        raise _mistake(error, place) from error
+    if not (isinstance(task_class, type) and issubclass(task_class, Task)):
+        raise ValueError(f"the task {name} must be a subclass of popriskmin.compare.Task, but {place} is none")
+    return _checked(name, task_class)
+
+
+def _checked(name: str, task_class: type[Task]) -> type[Task]:
+    try:
+        check_task_class(task_class)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return task_class
 
 
 def _mistake(error: BaseException, name: str) -> ValueError:

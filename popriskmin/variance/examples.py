@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils._pytree import tree_flatten, tree_map
 
-from popriskmin.lists import as_real, compute_dtype
+from popriskmin.step.lists import as_real, compute_dtype
 from popriskmin.variance.source import Record, Source, TakesVariances
 
 Loss = Callable[..., Tensor]

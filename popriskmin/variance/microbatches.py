@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 
-from popriskmin.lists import as_real, compute_dtype
+from popriskmin.step.lists import as_real, compute_dtype
 from popriskmin.variance.source import Record, Source, TakesVariances, gradient, zeros_for
 
 # Scalars that are averaged over ranks in one message.

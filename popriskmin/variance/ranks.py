@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from popriskmin.lists import as_real, compute_dtype
+from popriskmin.step.lists import as_real, compute_dtype
 from popriskmin.variance.source import Hook, Record, Source, TakesVariances, gradient
 
 

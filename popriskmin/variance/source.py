@@ -13,8 +13,8 @@ from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from popriskmin.lists import as_real, compute_dtype, sum_dtype
-from popriskmin.stats import parameter_names
+from popriskmin.optimizer.reading import parameter_names
+from popriskmin.step.lists import as_real, compute_dtype, sum_dtype
 
 Hook = Callable[..., Any]
 

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 from tiny import Tiny
 
-from popriskmin.compare.loading import given_path, load_task_class, make_task, shipped_tasks
+from popriskmin.compare.loading import given_path, installed_tasks, load_task_class, make_task
 from popriskmin.tasks.digits import Digits
 
 GOOD = """
@@ -36,11 +36,39 @@ def _path(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
 
 
-def test_shipped_tasks_are_found_by_name():
-    assert "digits" in shipped_tasks()
+def test_installed_tasks_are_found_by_name():
+    assert "digits" in installed_tasks()
     assert load_task_class("digits").__name__ == "Digits"
-    with pytest.raises(ValueError, match="there is no task 'digit'; the package has .*digits.*ending in .py"):
+    with pytest.raises(ValueError, match="there is no task 'digit'; installed are .*digits.*ending in .py"):
         load_task_class("digit")
+
+
+@pytest.fixture
+def _another_package(tmp_path):
+    """A package that brings tasks: what pip would leave of it."""
+    write(tmp_path, GOOD.replace("import helper_beside_it", "").replace("helper_beside_it.value", "43"), "theirs.py")
+    write(tmp_path, "import not_there_at_all", "broken.py")
+    write(tmp_path, "raise RuntimeError('half built')", "raising.py")
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    lines = ["mine = theirs:Mine", "lacking = broken:Task", "raising = raising:Task", "none = json:dumps"]
+    (info / "entry_points.txt").write_text("\n".join(["[popriskmin.tasks]", *lines]))
+    sys.path.append(str(tmp_path))
+
+
+@pytest.mark.usefixtures("_another_package")
+def test_another_package_brings_tasks():
+    assert {"digits", "mine"} < set(installed_tasks())
+    task = make_task(load_task_class("mine"), {"depth": 4})
+    assert task.trial(0) == 43
+    assert given_path(task) == "mine"
+    with pytest.raises(ImportError, match="not_there_at_all"):
+        load_task_class("lacking")
+    with pytest.raises(ValueError, match="raising.*half built"):
+        load_task_class("raising")
+    with pytest.raises(ValueError, match="the task none must be a subclass of .*Task, but json:dumps is none"):
+        load_task_class("none")
 
 
 def test_a_file_may_import_what_lies_beside_it(tmp_path):

@@ -1,0 +1,1 @@
+"""What the runs of a comparison say: figures, intervals, tables, plots and the page."""

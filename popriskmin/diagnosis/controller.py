@@ -1,0 +1,284 @@
+"""A controller that holds a mask as open as it is told to, by moving the softness."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from popriskmin.diagnosis.noise import enough_steps, mean_and_variance, weights
+from popriskmin.mask import corrections
+from popriskmin.optimizer.prm import PRM
+from popriskmin.optimizer.reading import Held, held, recompute, to_host
+from popriskmin.step.lists import sum_dtype, whole
+
+# The share of the way, in the logarithm of the softness, that is taken towards where the target is expected.
+GAIN = 0.5
+# Of larger tensors so many scalars, evenly spaced, stand for all: a mean of that many is as good, and costs little.
+SAMPLE = 16_384
+# Shares nearer to 0 or 1 have no logarithm to speak of.
+NEAREST = 1e-3
+
+
+class Reading(NamedTuple):
+    """What the controller saw in one group, and did.
+
+    Attributes
+    ----------
+    group
+        Its number.
+    measured
+        The mean `q`, or the share of scalars with `q >= 1/2`, of the last step.
+    snr
+        The group's signal-to-noise ratio without what pure noise alone gives.
+    softness
+        The group's softness from now on.
+    held
+        Whether the floor on `snr` kept the mask from being opened further.
+    """
+
+    group: int
+    measured: float
+    snr: float
+    softness: float
+    held: bool
+
+
+class SoftnessController:
+    """Hold the mean `q`, or the share of open scalars, of parameter groups at a target by moving their `softness`.
+
+    After every `every`-th step, each group's mask is recomputed from the state. Where it is more shut than the target
+    the softness falls, else it rises, in the logarithm by half of what `log(q / (1 - q))` is off, and by `rate` for
+    each step at most. Nothing is added to `optimizer.step()`; once in `every` steps this waits for the device. In
+    tensors with more than 16,384 scalars about so many, evenly spaced, are looked at, unless masks are pooled.
+
+    The target is no reason to follow noise. Where the group's signal-to-noise ratio is below `floor`, the softness does
+    not fall; if it is lower than at the start it goes back towards that, at the same rate. The ratio is
+    `u**2 / z`, with the squared mean `u**2` and the variance `z` of the gradient estimated without bias from sums of
+    `m^**2` and `s^` over the group (`popriskmin.diagnosis.noise.mean_and_variance`), so that pure noise is at 0.
+
+    Parameters
+    ----------
+    optimizer
+        A `PRM`. The controller attaches itself with `register_step_post_hook`; `remove()` takes it off.
+    mean_q, active_fraction
+        The target, in (0, 1); one of the two. Active is a scalar with `q >= 1/2`: with `mask="snr"` and `softness=1`
+        that is the `active_fraction` of `get_mask_stats()`, which does not depend on the softness as such. With
+        `reduction="per_tensor"` all scalars of a tensor are active or none; the target is met as nearly as whole
+        tensors allow, and the softness then goes to and fro about the border of one.
+    groups
+        Numbers of the groups to control. None takes all but those with `mask="none"`, later ones too.
+    every
+        Steps between two corrections.
+    rate
+        Bound on the change of the logarithm of the softness, per step: 0.01 lets it double in 70 steps.
+    floor
+        Signal-to-noise ratio of a single gradient below which the mask is not opened. For `beta1 = 0.9` a ratio of
+        0.053 means that the mean gradient holds as much signal as noise.
+    bounds
+        Least and largest softness.
+
+    Raises
+    ------
+    TypeError
+        For another optimizer.
+    ValueError
+        For arguments out of range; for a group with `mask="hard"` or "none", which do not depend on the softness, with
+        `softness=0`, or with a `min_q` that the target lies below. The same in `step()`, if a group is changed to that.
+
+    Notes
+    -----
+    The softness is saved with the optimizer, the count of steps with `state_dict()` of the controller; load both, and
+    going on is bit for bit the uninterrupted run. A captured graph keeps the softness that it was captured with.
+
+    Examples
+    --------
+    >>> layer = torch.nn.Linear(64, 64)
+    >>> optimizer = PRM(layer.parameters())
+    >>> controller = SoftnessController(optimizer, mean_q=0.5)
+    >>> for _ in range(300):
+    ...     for p in layer.parameters():
+    ...         p.grad = 0.3 + torch.randn(p.shape)
+    ...     optimizer.step()
+    >>> 0.45 < optimizer.get_mask_stats()["mean_q"] < 0.55, optimizer.param_groups[0]["softness"] < 0.5
+    (True, True)
+    """
+
+    def __init__(
+        self,
+        optimizer: PRM,
+        *,
+        mean_q: float | None = None,
+        active_fraction: float | None = None,
+        groups: Iterable[int] | None = None,
+        every: int = 10,
+        rate: float = 0.01,
+        floor: float = 0.02,
+        bounds: tuple[float, float] = (1e-3, 1e3),
+    ) -> None:
+        if not isinstance(optimizer, PRM):
+            raise TypeError(f"SoftnessController needs a popriskmin.PRM, got {type(optimizer).__name__}")
+        if (mean_q is None) == (active_fraction is None):
+            raise ValueError(
+                f"give one target, mean_q or active_fraction, got mean_q={mean_q} and active_fraction={active_fraction}"
+            )
+        self.optimizer = optimizer
+        self.measure = "mean_q" if active_fraction is None else "active_fraction"
+        self.target = _number(self.measure, mean_q if active_fraction is None else active_fraction, 0, 1)
+        self.groups = None if groups is None else list(groups)
+        self.every = _whole("every", every)
+        self.rate = _number("rate", rate, 0, math.inf)
+        self.floor = 0.0 if floor == 0 else _number("floor", floor, 0, math.inf)
+        least, largest = bounds
+        self.bounds = _number("bounds[0]", least, 0, math.inf), _number("bounds[1]", largest, 0, math.inf)
+        if self.bounds[0] > self.bounds[1]:
+            raise ValueError(f"bounds must be the least and the largest softness, got {bounds!r}")
+        last = len(optimizer.param_groups) - 1
+        for number in self.groups or ():
+            if number not in range(last + 1):
+                raise ValueError(f"groups must be numbers of parameter groups, from 0 to {last}, got {number!r}")
+        self.readings: list[Reading] = []
+        self._steps = 0
+        # The softness of each group before this controller moved it.
+        self._start: dict[int, float] = {}
+        for number in self._controlled():
+            softness = optimizer.param_groups[number]["softness"]
+            if not self.bounds[0] <= softness <= self.bounds[1]:
+                raise ValueError(f"group {number} has softness={softness!r}, which is not within bounds={self.bounds}")
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    def remove(self) -> None:
+        """Detach from the optimizer; the softness stays as it is."""
+        self._handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs beside the optimizer's; `torch.load(..., weights_only=True)` reads it."""
+        return {"steps": self._steps, "start": dict(self._start)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; the target and the other settings stay as this controller was built.
+
+        Raises
+        ------
+        ValueError
+            For what is not from `state_dict()` of a controller of such an optimizer.
+        """
+        if set(state_dict) != {"steps", "start"}:
+            raise ValueError(f"a SoftnessController's state holds steps and start, got {', '.join(state_dict)}")
+        start = {int(group): float(softness) for group, softness in state_dict["start"].items()}
+        if not set(start) <= set(range(len(self.optimizer.param_groups))):
+            raise ValueError(
+                f"the state is of parameter groups {', '.join(map(str, start))}; this optimizer has "
+                f"{len(self.optimizer.param_groups)}"
+            )
+        self._steps, self._start = int(state_dict["steps"]), start
+
+    def _controlled(self) -> list[int]:
+        """Return the numbers of the groups to control, which must depend on their softness."""
+        groups = self.optimizer.param_groups
+        numbers = (
+            [i for i, group in enumerate(groups) if group["mask"] != "none"] if self.groups is None else self.groups
+        )
+        if not numbers:
+            raise ValueError("there is no parameter group to control: all have mask='none'")
+        for i in numbers:
+            group = groups[i]
+            if group["mask"] in ("hard", "none"):
+                raise ValueError(
+                    f"group {i} has mask={group['mask']!r}, which does not depend on the softness: control a group "
+                    "with mask='snr' or 'soft'"
+                )
+            if group["softness"] <= 0:
+                raise ValueError(f"group {i} has softness={group['softness']!r}: start from one above 0")
+            unreachable = self.target if self.measure == "mean_q" else 0.5
+            if group["min_q"] >= unreachable:
+                raise ValueError(
+                    f"group {i} has min_q={group['min_q']}, which is not below {unreachable}: {self.measure}="
+                    f"{self.target} cannot be reached from above"
+                )
+        return numbers
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._steps += 1
+        if self._steps % self.every == 0:
+            self.readings = [self._correct(*found) for found in self._read(self._controlled())]
+
+    def _read(self, numbers: list[int]) -> list[tuple[int, float, float]]:
+        """Return, for each group that can be judged, its number, what is held at the target, and its ratio."""
+        found: list[tuple[int, Tensor]] = []
+        for one in held(self.optimizer):
+            least = max(enough_steps(one.hyper), one.hyper.warmup_steps + 1)
+            if one.group in numbers and one.step >= least:
+                found.append((one.group, self._sums(one)))
+        # One transfer to the host for each device.
+        sums: dict[int, list[list[float]]] = {}
+        for (i, _), values in zip(found, to_host([values for _, values in found])):
+            sums.setdefault(i, []).append(values)
+        readings = []
+        for i, rows in sums.items():
+            count, measured, mean_sq, variance = (math.fsum(column) for column in zip(*rows))
+            ratio = mean_sq / variance if variance > 0 else math.inf if mean_sq > 0 else 0.0
+            readings.append((i, measured / count, ratio))
+        return readings
+
+    @torch.no_grad()
+    def _sums(self, one: Held) -> Tensor:
+        """Return count, sum of `q` or of open scalars, squared mean and variance of a tensor, on its device."""
+        t, hyper, count = one.step, one.hyper, one.scalars
+        m, s, _, _, _, q = recompute(one.state, t, hyper, _stride(count))
+        wide = sum_dtype(m.device)
+        measured = (q if self.measure == "mean_q" else q >= 0.5).sum(dtype=wide)
+        if q.dim() < m.dim():
+            measured = measured * m.numel()
+        full = corrections(t, hyper._replace(bias_correction=True))
+        signal, noise = (m / full.bias1).square().sum(dtype=wide), s.sum(dtype=wide) / full.bias_var
+        numbers = [measured, *mean_and_variance(signal, noise, weights(t, hyper))]
+        # Those of a tensor that is sharded over ranks are gathered.
+        gathered = [whole(number) for number in numbers]
+        sums: Tensor = torch.stack([torch.full_like(gathered[0], m.numel()), *gathered])
+        return sums.mul(count / m.numel())
+
+    def _correct(self, i: int, measured: float, ratio: float) -> Reading:
+        group = self.optimizer.param_groups[i]
+        softness = float(group["softness"])
+        start = self._start.setdefault(i, softness)
+        if not (math.isfinite(measured) and not math.isnan(ratio)):
+            return Reading(i, measured, ratio, softness, True)  # a run that has overflowed is not to be opened
+        most = self.rate * self.every
+        change = max(-most, min(most, GAIN * (_logit(measured) - _logit(self.target))))
+        held = change < 0 and ratio < self.floor
+        if held:
+            change = max(0.0, min(most, math.log(start / softness)))
+        if change != 0:
+            group["softness"] = max(self.bounds[0], min(self.bounds[1], softness * math.exp(change)))
+        return Reading(i, measured, ratio, group["softness"], held)
+
+
+def _stride(count: int) -> int:
+    """Return the distance at which to sample: without a common divisor, so that all rows and columns are met alike."""
+    stride = max(1, count // SAMPLE)
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride
+
+
+def _logit(share: float) -> float:
+    share = max(NEAREST, min(1 - NEAREST, share))
+    return math.log(share / (1 - share))
+
+
+def _number(name: str, value: Any, least: float, largest: float) -> float:
+    if not (isinstance(value, Real) and least < float(value) < largest):
+        limits = f"between {least} and {largest}" if largest < math.inf else f"above {least}, and finite"
+        raise ValueError(f"{name} must be a number {limits}, got {value!r}")
+    return float(value)
+
+
+def _whole(name: str, value: Any) -> int:
+    if not isinstance(value, Integral) or int(value) < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    return int(value)

@@ -1,0 +1,136 @@
+"""What the state of `PRM` says of every parameter tensor: numbers for a diagnosis, in one transfer from each device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from popriskmin.diagnosis.noise import first_step, mean_and_variance, weights
+from popriskmin.mask import Hyperparameters, corrections, evaluate
+from popriskmin.optimizer.prm import PRM
+from popriskmin.optimizer.reading import Held, as_wide_reals, held, recompute, to_host
+from popriskmin.step.lists import sum_dtype, whole
+
+# A mean gradient so much smaller than its noise (both squared) is that of one which has been 0 for some 100 steps.
+SILENT = 1e-9
+# Squared gradients that are so much smaller than the tensor's mean one are what rounding leaves of a gradient of 0, as
+# that of a key's bias in attention.
+ROUNDING = 1e-10
+
+
+class Sums(NamedTuple):
+    """Sums over the scalars of one tensor; complex ones count as two."""
+
+    q: float
+    active: float  # scalars with signal > a * noise
+    signal: float
+    noise: float  # times the boundary's coefficient
+    v: float  # v^
+    weight_sq: float
+    step_sq: float  # of AdamW's step, without the learning rate
+    masked_step_sq: float
+    # Over the scalars that have a gradient, now or in the last 100 steps or so:
+    live: float
+    live_q: float
+    live_q_without_eps: float
+    live_q_plain: float  # of the plain mask: snr, softness 1, batch boundary, no floor
+    live_ratio: float  # m^**2 / z, each 1 at most
+
+
+class Evidence(NamedTuple):
+    """One parameter tensor: what it is, and what is known of it."""
+
+    name: str | int
+    group: int
+    shape: tuple[int, ...]
+    scalars: int  # complex ones count as two
+    step: int
+    hyper: Hyperparameters  # of its last step
+    sums: Sums | None  # None where it has taken no step
+
+    @property
+    def over_noise(self) -> float:
+        """The mean of `m^**2 / z` over the live scalars in units of what pure noise gives; NaN where not known."""
+        if self.sums is None or self.sums.live == 0 or self.step < first_step(self.hyper):
+            return math.nan
+        return self.sums.live_ratio / self.sums.live / weights(self.step, self.hyper).k
+
+    @property
+    def zero_fraction(self) -> float:
+        """Share of the scalars without a gradient."""
+        return 1.0 if self.sums is None else 1 - self.sums.live / self.scalars
+
+    def decay_ratio(self, masked: bool = True) -> float:
+        """Return the length of the decay's step over that of the gradient's step, with the mask or without."""
+        hyper, n = self.hyper, self.sums
+        if n is None:
+            return math.nan
+        if hyper.weight_decay == 0 or not hyper.decoupled_weight_decay or (hyper.mask_decay and masked):
+            return 0.0
+        step = math.sqrt(n.masked_step_sq if masked else n.step_sq)
+        decay = hyper.weight_decay * math.sqrt(n.weight_sq)
+        return decay / step if step > 0 else (math.inf if decay > 0 else 0.0)
+
+
+def read(optimizer: PRM) -> list[Evidence]:
+    """Return what is known of every tensor that has elements and has stepped or could."""
+    found = list(_found(optimizer))
+    numbers = iter(to_host([sums for _, sums in found if sums is not None]))
+    return [one if sums is None else one._replace(sums=Sums(*next(numbers))) for one, sums in found]
+
+
+def _found(optimizer: PRM) -> Iterator[tuple[Evidence, Tensor | None]]:
+    for one in held(optimizer):
+        if one.step > 0 or one.param.requires_grad:
+            evidence = Evidence(one.name, one.group, tuple(one.param.shape), one.scalars, one.step, one.hyper, None)
+            yield evidence, _sums(one) if one.step > 0 else None
+
+
+@torch.no_grad()
+def _sums(one: Held) -> Tensor:
+    t, hyper = one.step, one.hyper
+    m, s, c, signal, noise, q = recompute(one.state, t, hyper)
+    dtype, v = m.dtype, one.state["exp_avg_sq"]
+    _, w, v, divisor = as_wide_reals(m, one.param, v, one.state["max_exp_avg_sq"] if hyper.amsgrad else v)
+    # Corrected even where the step is not: what is expected of noise is expected of the corrected averages.
+    full = corrections(t, hyper._replace(bias_correction=True))
+    mean_sq, spread = (m / full.bias1).square(), s / full.bias_var
+    live = ((v > ROUNDING * v.mean()) & (mean_sq > SILENT * spread)).to(dtype)
+    ratio = torch.zeros_like(m)
+    if t >= first_step(hyper):
+        variance = mean_and_variance(mean_sq, spread, weights(t, hyper))[1]
+        ratio = (mean_sq / variance.clamp(min=torch.finfo(dtype).tiny)).clamp(max=1)
+    plain = hyper._replace(mask="snr", softness=1.0, coefficient=1.0, mask_eps=0.0, min_q=0.0)
+    without_eps, q_plain = (evaluate(signal, noise, c, h) for h in (hyper._replace(mask_eps=0.0), plain))
+    noise = noise * hyper.coefficient
+    step_sq = ((m / c.bias1) / ((divisor / c.bias2).sqrt() + hyper.eps)).square()
+    wide = sum_dtype(m.device)
+
+    def total(x: Tensor, among: Tensor | None = None) -> Tensor:
+        """Sum over the tensor, or over those `among` it; a pooled number stands for each of them."""
+        if x.dim() == 0 and m.dim() > 0:
+            return x.to(wide) * (m.numel() if among is None else among.sum(dtype=wide))
+        return (x if among is None else x * among).sum(dtype=wide)
+
+    sums = {
+        "q": total(q),
+        "active": total(signal > noise),
+        "signal": total(signal),
+        "noise": total(noise),
+        "v": total(v / full.bias2),
+        "weight_sq": total(w.square()),
+        "step_sq": total(step_sq),
+        "masked_step_sq": total(q.square() * step_sq),
+        "live": total(live),
+        "live_q": total(q, live),
+        "live_q_without_eps": total(without_eps, live),
+        "live_q_plain": total(q_plain, live),
+        "live_ratio": total(ratio, live),
+    }
+    numbers = [sums[name] for name in Sums._fields]
+    # Those of a tensor that is sharded over ranks are gathered.
+    return torch.stack([whole(number) for number in numbers])

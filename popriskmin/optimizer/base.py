@@ -1,0 +1,82 @@
+"""What torch's optimizers do for parameter groups and checkpoints, with every option checked and all state prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+from popriskmin.optimizer.checkpoint import ids_match, portable, prepare_groups, prepare_state
+from popriskmin.optimizer.options import check_options, check_spelling, plain
+from popriskmin.step.compat import split_names
+
+
+class CheckedOptimizer(Optimizer):
+    """The base of `PRM`: its groups and checkpoints, of which a bad one is refused before anything is changed."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters with its own options; its tensors start at step 1.
+
+        Parameters
+        ----------
+        param_group
+            "params", and any argument of `PRM` that differs for them.
+
+        Raises
+        ------
+        ValueError
+            For a bad value or a misspelt option, with nothing added. Keys that resemble no option are the
+            user's own and are kept.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        param_group = split_names(param_group)
+        check_spelling(param_group, self.defaults)
+        param_group.update({name: plain(param_group[name]) for name in self.defaults if name in param_group})
+        check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and the options of each group, as torch's optimizers do; `state_dtype` by its name."""
+        return portable(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint of PRM, or take over one of `torch.optim.AdamW` or `Adam`.
+
+        Hyperparameters come from the checkpoint, as in torch; `foreach`, `fused`, `capturable`, `differentiable`
+        and `state_dtype` stay as this optimizer was built, and so do options that the checkpoint does not know.
+        From AdamW the moments and the step carry on, and `s` starts at the noise that they imply,
+        `max(v^ - m^**2, 0)`, so that no mask slams shut at the switch. Adam's checkpoints of torch before 2.7 do not
+        say that its decay is coupled: build PRM with `decoupled_weight_decay=False` for them.
+
+        Parameters
+        ----------
+        state_dict
+            From `state_dict()`; `torch.load(..., weights_only=True)` reads it.
+
+        Raises
+        ------
+        ValueError
+            For a checkpoint without Adam's moments, of other shapes or group sizes, or of a newer format. The
+            optimizer is then as it was.
+        """
+        if not hasattr(self, "register_load_state_dict_pre_hook"):  # torch 2.0
+            super().load_state_dict(self._prepare(state_dict))
+            return
+        # Last among the hooks, so that it sees what the user's hooks have made of the checkpoint.
+        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: self._prepare(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def _prepare(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        saved_groups = state_dict["param_groups"]
+        if not ids_match(saved_groups, self.param_groups):
+            return dict(state_dict)  # the base class says what is wrong
+        groups = prepare_groups(saved_groups, self.param_groups)
+        for group in groups:
+            check_options({**self.defaults, **group})
+        state = prepare_state(state_dict["state"], groups, self.param_groups)
+        return {**state_dict, "param_groups": groups, "state": state}

@@ -1,0 +1,159 @@
+"""The checks of `PRM`'s arguments: each bad one is named, with its value and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from popriskmin.mask import BOUNDARIES, MASKS, REDUCTIONS, VARIANCES, boundary_coefficient
+from popriskmin.optimizer.reading import parameter_names
+from popriskmin.step.functional import choose_implementation
+
+
+def check_spelling(group: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a key of a parameter group that is nearly, but not quite, the name of an option."""
+    for key in set(group) - set(options):
+        similar = difflib.get_close_matches(str(key), options, n=1, cutoff=0.85)
+        if similar:
+            raise ValueError(f"unknown option {key} in a parameter group: did you mean {similar[0]}?")
+
+
+def plain(value: Any) -> Any:
+    """Turn numpy's numbers into Python's, so that checkpoints load with `weights_only=True`; leave others alone."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(plain(item) for item in value)
+    is_numpy = type(value).__module__ == "numpy" and hasattr(value, "item")
+    return value.item() if is_numpy and getattr(value, "ndim", 0) == 0 else value
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first option of a group that is out of range, naming it and showing its value."""
+    _check_lr(options["lr"])
+    betas = options["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
+    for name, value in (("betas[0]", betas[0]), ("betas[1]", betas[1]), ("rho", options["rho"])):
+        if not (isinstance(value, Real) and 0 <= float(value) < 1):
+            raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
+    for name in ("eps", "mask_eps", "softness", "weight_decay"):
+        value = options[name]
+        if name == "mask_eps" and value is None:
+            continue
+        if not (isinstance(value, Real) and 0 <= float(value) < float("inf")):
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+    if not (isinstance(options["min_q"], Real) and 0 <= float(options["min_q"]) <= 1):
+        raise ValueError(f"min_q must be a number in [0, 1], got {options['min_q']!r}")
+    eps = float(options["eps"])
+    if options["mask_eps"] is None and eps * eps == float("inf"):
+        raise ValueError(f"eps must be so small that its square is finite, or mask_eps be given, got eps={eps!r}")
+    check_counts(options)
+    _check_switches(options)
+    known_values = {"mask": MASKS, "boundary": BOUNDARIES, "reduction": REDUCTIONS, "variance": VARIANCES}
+    for name, known in known_values.items():
+        if not isinstance(options[name], str) or options[name] not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {options[name]!r}")
+    if options["boundary"] == "empirical":
+        boundary_coefficient("empirical", options["batch_size"], options["n_dataset"])
+    if options["debias"] and not options["bias_correction"]:
+        raise ValueError("debias=True needs bias_correction=True, got bias_correction=False")
+    if options["mask_decay"] and not options["decoupled_weight_decay"]:
+        raise ValueError(
+            "mask_decay=True needs decoupled_weight_decay=True, got decoupled_weight_decay=False, "
+            "where the mask reaches the decay anyway"
+        )
+    if options["state_dtype"] not in (None, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"state_dtype must be None, torch.bfloat16, torch.float32 or torch.float64, got {options['state_dtype']!r}"
+        )
+    choose_implementation([], options["foreach"], options["fused"], options["differentiable"])
+
+
+def _check_lr(lr: Any) -> None:
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+        if lr.is_complex():
+            raise ValueError(f"lr must be real, got {lr!r}")
+        lr = lr.detach()
+    elif not isinstance(lr, Real):
+        raise ValueError(f"lr must be a number or a tensor, got {lr!r}")
+    if not 0 <= float(lr) < float("inf"):
+        raise ValueError(f"lr must be finite and >= 0, got {lr!r}")
+
+
+def _check_switches(options: Mapping[str, Any]) -> None:
+    switches = ["amsgrad", "bias_correction", "decoupled_weight_decay", "debias", "mask_decay", "maximize"]
+    for name in [*switches, "capturable", "differentiable"]:
+        if not isinstance(options[name], bool):
+            raise ValueError(f"{name} must be True or False, got {options[name]!r}")
+    for name in ("foreach", "fused"):
+        if options[name] is not None and not isinstance(options[name], bool):
+            raise ValueError(f"{name} must be None, True or False, got {options[name]!r}")
+
+
+def check_counts(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a number of steps or of examples that is none."""
+    warmup_steps, batch_size, n = (options[name] for name in ("warmup_steps", "batch_size", "n_dataset"))
+    if not (isinstance(warmup_steps, Integral) and int(warmup_steps) >= 0):
+        raise ValueError(f"warmup_steps must be a whole number >= 0, got {warmup_steps!r}")
+    for name, value in (("batch_size", batch_size), ("n_dataset", n)):
+        if value is not None and not (isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1):
+            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    if batch_size is not None and n is not None and n <= batch_size:
+        raise ValueError(f"n_dataset must be larger than batch_size, got n_dataset={n} and batch_size={batch_size}")
+
+
+def check_variances(variances: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise for what is no mapping from parameters of `variance="given"` groups to fitting variances, and name it."""
+    if not isinstance(variances, Mapping):
+        raise TypeError(f"variances must be a mapping from parameters to tensors, got {type(variances).__name__}")
+    group_of = {param: group for group in groups for param in group["params"]}
+    for param, variance in variances.items():
+        if not isinstance(param, Tensor):
+            raise TypeError(f"the keys of variances must be the parameters themselves, got {param!r}")
+        if param not in group_of:
+            raise ValueError(
+                f"variances has a key that is no parameter of this optimizer: a {type(param).__name__} of shape "
+                f"{tuple(param.shape)}"
+            )
+        if group_of[param]["variance"] != "given":
+            raise ValueError(
+                f"{name_of(param, groups)} is in a group with variance={group_of[param]['variance']!r}, which takes no "
+                "variances; build the group with variance='given'"
+            )
+        if not isinstance(variance, Tensor):
+            raise TypeError(f"the variance of {name_of(param, groups)} must be a tensor, got {variance!r}")
+        wrong = _mismatch(variance, param)
+        if wrong is not None:
+            raise ValueError(f"the variance of {name_of(param, groups)} {wrong}")
+
+
+def _mismatch(variance: Tensor, param: Tensor) -> str | None:
+    """Return in words why a variance does not fit its parameter."""
+    if variance.layout != torch.strided:
+        return f"must be dense, got layout {variance.layout}"
+    if variance.shape != param.shape:
+        return f"must have the parameter's shape {tuple(param.shape)}, got {tuple(variance.shape)}"
+    if variance.device != param.device:
+        return f"must be on the parameter's device {param.device}, got {variance.device}"
+    if param.is_complex() and not variance.is_complex():
+        return f"must be complex, with the variances of the real and imaginary parts, got {variance.dtype}"
+    if not param.is_complex() and not variance.is_floating_point():
+        return f"must be of a floating type, got {variance.dtype}"
+    if hasattr(param, "to_local") != hasattr(variance, "to_local"):
+        return f"must be sharded as the parameter is, a {type(param).__name__}, got a {type(variance).__name__}"
+    return None
+
+
+def name_of(param: Tensor, groups: Sequence[Mapping[str, Any]]) -> str:
+    """Return how messages name a parameter: `parameter 0.weight`, or `parameter 3` by its place among all of them."""
+    for names, group in zip(parameter_names(groups), groups):
+        for name, candidate in zip(names, group["params"]):
+            if candidate is param:
+                return f"parameter {name}"
+    raise KeyError("not a parameter of these groups")

@@ -1,0 +1,388 @@
+"""`PRM`: the optimizer's arguments, its step, and the variances that it may be given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _use_grad_for_differentiable
+
+from popriskmin.mask import Hyperparameters
+from popriskmin.optimizer.base import CheckedOptimizer
+from popriskmin.optimizer.checkpoint import STATE_FORMAT, Prepared, new_state
+from popriskmin.optimizer.options import check_options, check_variances, name_of, plain
+from popriskmin.optimizer.stats import Row, mask_stats
+from popriskmin.step.compat import check_graph_capture
+from popriskmin.step.functional import dispatch
+from popriskmin.step.lists import Lists
+
+
+class PRM(CheckedOptimizer):
+    """AdamW that trains on population risk: each parameter moves as far as its mean gradient exceeds its noise.
+
+    Beside AdamW's two moments PRM keeps `s`, a running variance of the minibatch gradient, and multiplies AdamW's step
+    by a mask `q` in [0, 1], made of the signal `m^**2` and the noise `s^`. One step, with `a` the boundary's
+    coefficient::
+
+        s = rho * s + (1 - rho) * (g - m)**2        # m is the mean before this batch
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        m^ = m / (1 - beta1**t),  v^ = v / (1 - beta2**t),  s^ = s / (1 - rho**t)
+        q = m^**2 / (m^**2 + softness * a * s^ + mask_eps)
+        w = w - lr * weight_decay * w - lr * q * m^ / (sqrt(v^) + eps)
+
+    where `t` counts the steps of the tensor. Every argument from `lr` on, but for `differentiable`, can be given per
+    parameter group.
+
+    Parameters
+    ----------
+    params
+        Parameters, named parameters, or dicts that define groups. Complex parameters count as two reals.
+    lr
+        Learning rate; a number, or a tensor with one element (then it can be scheduled under a captured graph).
+    betas
+        Decay rates of `m` and `v`, in [0, 1).
+    rho
+        Decay rate of `s`, in [0, 1). Usually shorter than the second beta.
+    eps
+        Added to the square root of `v`; units of the gradient.
+    weight_decay
+        Decoupled weight decay. It is not masked (see `mask_decay`), so where `q` is 0.03 it weighs 30 times what
+        it does in AdamW.
+    softness
+        Factor of the noise in the mask; larger is more cautious. A reasonable sweep is 0.3, 1, 3, 10.
+    batch_size, n_dataset
+        Numbers of examples in a batch and in the data set; needed by `boundary="empirical"`, read at every step.
+    boundary
+        "batch" for fresh batches, `a = 1`; "empirical" where `n_dataset` examples are used again and again,
+        `a = batch_size / (n_dataset - batch_size)`.
+    mask
+        "snr" as above, never quite shut. "soft": with `x = max(m^**2 - a * s^, 0)`,
+        `q = x / (x + softness * s^ + mask_eps)`, zero below the boundary. "hard": 1 where `m^**2 > a * s^`, else 0.
+        "none": 1, which is AdamW; for single groups.
+    reduction
+        "per_param": a mask for each scalar. "per_tensor": signal and noise are averaged over each tensor first.
+    warmup_steps
+        The mask is 1 for the first so many steps of a tensor.
+    amsgrad
+        Divide by the root of the running maximum of `v`.
+    bias_correction
+        Whether `m^`, `v^` and `s^` are divided as above; else they are `m`, `v` and `s`.
+    decoupled_weight_decay
+        False adds `weight_decay * w` to the gradient instead, as in Adam.
+    mask_eps
+        The mask's epsilon, in units of the squared gradient. None means ``eps**2``, which leaves `q` unchanged
+        when all gradients are multiplied by a constant. The formula of the method's first publication adds `eps`
+        itself: ``mask_eps=1e-8`` gives it. It shuts the mask by arithmetic where gradients are around 1e-5, as
+        in large models.
+    debias
+        Make `s` an unbiased estimate of the gradient's variance, and take the variance of the mean out of the
+        signal. With `k(t)` the variance of `m^` in units of the gradient's (`popriskmin.mask.variance_of_mean`): from
+        the second step on the gradient is centred on `m^(t-1)`, its square divided by `1 + k(t-1)`,
+        `s^ = s / (1 - rho**(t-1))`, and the signal is `max(m^**2 - k(t) * s^, 0)`. The first step has `q = 1`.
+    mask_decay
+        Decay by ``lr * weight_decay * q * w``.
+    min_q
+        Floor of the mask, in [0, 1]: where it would be lower, `q = min_q`, so that nothing stands still for its noise
+        alone. 0 is no floor, 1 is AdamW.
+    variance
+        "streaming" estimates the gradient's variance as above. "given" takes it from outside, at every step:
+        `s = rho * s + (1 - rho) * z`, with `z` what `set_variances` was handed for the parameter. Then `s^` holds
+        neither the mean's drift nor its own variance, `debias` only takes `k(t) * s^` out of the signal, with
+        `s^ = s / (1 - rho**t)`, and already the first step has an estimate.
+    state_dtype
+        `torch.float32` or `torch.float64` for `m`, `v` and `s`. None takes the parameter's dtype, and float32 for
+        half-precision parameters. `torch.bfloat16` stores `v` and `s` in it, rounded stochastically
+        (`popriskmin.step.rounding`), and `m` in float32: 8 bytes of state per parameter, as AdamW has. All arithmetic
+        is in float32 at least.
+    maximize, capturable, differentiable
+        As in `torch.optim.AdamW`. `capturable` is not limited to accelerators.
+    foreach
+        True takes the implementation that works on whole lists, False a loop over tensors, slower, with the same
+        result. None takes lists where nothing is fused and torch allows it, else the loop.
+    fused
+        None takes the fused kernel for whatever fits it on the CPU. True insists on it, on a CUDA device too, and
+        raises saying why where it cannot be had; False does without.
+
+    Raises
+    ------
+    ValueError
+        For an argument out of range; the message names it, shows the value, and says what would be right.
+    RuntimeError
+        For `fused=True` where no fused kernel is usable. In `step` for sparse gradients, and for a gradient without
+        a variance where that is to be given; nothing has then moved.
+
+    References
+    ----------
+    Litman and Guo, "A Theory of Generalization in Deep Learning", arXiv:2605.01172. For `debias`: Balles and
+    Hennig, "Dissecting Adam", arXiv:1705.07774.
+
+    Examples
+    --------
+    >>> model = torch.nn.Linear(4, 1)
+    >>> optimizer = PRM(model.named_parameters(), lr=1e-3, weight_decay=0.01)
+    >>> for _ in range(3):
+    ...     optimizer.zero_grad()
+    ...     model(torch.randn(8, 4)).square().mean().backward()
+    ...     optimizer.step()
+    >>> 0 < optimizer.get_mask_stats()["mean_q"] < 1
+    True
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        rho: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        softness: float = 1.0,
+        batch_size: int | None = None,
+        boundary: str = "batch",
+        n_dataset: int | None = None,
+        mask: str = "snr",
+        reduction: str = "per_param",
+        warmup_steps: int = 0,
+        amsgrad: bool = False,
+        bias_correction: bool = True,
+        decoupled_weight_decay: bool = True,
+        *,
+        mask_eps: float | None = None,
+        debias: bool = False,
+        mask_decay: bool = False,
+        min_q: float = 0.0,
+        variance: str = "streaming",
+        state_dtype: torch.dtype | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "rho": rho,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "softness": softness,
+            "batch_size": batch_size,
+            "boundary": boundary,
+            "n_dataset": n_dataset,
+            "mask": mask,
+            "reduction": reduction,
+            "warmup_steps": warmup_steps,
+            "amsgrad": amsgrad,
+            "bias_correction": bias_correction,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "mask_eps": mask_eps,
+            "debias": debias,
+            "mask_decay": mask_decay,
+            "min_q": min_q,
+            "variance": variance,
+            "state_dtype": state_dtype,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "state_format": STATE_FORMAT,
+        }
+        defaults = {name: plain(value) for name, value in defaults.items()}
+        check_options(defaults)
+        # What each group's last step was taken with, for the statistics; a schedule may have moved on since.
+        self._applied: list[Hyperparameters] = []
+        # What the kernels keep from step to step, for each group.
+        self._memories: list[dict[str, Any]] = []
+        # What the next step takes for the variances of the gradients.
+        self._variances: dict[Tensor, Tensor] = {}
+        super().__init__(params, defaults)
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        exp_avg_vars: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        grad_vars: list[Tensor],
+        state_steps: list[Tensor],
+    ) -> None:
+        """Append the tensors of the group's parameters that have a gradient, with zero state for new ones.
+
+        `torch.compile` calls this by itself, outside of what it traces.
+        """
+        given = group["variance"] == "given"
+        for p in group["params"]:
+            grad = p.grad
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise RuntimeError(
+                    "PRM does not support sparse gradients; use sparse=False, or torch.optim.SparseAdam "
+                    "for the parameters that have them"
+                )
+            if given:
+                if p not in self._variances:
+                    raise RuntimeError(
+                        f"{name_of(p, self.param_groups)} has a gradient, variance='given', and no variance: "
+                        "call set_variances with the variance of every gradient before each step"
+                    )
+                grad_vars.append(self._variances[p])
+            state = self.state[p]
+            if len(state) == 0:
+                state.update(new_state(p, group))
+            params.append(p)
+            grads.append(grad)
+            exp_avgs.append(state["exp_avg"])
+            exp_avg_sqs.append(state["exp_avg_sq"])
+            exp_avg_vars.append(state["exp_avg_var"])
+            if group["amsgrad"]:
+                max_exp_avg_sqs.append(state["max_exp_avg_sq"])
+            state_steps.append(state["step"])
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step.
+
+        Parameters
+        ----------
+        closure
+            Recomputes the model and its gradients, and returns the loss, which is then returned.
+        """
+        check_graph_capture(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # Resolved before anything moves: a schedule may have written a batch size that does not fit, and a gradient may
+        # be sparse or lack its variance.
+        applied = [Hyperparameters.of_group(group) for group in self.param_groups]
+        gathered: list[tuple[Lists, list[Tensor]]] = []
+        for group in self.param_groups:
+            gathered.append((Lists([], [], [], [], [], [], []), []))
+            self._init_group(group, *gathered[-1][0], gathered[-1][1])
+        self._applied = applied
+        if self._variances:
+            self._variances = {}
+        self._memories.extend({} for _ in self.param_groups[len(self._memories) :])
+        for group, hyper, memory, (lists, state_steps) in zip(
+            self.param_groups, self._applied, self._memories, gathered
+        ):
+            dispatch(
+                lists,
+                state_steps,
+                hyper,
+                foreach=group["foreach"],
+                capturable=group["capturable"],
+                differentiable=group["differentiable"],
+                fused=group["fused"],
+                memory=memory,
+            )
+        return loss
+
+    def set_variances(self, variances: Mapping[Tensor, Tensor]) -> None:
+        """Hand over the variances of the gradients that the next step takes, in groups with `variance="given"`.
+
+        That step consumes them, and a call before it replaces them. Every parameter that then has a gradient needs one.
+
+        Parameters
+        ----------
+        variances
+            For each parameter a dense tensor of its shape and on its device, of any floating type, in units of the
+            squared gradient: the variance of the gradient that the step takes, which is that of the mean over the
+            batch. For a complex parameter a complex tensor with the variances of the real and imaginary parts. NaN and
+            infinities pass on into `s`. The tensors are kept, not copied.
+
+        Raises
+        ------
+        TypeError, ValueError
+            At once, for what is no such mapping, naming the parameter; what was handed over before then stays.
+
+        Examples
+        --------
+        >>> w = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = PRM([w], lr=0.1, variance="given", weight_decay=0.0)
+        >>> examples = torch.tensor([[1.0, 3.0, 2.0], [1.0, -1.0, 3.0]])  # the gradients of two examples
+        >>> w.grad = examples.mean(0)
+        >>> optimizer.set_variances({w: examples.var(0) / 2})
+        >>> optimizer.step()
+        >>> w  # q = 1, 1 / (1 + 4) and 2.5**2 / (2.5**2 + 0.25)
+        Parameter containing:
+        tensor([0.9000, 0.9800, 0.9038], requires_grad=True)
+        """
+        check_variances(variances, self.param_groups)
+        self._variances = dict(variances)
+
+    @overload
+    def get_mask_stats(self, by: None = None) -> Row: ...
+    @overload
+    def get_mask_stats(self, by: Literal["group"]) -> dict[int, Row]: ...
+    @overload
+    def get_mask_stats(self, by: Literal["parameter"]) -> dict[str | int, Row]: ...
+    def get_mask_stats(self, by: Literal["group", "parameter"] | None = None) -> Any:
+        """Say how open the mask was at the last step.
+
+        Nothing is computed in `step`: the mask is recomputed here, from the state, for every parameter that has
+        taken a step. This waits for the device, and with sharded parameters for all ranks, each of which must ask.
+
+        Parameters
+        ----------
+        by
+            None for one row over all parameters; "group" for a dict from the group's number to its row;
+            "parameter" for a dict from the parameter's name to its row, or where the optimizer was not built from
+            named parameters from its place in the list of all parameters.
+
+        Returns
+        -------
+        dict
+            Plain numbers, sums over scalars and not over tensors: `mean_q`, `min_q`, `max_q` of the mask;
+            `active_fraction`, the share of scalars with `signal > a * noise`, whatever the mask;
+            `parameter_count`, the scalars counted; `signal_sq`, the sum of the signal; `noise_scale`, the sum of
+            `a * noise`; `snr`, `signal_sq / noise_scale`.
+
+        Raises
+        ------
+        RuntimeError
+            Before the first step.
+        ValueError
+            For another `by`.
+
+        Examples
+        --------
+        >>> w = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = PRM([("w", w)], softness=3.0)
+        >>> w.grad = torch.tensor([1.0, -2.0, 0.5])
+        >>> optimizer.step()
+        >>> round(optimizer.get_mask_stats(by="parameter")["w"]["mean_q"], 4)
+        0.25
+        """
+        return mask_stats(self, by)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle or a prepared checkpoint."""
+        super().__setstate__(state)
+        self._applied = []
+        self._memories = []
+        self._variances = {}
+        for param_state in self.state.values():
+            for name, value in param_state.items():
+                if isinstance(value, Prepared):
+                    param_state[name] = value.tensor
+        # A pickle of an older version lacks what came later.
+        options = inspect.signature(PRM.__init__).parameters
+        newest = {name: p.default for name, p in options.items() if p.default is not p.empty}
+        self.defaults = {**newest, "state_format": STATE_FORMAT, **self.defaults}
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)

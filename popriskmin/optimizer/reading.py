@@ -1,0 +1,127 @@
+"""What a `PRM` holds after its last step: the tensors that have stepped, and the mask, recomputed from their state.
+
+The statistics, the diagnosis and the controller read the state through here. Nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from popriskmin.mask import Corrections, Hyperparameters, corrections, evaluate, signal_and_noise
+from popriskmin.step.lists import are_plain
+
+if TYPE_CHECKING:
+    from popriskmin.optimizer.prm import PRM
+
+
+class Held(NamedTuple):
+    """One parameter tensor of an optimizer, and what its last step was taken with."""
+
+    group: int
+    name: str | int
+    param: Tensor
+    state: Mapping[str, Any]  # empty where it has taken no step
+    step: int  # 0 there
+    hyper: Hyperparameters
+
+    @property
+    def scalars(self) -> int:
+        """The number of scalars; complex ones count as two."""
+        return self.param.numel() * (2 if self.param.is_complex() else 1)
+
+
+class Recomputed(NamedTuple):
+    """The mask of a tensor's last step and what it was made of: real tensors in float32 or wider."""
+
+    exp_avg: Tensor
+    exp_avg_var: Tensor
+    c: Corrections
+    signal: Tensor  # of shape () where masks are pooled, as are the next two
+    noise: Tensor  # not yet times the boundary's coefficient
+    q: Tensor
+
+
+def held(optimizer: PRM) -> Iterator[Held]:
+    """Yield every parameter with elements, in the optimizer's order; the step counts come in one transfer."""
+    names, steps = parameter_names(optimizer.param_groups), steps_taken(optimizer)
+    for i, group in enumerate(optimizer.param_groups):
+        hyper = applied(optimizer, i)
+        for param, name, t in zip(group["params"], names[i], steps[i]):
+            if param.numel() > 0:
+                yield Held(i, name, param, optimizer.state.get(param, {}), t, hyper)
+
+
+def applied(optimizer: PRM, group: int) -> Hyperparameters:
+    """Return what the group's last step was taken with; a schedule may have moved on since."""
+    kept = optimizer._applied
+    return kept[group] if group < len(kept) else Hyperparameters.of_group(optimizer.param_groups[group])
+
+
+@torch.no_grad()
+def recompute(state: Mapping[str, Any], step: int, hyper: Hyperparameters, stride: int = 1) -> Recomputed:
+    """Recompute the mask of a tensor's last step.
+
+    Parameters
+    ----------
+    state
+        The tensor's, after `step` steps, the last of them taken with `hyper`.
+    stride
+        Above 1: of every so many scalars one stands for all. Not taken where masks are pooled, which are of the whole
+        tensor, or where the tensor is sharded over ranks and cannot be counted through.
+    """
+    m, s = as_wide_reals(state["exp_avg"], state["exp_avg_var"])
+    if stride > 1 and hyper.reduction == "per_param" and are_plain([m]):
+        m, s = m.reshape(-1)[::stride], s.reshape(-1)[::stride]
+    c = corrections(step, hyper)
+    signal, noise = signal_and_noise(m, s, c, hyper)
+    return Recomputed(m, s, c, signal, noise, evaluate(signal, noise, c, hyper))
+
+
+def as_wide_reals(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return state tensors outside of autograd, as reals, in one type: that of the first, float32 at least."""
+    reals = [torch.view_as_real(x.detach()) if x.is_complex() else x.detach() for x in tensors]
+    dtype = torch.promote_types(reals[0].dtype, torch.float32)
+    return tuple(x.to(dtype) for x in reals)
+
+
+def parameter_names(groups: Sequence[Mapping[str, Any]]) -> list[list[str | int]]:
+    """Return a key for every parameter of each group: its name, or where it has none its place in the whole list.
+
+    A name that several groups share, as when two models are trained together, gets its group's number.
+    """
+    names: list[list[str | int]] = []
+    start = 0
+    for group in groups:
+        count = len(group["params"])
+        names.append(list(group.get("param_names") or range(start, start + count)))
+        start += count
+    uses = Counter(name for group_names in names for name in group_names)
+    return [
+        [f"group {i}: {name}" if uses[name] > 1 else name for name in group_names]
+        for i, group_names in enumerate(names)
+    ]
+
+
+def steps_taken(optimizer: PRM) -> list[list[int]]:
+    """Return the steps that every parameter of every group has taken, in one transfer from each device."""
+    states = [[optimizer.state.get(param) for param in group["params"]] for group in optimizer.param_groups]
+    counters = [state["step"].detach().reshape(1) for group in states for state in group if state]
+    counted = iter(to_host(counters))
+    return [[int(next(counted)[0]) if state else 0 for state in group] for group in states]
+
+
+def to_host(values: list[Tensor]) -> list[list[float]]:
+    """Return small tensors of one shape as lists of numbers, with one transfer for each device."""
+    by_device: dict[torch.device, list[int]] = {}
+    for i, value in enumerate(values):
+        by_device.setdefault(value.device, []).append(i)
+    result: list[list[float]] = [[]] * len(values)
+    for indices in by_device.values():
+        for i, row in zip(indices, torch.stack([values[i] for i in indices]).tolist()):
+            result[i] = row
+    return result

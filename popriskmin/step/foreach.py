@@ -1,0 +1,332 @@
+"""The foreach step: whole lists of tensors at a time, in place, with `torch._foreach_*`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from popriskmin.mask import (
+    Corrections,
+    Hyperparameters,
+    corrections,
+    evaluate,
+    evaluate_lists,
+    finish_signal_and_noise,
+    largest,
+    signal_and_noise,
+)
+from popriskmin.step.lists import Lists, are_plain, compute_dtype, count_up
+from popriskmin.step.rounding import random_bits, round_stochastically
+
+# On the CPU the foreach step walks its lists in blocks of this many scalars, so that a block's tensors stay in the
+# cache from one operation to the next; measured in benchmarks/step_time.py.
+CPU_BLOCK = 1 << 17
+
+# So many tensors in one block are worth copying into one.
+FEWEST_JOINED = 4
+
+
+def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor_steps: bool) -> None:
+    """Step whole lists at a time, in place. Temporaries stay within two lists the size of the parameters."""
+    if not lists.params:
+        return
+    count_up(state_steps)
+    for indices, t in _cohorts(lists, state_steps, tensor_steps):
+        cohort = lists.of(indices)
+        if cohort.params[0].is_complex():
+            grads, grad_vars = ([x.resolve_conj() for x in given] for given in (cohort.grads, cohort.grad_vars))
+            cohort = cohort._replace(grads=grads, grad_vars=grad_vars).real()
+        dtype = compute_dtype(cohort.params[0], cohort.exp_avgs[0])
+        c = corrections(t.to(dtype) if tensor_steps else t, hyper)
+        # Under a captured graph the number of kernels counts; on the host, the cache and the cost of a call.
+        on_host = cohort.params[0].device.type == "cpu" and not tensor_steps and are_plain(cohort.params)
+        # The random bits go by the place in the whole tensor, so tensors that need them stay whole.
+        on_host = on_host and cohort.exp_avg_vars[0].dtype != torch.bfloat16
+        if hyper.reduction == "per_tensor" and hyper.mask != "none" and c.open is not True:
+            blocks = list(_blocks(cohort, cut=on_host, join=False))
+            for block in blocks:
+                _advance(block, c, hyper, dtype)
+            q = _pooled_mask(cohort, blocks, c, hyper, dtype)
+            for block in blocks:
+                _move(block, [q[i] for i in block.owners], c, hyper, dtype)
+        else:
+            for block in _blocks(cohort, cut=on_host, join=on_host):
+                _advance(block, c, hyper, dtype)
+                _move(block, _mask(block, c, hyper, dtype), c, hyper, dtype)
+
+
+class _Block(NamedTuple):
+    """Tensors, or flat parts of tensors, of one device, type and step; and which of the cohort each belongs to."""
+
+    lists: Lists
+    owners: list[int]
+
+
+def _cohorts(lists: Lists, state_steps: list[Tensor], tensor_steps: bool) -> Iterator[tuple[list[int], Any]]:
+    """Yield the places of tensors that agree in device, types and step count, and that count.
+
+    With `tensor_steps` the count stays on the device, as one tensor with an entry for each place.
+    """
+    cohorts: dict[Any, list[int]] = {}
+    for i, p in enumerate(lists.params):
+        if p.numel() > 0:
+            t = None if tensor_steps else state_steps[i].item()
+            dtypes = [tensors[i].dtype for tensors in lists if tensors]
+            cohorts.setdefault((type(p), p.device, *dtypes, t), []).append(i)
+    for key, indices in cohorts.items():
+        yield indices, torch.stack([state_steps[i] for i in indices]) if tensor_steps else key[-1]
+
+
+def _blocks(cohort: Lists, cut: bool, join: bool) -> Iterator[_Block]:
+    """Yield the cohort whole, or with `cut` in blocks of about `CPU_BLOCK` scalars.
+
+    A larger tensor is cut into flat parts if its memory, and that of its gradient and state, allows. With `join` many
+    small tensors become one, which is written back to them when the next block is asked for.
+    """
+    if not cut:
+        yield _Block(cohort, list(range(len(cohort.params))))
+        return
+    gathered: list[int] = []
+    size = 0
+    for i, param in enumerate(cohort.params):
+        n = param.numel()
+        if gathered and size + n > CPU_BLOCK:
+            yield from _joined(cohort, gathered, join)
+            gathered, size = [], 0
+        if n > CPU_BLOCK and all(tensors[i].is_contiguous() for tensors in cohort if tensors):
+            whole = [tensors[i].view(-1) if tensors else None for tensors in cohort]
+            for start in range(0, n, CPU_BLOCK):
+                parts = [[] if x is None else [x[start : start + CPU_BLOCK]] for x in whole]
+                yield _Block(Lists(*parts), [i])
+        else:
+            gathered.append(i)
+            size += n
+    if gathered:
+        yield from _joined(cohort, gathered, join)
+
+
+def _joined(cohort: Lists, indices: list[int], join: bool) -> Iterator[_Block]:
+    small = cohort.of(indices)
+    if not join or len(indices) < FEWEST_JOINED:
+        yield _Block(small, indices)
+        return
+    # Copied into one tensor and back, in the cache: two dozen calls for each small tensor would take longer.
+    flat = Lists(*[[_flat(tensors)] if tensors else [] for tensors in small])
+    yield _Block(flat, indices[:1])
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "exp_avg_vars", "max_exp_avg_sqs"):
+        tensors = getattr(small, name)
+        if tensors:
+            _copy(tensors, _like(getattr(flat, name)[0], tensors))
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    flat: Tensor = torch._C._nn.flatten_dense_tensors(tensors)
+    return flat
+
+
+def _like(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    return list(torch._C._nn.unflatten_dense_tensors(flat, tensors))
+
+
+def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
+    if hasattr(torch, "_foreach_copy_") and are_plain(targets):  # since torch 2.1, not for sharded tensors
+        torch._foreach_copy_(targets, values)
+    else:
+        for target, value in zip(targets, values):
+            target.copy_(value)
+
+
+def _widen(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return the list itself where it has `dtype`, else copies in it, to be handed to `_write_back`."""
+    if not tensors or tensors[0].dtype == dtype:
+        return tensors
+    return [t.to(dtype) for t in tensors]
+
+
+def _write_back(tensors: list[Tensor], wide: list[Tensor], bits: list[Tensor] | None = None, shift: int = 0) -> None:
+    """Copy widened tensors back, rounded to nearest, or with `bits`, shifted right by `shift`, stochastically."""
+    if bits is not None:
+        wide = [round_stochastically(x, (b >> shift) & 0xFFFF) for x, b in zip(wide, bits)]
+    if wide is not tensors:
+        _copy(tensors, wide)
+
+
+def _bits(block: _Block, c: Corrections) -> list[Tensor] | None:
+    """Return the random bits for `v` and `s` where these are stored in bfloat16."""
+    if block.lists.exp_avg_vars[0].dtype != torch.bfloat16:
+        return None
+    steps = [c.t[i] for i in block.owners] if isinstance(c.t, Tensor) else [c.t] * len(block.owners)
+    return [random_bits(s, t) for s, t in zip(block.lists.exp_avg_vars, steps)]
+
+
+def _each(c: Any, block: _Block) -> Any:
+    """Return a number as it is; a tensor as the list of its entries for the block's tensors, for `_foreach_*`."""
+    if not isinstance(c, Tensor):
+        return c
+    return [c] * len(block.owners) if c.dim() == 0 else [c[i] for i in block.owners]
+
+
+def _advance(block: _Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype) -> None:
+    """Bring `m`, `v`, `s` and the maximum of `v` to this step."""
+    grads = _widen(block.lists.grads, dtype)
+    if hyper.maximize:
+        grads = list(torch._foreach_neg(grads))
+    if hyper.weight_decay != 0 and not hyper.decoupled_weight_decay:
+        params = _widen(block.lists.params, dtype)
+        if grads is block.lists.grads:
+            grads = list(torch._foreach_add(grads, params, alpha=hyper.weight_decay))
+        else:
+            torch._foreach_add_(grads, params, alpha=hyper.weight_decay)
+        del params
+    exp_avgs = _widen(block.lists.exp_avgs, dtype)
+    bits = _bits(block, c)
+    _advance_variance(block, grads, exp_avgs, bits, c, hyper, dtype)
+    torch._foreach_lerp_(exp_avgs, grads, 1 - hyper.beta1)
+    _write_back(block.lists.exp_avgs, exp_avgs)
+    del exp_avgs
+    exp_avg_sqs = _widen(block.lists.exp_avg_sqs, dtype)
+    torch._foreach_mul_(exp_avg_sqs, hyper.beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - hyper.beta2)
+    _write_back(block.lists.exp_avg_sqs, exp_avg_sqs, bits, 16)
+    if hyper.amsgrad:
+        # The maximum of what is stored: rounded once, it needs no rounding of its own.
+        torch._foreach_maximum_(block.lists.max_exp_avg_sqs, block.lists.exp_avg_sqs)
+
+
+def _advance_variance(
+    block: _Block,
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    bits: list[Tensor] | None,
+    c: Corrections,
+    hyper: Hyperparameters,
+    dtype: torch.dtype,
+) -> None:
+    """Bring `s` to this step; `exp_avgs` is the mean before this batch."""
+    if hyper.given:
+        exp_avg_vars = _widen(block.lists.exp_avg_vars, dtype)
+        torch._foreach_mul_(exp_avg_vars, hyper.rho)
+        # Not by lerp: an infinite variance stays infinite here, and is not subtracted from itself.
+        torch._foreach_add_(exp_avg_vars, _widen(block.lists.grad_vars, dtype), alpha=c.blend)
+        _write_back(block.lists.exp_avg_vars, exp_avg_vars, bits)
+        return
+    if not isinstance(c.blend, Tensor) and c.blend == 0:
+        return
+    if hyper.debias:
+        deviations = torch._foreach_div(exp_avgs, _each(c.centre, block))
+        torch._foreach_sub_(deviations, grads)
+    else:
+        deviations = torch._foreach_sub(grads, exp_avgs)
+    exp_avg_vars = _widen(block.lists.exp_avg_vars, dtype)
+    torch._foreach_mul_(exp_avg_vars, hyper.rho)
+    if isinstance(c.blend, Tensor):
+        blends = _each(c.blend, block)
+        for deviation, blend in zip(deviations, blends):
+            deviation.masked_fill_(blend == 0, 0)  # not by 0 times a square that may be infinite
+        torch._foreach_mul_(deviations, deviations)
+        torch._foreach_mul_(deviations, blends)
+        torch._foreach_add_(exp_avg_vars, deviations)
+    else:
+        torch._foreach_addcmul_(exp_avg_vars, deviations, deviations, c.blend)
+    _write_back(block.lists.exp_avg_vars, exp_avg_vars, bits)
+
+
+def _mask(block: _Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype) -> list[Tensor] | None:
+    """Return `q` of each tensor in the block, in its shape; None where the mask is open."""
+    if hyper.mask == "none" or c.open is True:
+        return None
+    bound = largest(dtype)
+    exp_avgs = _widen(block.lists.exp_avgs, dtype)
+    signals = list(torch._foreach_div(exp_avgs, _each(c.bias1, block)))
+    del exp_avgs
+    torch._foreach_mul_(signals, signals)
+    torch._foreach_clamp_max_(signals, bound)
+    noises = list(torch._foreach_div(_widen(block.lists.exp_avg_vars, dtype), _each(c.bias_var, block)))
+    torch._foreach_clamp_max_(noises, bound)
+    if hyper.debias:
+        if isinstance(c.k, Tensor):
+            for signal, noise, k in zip(signals, noises, _each(c.k, block)):
+                signal.addcmul_(noise, k, value=-1)
+        else:
+            torch._foreach_add_(signals, noises, alpha=-c.k)
+        torch._foreach_clamp_min_(signals, 0)
+    q = evaluate_lists(signals, noises, hyper)
+    if isinstance(c.open, Tensor):
+        for value, is_open in zip(q, _each(c.open, block)):
+            value.masked_fill_(is_open, 1)
+    return q
+
+
+def _pooled_mask(
+    cohort: Lists,
+    blocks: list[_Block],
+    c: Corrections,
+    hyper: Hyperparameters,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Return `q` of each tensor in the cohort, of shape `()`, from the means over whole tensors."""
+    if not are_plain(cohort.params):
+        # A mean over a sharded tensor is one over all ranks; the tensor itself knows how.
+        places = range(len(cohort.params))
+        each = [Corrections(*[x[i] if isinstance(x, Tensor) else x for x in c]) for i in places]
+        pairs = zip(_widen(cohort.exp_avgs, dtype), _widen(cohort.exp_avg_vars, dtype))
+        return [evaluate(*signal_and_noise(m, s, ci, hyper), ci, hyper) for (m, s), ci in zip(pairs, each)]
+    signals: list[list[Tensor]] = [[] for _ in cohort.params]
+    noises: list[list[Tensor]] = [[] for _ in cohort.params]
+    # Blocks are summed pairwise, and so are their sums; the running sum of a norm loses digits with the length.
+    for block in blocks:
+        for i, m, s in zip(block.owners, block.lists.exp_avgs, block.lists.exp_avg_vars):
+            n = cohort.params[i].numel()
+            signals[i].append(m.to(dtype).square().div_(n).sum())
+            noises[i].append(s.to(dtype).div(n).sum())
+    signal, noise = (torch.stack([torch.stack(parts).sum() for parts in means]) for means in (signals, noises))
+    signal, noise = finish_signal_and_noise(signal / c.bias1**2, noise / c.bias_var, c, hyper)
+    return list(evaluate(signal, noise, c, hyper).unbind())
+
+
+def _move(
+    block: _Block,
+    q: list[Tensor] | None,
+    c: Corrections,
+    hyper: Hyperparameters,
+    dtype: torch.dtype,
+) -> None:
+    """Decay the parameters and take the Adam step, multiplied by `q` (of the parameter's shape, or `()`)."""
+    params = _widen(block.lists.params, dtype)
+    _decay(params, q if hyper.mask_decay else None, block, hyper)
+    exp_avgs = _widen(block.lists.exp_avgs, dtype)
+    if q is None:
+        steps = exp_avgs
+    elif hyper.reduction == "per_tensor":
+        steps = list(torch._foreach_mul(exp_avgs, q))
+    else:
+        torch._foreach_mul_(q, exp_avgs)
+        steps = q
+    del exp_avgs
+    second_moments = block.lists.max_exp_avg_sqs if hyper.amsgrad else block.lists.exp_avg_sqs
+    roots = torch._foreach_sqrt(_widen(second_moments, dtype))
+    torch._foreach_div_(roots, _each(c.bias2**0.5, block))
+    torch._foreach_add_(roots, hyper.eps)
+    step_size = hyper.lr / c.bias1
+    if isinstance(step_size, Tensor):
+        # A tensor cannot be the factor of addcdiv, and must not be read back to become one.
+        torch._foreach_div_(roots, _each(-step_size, block))
+        torch._foreach_addcdiv_(params, steps, roots)
+    else:
+        torch._foreach_addcdiv_(params, steps, roots, -step_size)
+    _write_back(block.lists.params, params)
+
+
+def _decay(params: list[Tensor], q: list[Tensor] | None, block: _Block, hyper: Hyperparameters) -> None:
+    if hyper.weight_decay == 0 or not hyper.decoupled_weight_decay:
+        return
+    decay = hyper.lr * hyper.weight_decay
+    if q is None:
+        torch._foreach_mul_(params, _each(1 - decay, block))
+    elif isinstance(decay, Tensor):
+        torch._foreach_addcmul_(params, params, torch._foreach_mul(q, _each(decay, block)), -1)
+    else:
+        torch._foreach_addcmul_(params, params, q, -decay)

@@ -1,0 +1,149 @@
+"""The fused step, one pass over memory: `cpu` in C, `cuda` in Triton; and what of it is usable here.
+
+A kernel takes addresses, so every tensor is looked at first; what does not fit is left to the foreach step.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from popriskmin.mask import Hyperparameters
+from popriskmin.step.kernels import cpu, cuda
+from popriskmin.step.kernels.fit import State, fits_on_the_cpu, matched, misfit
+from popriskmin.step.lists import Lists
+
+
+class Kernel(NamedTuple):
+    """One kernel: `unusable()` says why it cannot run here, or None; `step(lists, state_steps, hyper)` runs it."""
+
+    unusable: Callable[[], str | None]
+    step: Callable[[Lists, list[Tensor], Hyperparameters], None]
+    by_default: bool
+
+
+# By the type of the device. What has not been run on hardware is not taken unless it is asked for.
+KERNELS = {
+    "cpu": Kernel(cpu.unusable, cpu.step, by_default=True),
+    "cuda": Kernel(cuda.unusable, cuda.step, by_default=False),
+}
+
+
+def unusable() -> str | None:
+    """Return why no kernel can be used here, or None if one can."""
+    reasons = []
+    for device, kernel in KERNELS.items():
+        reason = kernel.unusable()
+        if reason is None:
+            return None  # without asking on, which would wake up a device
+        reasons.append(f"{device}: {reason}")
+    return "; ".join(reasons)
+
+
+def fused_prm(
+    lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, insist: bool, memory: dict[str, State]
+) -> list[int]:
+    """Take one step of the tensors that fit a kernel, in place, and return the places of the others.
+
+    Parameters
+    ----------
+    lists, state_steps, hyper
+        As for every implementation, not empty; see `popriskmin.step.functional.prm`.
+    insist
+        Raise where a tensor does not fit, before any has moved, and use kernels that are not used by default.
+    memory
+        Kept by the caller from step to step of a group, to save time; empty at first.
+
+    Raises
+    ------
+    RuntimeError
+        With `insist`, saying which tensor does not fit and why.
+    """
+    state = _quickly_fits(lists, state_steps, hyper, memory.get("state"))
+    if state is not None:
+        memory["state"] = state
+        cpu.step(lists, state_steps, hyper, state)
+        return []
+    if not insist and not any(KERNELS[device].by_default for device in _devices(lists.params)):
+        return list(range(len(lists.params)))
+    cohorts: dict[tuple[object, ...], list[int]] = {}
+    left, empty = [], []
+    for i, param in enumerate(lists.params):
+        if param.numel() == 0:
+            empty.append(i)
+            continue
+        reason = _misfit_here(lists, state_steps, hyper, i, insist)
+        if reason is None:
+            key = (param.device, *(tensors[i].dtype for tensors in lists if tensors))
+            cohorts.setdefault(key, []).append(i)
+        elif insist:
+            raise RuntimeError(f"fused=True, but tensor {i} of a parameter group cannot take it: {reason}")
+        else:
+            left.append(i)
+    if not insist and any(lists.params[i].device.type == "cpu" for i in left):
+        _warn_without_kernel(cpu.unusable())
+    for i in empty:
+        state_steps[i] += 1
+    for indices in cohorts.values():
+        cohort = lists.of(indices)
+        grads = [matched(grad, param) for grad, param in zip(cohort.grads, cohort.params)]
+        grad_vars = [matched(z, param) for z, param in zip(cohort.grad_vars, cohort.params)]
+        kernel = KERNELS[cohort.params[0].device.type]
+        kernel.step(cohort._replace(grads=grads, grad_vars=grad_vars).real(), [state_steps[i] for i in indices], hyper)
+    return left
+
+
+def _devices(params: list[Tensor]) -> set[str]:
+    """Return the types of the devices of the parameters for which there are kernels."""
+    return {device.type for device in {param.device for param in params}} & set(KERNELS)
+
+
+@functools.lru_cache(maxsize=1)
+def _warn_without_kernel(reason: str | None) -> None:
+    if reason is not None:
+        warnings.warn(f"PRM works without its fused step, several times slower: {reason}", stacklevel=6)
+
+
+def _quickly_fits(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, known: State | None) -> State | None:
+    usable = cpu.unusable() is None and hyper.mask in cpu.MASK_CODES
+    if not usable or (isinstance(hyper.lr, Tensor) and hyper.lr.device.type != "cpu"):
+        return None
+    return fits_on_the_cpu(lists, state_steps, known)
+
+
+def _misfit_here(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, i: int, insist: bool) -> str | None:
+    device = lists.params[i].device.type
+    if device not in KERNELS:
+        return f"there is no kernel for {device}"
+    kernel = KERNELS[device]
+    if not (kernel.by_default or insist):
+        return f"the kernel for {device} is used with fused=True only"
+    if device == "cpu":
+        if isinstance(hyper.lr, Tensor) and hyper.lr.device.type != "cpu":
+            return f"lr is on {hyper.lr.device}, the parameter on the CPU"
+        if state_steps[i].device.type != "cpu":
+            return f"its step counter is on {state_steps[i].device}"
+    if hyper.mask not in cpu.MASK_CODES:
+        return f"the kernels do not know the mask {hyper.mask!r}"
+    return kernel.unusable() or misfit(lists, state_steps, i)
+
+
+def describe() -> dict[str, str]:
+    """Return what is usable here, in words: a line for each device."""
+    lines = {}
+    for device, kernel in KERNELS.items():
+        reason = kernel.unusable()
+        if reason is not None:
+            lines[device] = f"foreach; no fused step: {reason}"
+        elif device == "cpu":
+            lines[device] = (
+                f"fused, {cpu.LEVELS[cpu.level()]}, {torch.get_num_threads()} threads (torch.get_num_threads())"
+            )
+        else:
+            lines[device] = "foreach; fused (Triton) with fused=True, which has not been run on hardware"
+    return lines

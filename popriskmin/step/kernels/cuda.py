@@ -1,0 +1,329 @@
+"""The fused step on CUDA devices, in Triton: one launch for a whole parameter group.
+
+The kernel reads p, g, m, v and s once and writes p, m, v and s once: 9 numbers a parameter, where AdamW moves 7. That
+is 36 bytes in float32, and 28 with `v` and `s` in bfloat16, AdamW's own traffic. `amsgrad` adds 2 numbers, variances
+that are given 1.
+`reduction="per_tensor"` needs the means over a tensor before its parameters can move: a launch that brings the moments
+to this step and leaves two sums for each block (7 numbers), a small one that makes `q` of the sums, and one that moves
+the parameters (4 numbers), 44 bytes in float32. The sums are added in a fixed order, so a step is deterministic.
+
+Tensors of equal types and step counts go into one launch; it finds them through a table of addresses on the device.
+Nothing is read back to the host. Triton is imported only when it is asked for, by `unusable` or `step`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import shutil
+from array import array
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from os import environ
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from popriskmin.mask import Corrections, Hyperparameters, corrections, floor, largest
+from popriskmin.step.compat import bump_versions
+from popriskmin.step.lists import Lists, count_up
+
+# Elements of one program: eight for each of its 128 threads, so that many loads are under way at once.
+BLOCK = 1024
+# Sums that one program of the second launch adds at a time.
+CHUNK = 4096
+
+# A tensor's row in the table: its number of elements, its first block, whether its memory allows wide loads, the
+# addresses of p, g, m, v, s, of the maximum of v (or of v) and of the gradient's variance (or of g), and that of its
+# step count (or 0).
+_COLUMNS = 11
+
+# Tables in use: a few for each parameter group; more only where gradients change their addresses at every step.
+_MOST_TABLES = 256
+
+
+def _step_module() -> Any:
+    return import_module("popriskmin.step.kernels.cuda_step")
+
+
+@functools.lru_cache(maxsize=1)
+def unusable() -> str | None:
+    """Return in words why this kernel cannot be used here, None if it can.
+
+    It initializes CUDA where there is a device. In Triton's interpreter (`TRITON_INTERPRET=1`) tensors on the CPU
+    are accepted, slowly: it serves tests.
+    """
+    try:
+        triton = import_module("triton")
+        if int(triton.__version__.split(".")[0]) < 3:
+            return f"Triton {triton.__version__} is too old, version 3.0 is needed"
+        interpreted = _is_interpreted()
+    except Exception as error:  # a broken installation raises whatever it likes
+        return f"Triton cannot be imported ({type(error).__name__}: {error})"
+    if interpreted:
+        return None
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm, on which the kernel has not been tried"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())) < (7, 0):
+        return "Triton needs CUDA devices of compute capability 7.0 or newer"
+    if not (environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cl")):
+        return "Triton needs a C compiler to launch kernels, and found none"
+    return None
+
+
+def _is_interpreted() -> bool:
+    """Return whether Triton was told to interpret kernels when the module that holds them was imported."""
+    return type(_step_module().update).__name__ == "InterpretedFunction"
+
+
+def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor_steps: bool = False) -> None:
+    """Take one step of a parameter group, in place.
+
+    Parameters
+    ----------
+    lists
+        Tensors on one CUDA device, not empty, none of them complex; those of one parameter have one shape and the
+        same dense strides. Parameters and gradients of floating types up to 64 bits, `m` float32 or float64, the
+        others float32, float64 or bfloat16.
+    state_steps
+        Tensors of shape `()`, float32, each increased by 1. Where they lie on the device they are read there, by
+        the kernel, and so is a learning rate that does; else on the host.
+    tensor_steps
+        In Triton's interpreter, where everything lies on the CPU: take the CPU for the device. No effect elsewhere.
+    """
+    if not lists.params:
+        return
+    device = lists.params[0].device
+    count_up(state_steps)
+    # A device that is not the current one must become it: Triton launches on the current one.
+    with _on(device):
+        for launch in _launches(lists, state_steps, hyper, tensor_steps):
+            launch.run(device)
+    bump_versions(lists.params)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class _Types(NamedTuple):
+    """The types of one parameter's tensors; of `v` where there is no maximum, of `g` where no variance is given."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    exp_avg: torch.dtype
+    exp_avg_sq: torch.dtype
+    exp_avg_var: torch.dtype
+    max_exp_avg_sq: torch.dtype
+    grad_var: torch.dtype
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The type to calculate in, as in the other implementations."""
+        return torch.float64 if torch.float64 in (self.param, self.exp_avg) else torch.float32
+
+
+class _Launch(NamedTuple):
+    """Tensors of equal types and step counts, and what their kernels are told."""
+
+    rows: array[int]
+    blocks: int
+    types: _Types
+    t: float | None  # None where the kernel reads it
+    lr: Tensor | None  # None where it is a number in `hyper`
+    hyper: Hyperparameters
+
+    def run(self, device: torch.device) -> None:
+        """Launch the kernels that step these tensors."""
+        known = None if self.t is None else corrections(self.t, self.hyper)
+        # What is known to be open on the host needs no mask, and no means either.
+        mask = "none" if known is not None and known.open is True else self.hyper.mask
+        bits = _bits(_numbers(known, self.hyper, self.types.wide), self.types.wide)
+        table = _table(self.rows, device, keep=self.t is None)
+        if self.hyper.reduction == "per_param" or mask == "none":
+            self._update("all", mask, bits, table, table)
+            return
+        partials = torch.empty(2 * self.blocks, dtype=self.types.wide, device=device)
+        self._update("advance", mask, bits, table, partials)
+        self._pool(mask, bits, table, partials)
+        self._update("move", mask, bits, table, partials)
+
+    def _update(self, phase: str, mask: str, bits: dict[str, int], table: Tensor, partials: Tensor) -> None:
+        kernels = _step_module()
+        lr = table if self.lr is None else self.lr
+        kernels.update[(self.blocks,)](
+            table, partials, lr, len(self.rows) // _COLUMNS, **bits, **self._options(kernels), PHASE=phase, MASK=mask
+        )
+
+    def _pool(self, mask: str, bits: dict[str, int], table: Tensor, partials: Tensor) -> None:
+        kernels = _step_module()
+        options = self._options(kernels)
+        given = ("mask_eps", "min_q", "bound", "softness", "coefficient", "k", "log1", "ratio", "open_until")
+        kernels.pool[(len(self.rows) // _COLUMNS,)](
+            table,
+            partials,
+            self.blocks,
+            **{name: bits[name] for name in given},
+            **{name: options[name] for name in ("C", "DEBIAS", "TENSOR_STEPS", "COLUMNS", "BLOCK")},
+            MASK=mask,
+            CHUNK=CHUNK,
+            num_warps=8,
+            enable_fp_fusion=False,
+        )
+
+    def _options(self, kernels: Any) -> dict[str, Any]:
+        """Return what the kernel is compiled for."""
+        hyper = self.hyper
+        decays = hyper.weight_decay != 0
+        return {
+            **{name: kernels.TYPES[dtype] for name, dtype in zip("PGMVSXZ", self.types)},
+            "C": kernels.TYPES[self.types.wide],
+            "AMSGRAD": hyper.amsgrad,
+            "COUPLED": decays and not hyper.decoupled_weight_decay,
+            "DECOUPLED": decays and hyper.decoupled_weight_decay,
+            "MAXIMIZE": hyper.maximize,
+            "BIAS": hyper.bias_correction,
+            "DEBIAS": hyper.debias,
+            "GIVEN": hyper.given,
+            "MASK_DECAY": hyper.mask_decay,
+            "FROM_END": 1 - hyper.beta1 >= 0.5,
+            "TENSOR_STEPS": self.t is None,
+            "TENSOR_LR": self.lr is not None,
+            "COLUMNS": _COLUMNS,
+            "BLOCK": BLOCK,
+            "num_warps": 4,
+            "enable_fp_fusion": False,  # see the module of the kernels
+        }
+
+
+def _launches(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor_steps: bool) -> Iterator[_Launch]:
+    """Group the tensors by types and step counts."""
+    # Whether a number on the CPU is one that the kernel reads.
+    read_there = tensor_steps and lists.params[0].device.type == "cpu"
+    lr = None
+    if isinstance(hyper.lr, Tensor):
+        lr = hyper.lr if read_there or not hyper.lr.is_cpu else None
+        hyper = hyper._replace(lr=hyper.lr.item() if lr is None else 0.0)
+    groups: dict[Any, list[int]] = {}
+    columns = [lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, lists.exp_avg_vars]
+    columns += [lists.max_exp_avg_sqs or lists.exp_avg_sqs, lists.grad_vars or lists.grads]
+    for i, tensors in enumerate(zip(*columns)):
+        t = None if read_there or not state_steps[i].is_cpu else state_steps[i].item()
+        groups.setdefault((t, *[tensor.dtype for tensor in tensors]), []).append(i)
+    for (t, *types), places in groups.items():
+        steps = [state_steps[i] for i in places] if t is None else None
+        rows, blocks = _rows([[tensors[i] for i in places] for tensors in columns], steps)
+        yield _Launch(rows, blocks, _Types(*types), t, lr, hyper)
+
+
+def _rows(columns: list[list[Tensor]], steps: list[Tensor] | None) -> tuple[array[int], int]:
+    """Return the rows of the table, and the number of blocks."""
+    rows, blocks = array("q"), 0
+    counts = map(Tensor.data_ptr, steps) if steps else [0] * len(columns[0])
+    addresses = zip(*(map(Tensor.data_ptr, tensors) for tensors in columns))
+    for n, places, count in zip(map(Tensor.numel, columns[0]), addresses, counts):
+        aligned = functools.reduce(operator.or_, places) % 16 == 0
+        rows.extend((n, blocks, aligned, *places, count))
+        blocks += -(-n // BLOCK)
+    return rows, blocks
+
+
+def _with_owners(rows: array[int]) -> Tensor:
+    """Return the whole table: the rows, and then for each block the number of its tensor."""
+    flat = torch.frombuffer(rows, dtype=torch.int64)
+    blocks = (flat[::_COLUMNS] + (BLOCK - 1)).div(BLOCK, rounding_mode="floor")
+    return torch.cat([flat, torch.repeat_interleave(torch.arange(len(blocks), device="cpu"), blocks)])
+
+
+# By what they hold, so that none goes stale; and by stream, so that the memory of one that is dropped is used again
+# only after the kernels that read it: both are work of the same stream.
+_tables: dict[tuple[torch.device, int, bytes], Tensor] = {}
+# Host memory that captured graphs read at every replay. How long a graph lives cannot be known, so it is kept.
+_read_by_graphs: list[Tensor] = []
+# Pinned host memory for tables of captured graphs, by size: allocating it during a capture fails in older torch.
+_reserve: dict[int, list[Tensor]] = {}
+_MOST_RESERVED = 8
+
+
+def _table(rows: array[int], device: torch.device, keep: bool) -> Tensor:
+    """Return the table on the device, from the cache where it is there already.
+
+    With `keep`, memory is put aside for a later capture of the same step into a graph.
+    """
+    if device.type == "cpu":
+        return _with_owners(rows)
+    if torch.cuda.is_current_stream_capturing():
+        # Never from the cache, which may drop what the graph goes on reading. The copy becomes a node of the graph:
+        # it reads the host's memory, which is kept, at every replay, and writes to memory of the graph's own pool,
+        # which lives as long as the graph. Nor into the cache: before the first replay nothing has been copied.
+        table = _with_owners(rows)
+        reserved = _reserve.get(len(table))
+        source = (reserved.pop() if reserved else _pinned(len(table))).copy_(table)
+        _read_by_graphs.append(source)
+        return source.to(device, non_blocking=True)
+    key = (device, torch.cuda.current_stream(device).cuda_stream, rows.tobytes())
+    cached = _tables.pop(key, None)
+    if cached is None:
+        table = _with_owners(rows)
+        if keep and len(_reserve.setdefault(len(table), [])) < _MOST_RESERVED:
+            _reserve[len(table)].append(_pinned(len(table)))
+        # The pinned memory may go at once: torch lends it to nobody else before the copy is done.
+        cached = _pinned(len(table)).copy_(table).to(device, non_blocking=True)
+        if len(_tables) >= _MOST_TABLES:
+            _tables.pop(next(iter(_tables)))
+    _tables[key] = cached  # last, as the most recently used
+    return cached
+
+
+def _pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True)
+
+
+def _numbers(known: Corrections | None, hyper: Hyperparameters, dtype: torch.dtype) -> dict[str, float]:
+    """Return the numbers that the kernel is given; calculated in float64, whatever it calculates in.
+
+    Without `known` corrections, those of some step: the kernel does not read them where it reads the step count.
+    """
+    known = corrections(2.0, hyper) if known is None else known
+    return {
+        "t": known.t,
+        "lr": float(hyper.lr),
+        "weight_decay": hyper.weight_decay,
+        "weight1": 1 - hyper.beta1,
+        "beta2": hyper.beta2,
+        "weight2": 1 - hyper.beta2,
+        "rho": hyper.rho,
+        "eps": hyper.eps,
+        "mask_eps": floor(hyper.mask_eps, dtype),
+        "min_q": hyper.min_q,
+        "bound": largest(dtype),
+        "softness": hyper.softness * hyper.coefficient if hyper.mask == "snr" else hyper.softness,
+        "coefficient": hyper.coefficient,
+        "over_bias1": 1 / known.bias1,
+        "over_root2": known.bias2**-0.5,
+        "over_bias_var": 1 / known.bias_var,
+        "over_centre": 1 / known.centre,
+        "blend": known.blend,
+        "k": known.k,
+        "log1": _log(hyper.beta1),
+        "log2": _log(hyper.beta2),
+        "log_rho": _log(hyper.rho),
+        "ratio": (1 - hyper.beta1) / (1 + hyper.beta1),
+        "weight_rho": 1 - hyper.rho,
+        "open_until": max(hyper.warmup_steps, 1 if hyper.debias and not hyper.given else 0),
+    }
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf
+
+
+def _bits(numbers: dict[str, float], dtype: torch.dtype) -> dict[str, int]:
+    """Return the numbers as integers that hold their bits in `dtype`, rounded to it."""
+    rounded = torch.tensor(list(numbers.values()), dtype=torch.float64, device="cpu").to(dtype)
+    return dict(zip(numbers, rounded.view(torch.int64 if dtype == torch.float64 else torch.int32).tolist()))

@@ -1,0 +1,155 @@
+"""Whether the tensors of a step are such that their addresses may be handed to a kernel."""
+
+from __future__ import annotations
+
+import operator
+import struct
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from popriskmin.step.lists import PLAIN, Lists, are_plain, is_dense
+
+GRADIENT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MEAN_TYPES = (torch.float32, torch.float64)
+STATE_TYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+_dtype, _is_cpu, _shape = attrgetter("dtype"), attrgetter("is_cpu"), attrgetter("shape")
+
+
+class State(NamedTuple):
+    """Parameters and state of a group that were found to fit, with what the kernel is told of them.
+
+    Looking at every property of every tensor takes longer than a step of small ones. While the tensors are the same
+    objects at the same addresses most of what they were found to be holds; the shapes and strides of the parameters,
+    which users may change in place, are looked at in every step, and so are gradients, which come anew with it.
+    """
+
+    tensors: list[list[Tensor]]
+    addresses: list[bytes]
+    shapes: list[torch.Size]
+    sizes: bytes
+
+
+def packed(numbers: Iterable[int], count: int) -> bytes:
+    """Return integers as the kernel reads them: 64 bits each, in this machine's order."""
+    return struct.pack(f"{count}q", *numbers)
+
+
+def fits_on_the_cpu(lists: Lists, state_steps: list[Tensor], known: State | None) -> State | None:
+    """Return what the kernel is told if all is contiguous, on the CPU, and list by list of one type.
+
+    That is the usual case, and soon seen. None says only that it is not the usual case. `known` is what this returned
+    for the step before.
+    """
+    params, grads = lists.params, lists.grads
+    held = [*lists.held, state_steps]
+    shapes = list(map(_shape, params))
+    try:
+        addresses = [packed(map(Tensor.data_ptr, tensors), len(tensors)) for tensors in held]
+        if known is not None and shapes == known.shapes and _are_same(held, addresses, known):
+            found = known
+            good = all(map(Tensor.is_contiguous, params)) and len(set(map(_dtype, params))) == 1
+        else:
+            found = State(held, addresses, shapes, packed(map(Tensor.numel, params), len(params)))
+            good = (
+                all(_are_usual(tensors, shapes) for tensors in lists.held if tensors)
+                and not any(map(Tensor.is_neg, params))
+                and all(map(_is_counter, state_steps))
+            )
+        for given in (grads, lists.grad_vars) if lists.grad_vars else (grads,):
+            good = good and _are_usual(given, shapes) and not any(map(Tensor.is_neg, given))
+    except RuntimeError:  # sparse and other tensors without strides or addresses
+        return None
+    if not good or params[0].is_complex() or grads[0].is_complex() or any(_misfit_of_types(lists, 0)):
+        return None
+    return found
+
+
+def _are_same(held: list[list[Tensor]], addresses: list[bytes], known: State) -> bool:
+    return addresses == known.addresses and all(
+        all(map(operator.is_, now, before)) for now, before in zip(held, known.tensors)
+    )
+
+
+def _are_usual(tensors: list[Tensor], shapes: list[torch.Size]) -> bool:
+    return (
+        set(map(type, tensors)) <= PLAIN
+        and all(map(_is_cpu, tensors))
+        and all(map(Tensor.is_contiguous, tensors))
+        and list(map(_shape, tensors)) == shapes
+        and len(set(map(_dtype, tensors))) == 1
+    )
+
+
+def _is_counter(step: Tensor) -> bool:
+    return type(step) is Tensor and step.is_cpu and step.dtype == torch.float32 and step.numel() == 1
+
+
+def misfit(lists: Lists, state_steps: list[Tensor], i: int) -> str | None:
+    """Return why the tensors at place `i` cannot be handed to a kernel, or None if they can.
+
+    All must be ordinary dense tensors on one device, of one shape and the same strides, of types that the kernels
+    know. A gradient or a given variance that alone lies otherwise does not count: `matched` copies it.
+    """
+    held = {
+        name: tensors[i]
+        for name, tensors in zip(("the parameter", "its gradient", "exp_avg", "exp_avg_sq", "exp_avg_var",
+                                  "max_exp_avg_sq", "its variance"), lists)
+        if tensors
+    }  # fmt: skip
+    param = lists.params[i]
+    for name, tensor in held.items():
+        if not are_plain([tensor]):
+            return f"{name} is a {type(tensor).__name__}, a subclass of Tensor"
+        if tensor.layout != torch.strided:
+            return f"{name} has layout {tensor.layout}"
+        if tensor.device != param.device:
+            return f"{name} is on {tensor.device}, the parameter on {param.device}"
+        if tensor.shape != param.shape:
+            return f"{name} has shape {tuple(tensor.shape)}, the parameter {tuple(param.shape)}"
+        if name not in ("its gradient", "its variance"):
+            if tensor.is_conj() or tensor.is_neg():
+                return f"{name} is a lazily conjugated or negated view"
+            if param.numel() > 0 and tensor.stride() != param.stride():
+                return f"{name} has strides {tensor.stride()}, the parameter {param.stride()}"
+    if not is_dense(param):
+        return f"the parameter's memory has gaps or overlaps: shape {tuple(param.shape)}, strides {param.stride()}"
+    if state_steps[i].device.type != "cpu" and state_steps[i].device != param.device:
+        return f"its step counter is on {state_steps[i].device}, the parameter on {param.device}"
+    if state_steps[i].dtype != torch.float32:
+        return f"its step counter has type {state_steps[i].dtype}, not torch.float32"
+    return next(_misfit_of_types(lists, i), None)
+
+
+def _misfit_of_types(lists: Lists, i: int) -> Any:
+    """Yield what is wrong with the types at place `i`."""
+    real = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+    param, grad, exp_avg, exp_avg_sq, exp_avg_var = (
+        real.get(tensors[i].dtype, tensors[i].dtype) for tensors in lists[:5]
+    )
+    for name, dtype, known in (
+        ("the parameter", param, GRADIENT_TYPES),
+        ("its gradient", grad, GRADIENT_TYPES),
+        ("exp_avg", exp_avg, MEAN_TYPES),
+        ("exp_avg_var", exp_avg_var, STATE_TYPES),
+    ):
+        if dtype not in known:
+            yield f"{name} has type {dtype}, not one of {', '.join(map(str, known))}"
+    if lists.grad_vars:
+        dtype = lists.grad_vars[i].dtype
+        if real.get(dtype, dtype) not in GRADIENT_TYPES:
+            yield f"its variance has type {dtype}, not one of {', '.join(map(str, GRADIENT_TYPES))}"
+    others = [exp_avg_sq] + [tensors[i].dtype for tensors in lists[5:6] if tensors]
+    if any(real.get(dtype, dtype) != exp_avg_var for dtype in others):
+        yield "exp_avg_sq, exp_avg_var and max_exp_avg_sq differ in type"
+
+
+def matched(grad: Tensor, param: Tensor) -> Tensor:
+    """Return a gradient or a variance as it is where it lies like its parameter, else a copy that does."""
+    if grad.is_conj() or grad.is_neg() or grad.stride() != param.stride():
+        return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+    return grad

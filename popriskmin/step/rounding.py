@@ -1,0 +1,92 @@
+"""Stochastic rounding to bfloat16, for `v` and `s` where they are stored in it.
+
+An exponential average with decay 0.999 changes by a thousandth of the difference a step, bfloat16 has steps of 1/256:
+rounded to nearest, such an average stands still. Rounded up with the probability that makes the mean exact, it moves.
+
+The random bits are a hash of the step count and the element's place in memory, so that all implementations round
+alike, a resumed run goes on bit for bit, and torch's generators are left alone. `v` takes the upper 16 bits, `s` the
+lower ones. The hash is Knuth's multiplication by the golden ratio, which over neighbouring places is an addition, and
+the second half of Chris Wellons' lowbias32 (https://nullprogram.com/blog/2018/07/31/).
+
+The kernels in `popriskmin/step/kernels` do the same in their languages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from popriskmin.step.lists import is_dense
+
+_WORD = 0xFFFFFFFF
+
+
+def hash32(x: Any) -> Any:
+    """Return a well mixed 32-bit hash of a number, or of an int64 tensor, in [0, 2**32).
+
+    Examples
+    --------
+    >>> hash32(1), hash32(torch.tensor([1, 2])).tolist()
+    (2396652751, [2396652751, 4013380994])
+    """
+    x = (x * 0x9E3779B1) & _WORD
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
+
+
+def random_bits(like: Tensor, t: Any) -> Tensor:
+    """Return 32 random bits for each element of `like`, as int64 of its shape.
+
+    Parameters
+    ----------
+    like
+        A tensor; its strides tell each element's place in memory, so that a transposed tensor rounds as its base does.
+    t
+        The step count, a number or a tensor of shape `()`.
+    """
+    like = _local(like)
+    key = hash32(t.long() if isinstance(t, Tensor) else int(t))
+    places = torch.arange(like.numel(), device=like.device)
+    if is_dense(like):
+        places = places.as_strided(like.shape, like.stride())
+    else:
+        places = places.view(like.shape)
+    return torch.as_tensor(hash32(places + key))
+
+
+def _local(tensor: Any) -> Tensor:
+    """Return this rank's part of a tensor that is sharded over ranks, else the tensor itself."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
+
+
+def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
+    """Return `x` in bfloat16, one of the two numbers around it, such that the mean over `bits` is `x`.
+
+    Parameters
+    ----------
+    x
+        Float32 or float64; infinities and NaN stay what they are.
+    bits
+        Integers of the shape of `x`, or of this rank's part of it, uniform in [0, 2**16).
+
+    Examples
+    --------
+    >>> x = torch.full((4,), 1 + 2**-9)  # a quarter of the way from 1 to the next bfloat16
+    >>> round_stochastically(x, torch.tensor([0, 16384, 32768, 49152])).tolist()
+    [1.0, 1.0, 1.0, 1.0078125]
+    """
+    if hasattr(x, "to_local"):
+        rounded = round_stochastically(x.to_local(), bits)
+        # `x` is of a tensor type that ordinary processes do not have.
+        sharded: Any = x
+        return torch.as_tensor(
+            type(sharded).from_local(
+                rounded, sharded.device_mesh, sharded.placements, run_check=False, shape=x.shape, stride=x.stride()
+            )
+        )
+    x = x.float()
+    raised = (x.view(torch.int32) + bits.to(torch.int32)) & ~0xFFFF
+    return torch.where(x.isfinite(), raised.view(torch.float32), x).to(torch.bfloat16)

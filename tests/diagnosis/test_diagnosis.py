@@ -1,0 +1,385 @@
+"""The diagnosis: each cause is simulated with the optimizer itself and must be named; a healthy run has no fault."""
+
+import math
+import os
+import re
+
+import pytest
+import torch
+from conftest import TORCH
+from torch import nn
+
+from popriskmin import PRM
+from popriskmin.diagnosis.diagnosis import FINE, Diagnosis, Row, diagnose
+
+
+def run(tensors, steps=200, seed=0, groups=None, **options):
+    """Step tensors whose gradients have a given mean and standard deviation: `{name: (mean, deviation[, shape])}`."""
+    generator = torch.Generator().manual_seed(seed)
+    params = {name: nn.Parameter(torch.zeros(spec[2] if len(spec) > 2 else (64, 64))) for name, spec in tensors.items()}
+    built = [{"params": [(n, params[n]) for n in names], **own} for names, own in groups] if groups else params.items()
+    optimizer = PRM(built, **{"lr": 1e-3, **options})
+    for _ in range(steps):
+        for name, (mean, deviation, *_) in tensors.items():
+            p = params[name]
+            p.grad = mean + deviation * torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    return optimizer
+
+
+def causes(optimizer, **options):
+    return {row.name: row.cause for row in diagnose(optimizer, **options).rows}
+
+
+def test_noise_is_no_fault():
+    found = diagnose(run({"body.weight": (0, 1), "body.bias": (0, 1, (64,))}))
+    assert [row.cause for row in found.rows] == ["noise", "noise"]
+    assert found.problems == []
+    assert "Nothing is wrong with the mask." in str(found)
+    assert found.rows[0].over_noise == pytest.approx(1, abs=0.1)
+
+
+def test_signal_is_open():
+    assert causes(run({"body.weight": (1, 1)})) == {"body.weight": "open"}
+
+
+@pytest.mark.parametrize(("scale", "cause"), [(1.0, "open"), (1e-3, "open"), (1e-5, "epsilon")])
+def test_an_epsilon_too_large_for_the_gradients(scale, cause):
+    optimizer = run({"body.weight": (scale, scale)}, mask_eps=1e-8)
+    assert causes(optimizer) == {"body.weight": cause}
+    assert causes(run({"body.weight": (scale, scale)})) == {"body.weight": "open"}
+    if cause == "epsilon":
+        row = diagnose(optimizer).rows[0]
+        assert "mask_eps=1e-08 for gradients of 1e-05" in row.reason
+        assert row.advice.startswith("mask_eps=None")
+
+
+def test_a_weak_coherent_module_beside_one_that_is_open():
+    optimizer = run({"body.weight": (2, 1), "router.weight": (0.3, 1)})
+    assert causes(optimizer) == {"body.weight": "open", "router.weight": "weak"}
+    assert "mask='none'" in diagnose(optimizer).rows[1].advice
+
+
+def test_a_weak_coherent_module_beside_noise():
+    assert causes(run({"body.weight": (0, 1), "router.weight": (0.4, 1)})) == {
+        "body.weight": "noise", "router.weight": "weak",
+    }  # fmt: skip
+
+
+def test_weights_of_one_module_are_not_compared_with_each_other():
+    both = run({"router.weight": (0.4, 1), "router.extra": (0, 1)})
+    assert causes(both) == {"router.weight": "slowed", "router.extra": "noise"}
+
+
+def test_where_all_is_coherent_nothing_is_wrong():
+    found = diagnose(run({"a.weight": (0.4, 1), "b.weight": (0.4, 1)}))
+    assert [row.cause for row in found.rows] == ["slowed", "slowed"]
+    assert found.problems == []
+
+
+@pytest.mark.parametrize(
+    ("options", "word", "cure"),
+    [
+        ({"softness": 30.0}, "softness=30", "a smaller softness"),
+        ({"mask": "soft"}, "mask='soft'", "mask='snr'"),
+        ({"mask": "hard", "warmup_steps": 1}, "mask='hard'", "mask='snr'"),
+        ({"boundary": "empirical", "batch_size": 95, "n_dataset": 100}, "boundary coefficient 19", "boundary='batch'"),
+    ],
+)
+def test_a_mask_too_strict(options, word, cure):
+    optimizer = run({"body.weight": (0.6, 1)}, **options)
+    row = diagnose(optimizer).rows[0]
+    assert (row.cause, cure in row.advice, word in row.reason) == ("strict", True, True), row
+    assert causes(run({"body.weight": (0, 1)}, **options)) == {"body.weight": "noise"}
+
+
+def test_no_gradients():
+    optimizer = run({"body.weight": (1, 1), "gone.weight": (0, 0)})
+    unused = nn.Parameter(torch.zeros(3))
+    frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+    optimizer.add_param_group({"params": [("unused", unused), ("frozen", frozen)]})
+    assert causes(optimizer) == {"body.weight": "open", "gone.weight": "dead", "unused": "dead"}
+    row = diagnose(optimizer).rows[-1]
+    assert (row.step, row.zero_fraction, row.reason) == (0, 1.0, "no gradient since the start")
+    assert math.isnan(row.mean_q)
+
+
+def test_gradients_that_stopped():
+    optimizer = run({"body.weight": (1, 1)})
+    p = optimizer.param_groups[0]["params"][0]
+    for steps, cause in ((60, "open"), (100, "dead")):
+        for _ in range(steps):
+            p.grad = torch.zeros_like(p)
+            optimizer.step()
+        assert (causes(optimizer)["body.weight"] == "dead") == (cause == "dead")
+
+
+def test_scalars_without_gradients_do_not_speak_for_the_others():
+    """As in an embedding of which few rows are ever used."""
+    p = nn.Parameter(torch.zeros(100, 64))
+    optimizer = PRM([("tokens.weight", p)])
+    for _ in range(200):
+        p.grad = torch.zeros_like(p)
+        p.grad[:10] = 1 + torch.randn(10, 64)
+        optimizer.step()
+    row = diagnose(optimizer).rows[0]
+    assert row.cause == "open"
+    assert row.mean_q < 0.1
+    assert row.zero_fraction == pytest.approx(0.9)
+
+
+def test_gradients_of_rounding_errors_do_not_count():
+    p = nn.Parameter(torch.zeros(100, 64))
+    optimizer = PRM([("keys.bias", p)])
+    for _ in range(100):
+        p.grad = 1e-3 * (1 + torch.randn(100, 64))
+        p.grad[:50] = 1e-9 * torch.randn(50, 64)
+        optimizer.step()
+    row = diagnose(optimizer).rows[0]
+    assert (row.cause, row.zero_fraction) == ("open", 0.5)
+
+
+def test_decay_that_outweighs_the_masked_step():
+    def trained(**options):
+        p = nn.Parameter(torch.full((64, 64), 0.1))
+        optimizer = PRM([("body.weight", p)], **{"lr": 1e-3, **options})
+        for _ in range(100):
+            p.grad = torch.randn(64, 64)
+            optimizer.step()
+        return diagnose(optimizer).rows[0]
+
+    row = trained(weight_decay=1.0)
+    assert row.cause == "decay"
+    assert "mask_decay=True" in row.advice
+    assert trained(weight_decay=0.01).cause == "noise"
+    assert trained(weight_decay=1.0, lr=1e-5).cause == "noise"  # nothing would come of it
+    assert trained(weight_decay=1.0, mask_decay=True)[10:12] == (0.0, "noise")
+    assert trained(weight_decay=1.0, mask="none").cause == "open"
+
+
+def test_a_run_with_strong_decay():
+    """Digits: where decay holds the weights back, the diagnosis says so, unless the decay is masked too."""
+    pytest.importorskip("sklearn")
+    from popriskmin.tasks.digits import Digits
+
+    for options, expected in ({"weight_decay": 1.0}, "decay"), ({"weight_decay": 1.0, "mask_decay": True}, None):
+        torch.manual_seed(0)
+        trial = Digits(epochs=20).trial(0)
+        optimizer = PRM(trial.model.named_parameters(), lr=3e-3, **options)
+        for batch in trial.batches:
+            optimizer.zero_grad()
+            trial.loss(trial.model, batch).backward()
+            optimizer.step()
+        found = {row.name: row.cause for row in diagnose(optimizer).problems}
+        assert found.get("2.weight") == expected
+
+
+def test_the_decay_ratio_is_of_the_steps_taken():
+    p = nn.Parameter(torch.randn(30, 30))
+    optimizer = PRM([("w", p)], lr=0.1, weight_decay=0.5)
+    for _ in range(5):
+        p.grad = torch.randn(30, 30)
+        before = p.detach().clone()
+        optimizer.step()
+    decay = 0.1 * 0.5 * before
+    ratio = diagnose(optimizer).rows[0].decay_ratio
+    # Of the weights after the step, which differ little from those that decayed.
+    assert ratio == pytest.approx((decay.norm() / (p - before + decay).norm()).item(), rel=0.1)
+
+
+def test_too_early_and_warmup_and_none():
+    assert causes(run({"w": (0, 1)}, steps=5)) == {"w": "early"}
+    assert causes(run({"w": (0, 1)}, steps=30, warmup_steps=40)) == {"w": "warmup"}
+    assert causes(run({"w": (0, 1)}, mask="none")) == {"w": "open"}
+    assert causes(run({"w": (0, 1)}, min_q=0.5)) == {"w": "open"}
+
+
+def test_not_finite():
+    optimizer = run({"a.weight": (0, 1), "b.weight": (0, 1)}, steps=50)
+    p = optimizer.param_groups[0]["params"][0]
+    p.grad = torch.full_like(p, math.nan)
+    optimizer.step()
+    assert causes(optimizer) == {"a.weight": "not finite", "b.weight": "noise"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "per_tensor"}, {"debias": True}, {"bias_correction": False}, {"amsgrad": True}, {"mask": "soft"},
+        {"reduction": "per_tensor", "mask": "soft", "debias": True}, {"state_dtype": torch.bfloat16},
+        {"capturable": True}, {"betas": (0.95, 0.99), "rho": 0.9}, {"foreach": False}, {"lr": torch.tensor(1e-3)},
+    ],
+)  # fmt: skip
+def test_every_kind_of_mask_and_state(options):
+    """Where the mean is three times the deviation and where there is none, whatever the options."""
+    found = {row.name: row for row in diagnose(run({"body.weight": (3, 1), "noise.weight": (0, 1)}, **options)).rows}
+    assert found["body.weight"].cause == "open"
+    assert found["noise.weight"].cause == "noise"
+    assert found["noise.weight"].over_noise == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64])
+def test_types(dtype):
+    p = nn.Parameter(torch.zeros(64, 64, dtype=dtype))
+    optimizer = PRM([("w", p)], lr=1e-4)
+    for _ in range(60):
+        p.grad = torch.randn(64, 64, dtype=torch.complex64 if dtype.is_complex else torch.float32).to(dtype)
+        optimizer.step()
+    row = diagnose(optimizer).rows[0]
+    assert row.cause == "noise"
+    assert row.parameter_count == optimizer.get_mask_stats()["parameter_count"] == 64 * 64 * (1 + dtype.is_complex)
+
+
+def test_a_given_variance():
+    p = nn.Parameter(torch.zeros(64, 64))
+    optimizer = PRM([("w", p)], variance="given")
+    for _ in range(60):
+        p.grad = torch.randn(64, 64)
+        optimizer.set_variances({p: torch.ones(64, 64)})
+        optimizer.step()
+    row = diagnose(optimizer).rows[0]
+    assert row.cause == "noise"
+    assert row.over_noise == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("reduction", ["per_param", "per_tensor"])
+def test_numbers_are_those_of_the_mask_statistics(reduction):
+    options = {"reduction": reduction, "softness": 2.0, "boundary": "empirical", "batch_size": 4, "n_dataset": 10}
+    optimizer = run({"a.weight": (1, 1), "b.weight": (0, 1), "c": (0.5, 1, (7,))}, steps=30, **options)
+    stats = optimizer.get_mask_stats(by="parameter")
+    for row in diagnose(optimizer).rows:
+        for key in ("mean_q", "active_fraction", "snr", "parameter_count"):
+            assert getattr(row, key) == pytest.approx(stats[row.name][key], rel=1e-5), key
+        assert {type(value) for value in row} <= {int, float, str}
+
+
+def test_a_healthy_run_at_every_stage_of_it():
+    """Digits with wrong labels: learning, and when only noise is left."""
+    pytest.importorskip("sklearn")
+    from popriskmin.tasks.digits import Digits
+
+    torch.manual_seed(0)
+    trial = Digits(epochs=20).trial(0)
+    optimizer = PRM(trial.model.named_parameters(), lr=3e-3)
+    seen = set()
+    for number, batch in enumerate(trial.batches, 1):
+        optimizer.zero_grad()
+        trial.loss(trial.model, batch).backward()
+        optimizer.step()
+        if number % 20 == 0:
+            found = diagnose(optimizer)
+            assert found.problems == []
+            seen |= {row.cause for row in found.rows}
+    assert {"open", "slowed", "noise"} <= seen <= set(FINE)
+
+
+def test_asking_changes_nothing():
+    optimizer = run({"w": (1, 1)}, steps=20)
+    p = optimizer.param_groups[0]["params"][0]
+    before = {key: value.clone() for key, value in optimizer.state[p].items()}, p.detach().clone()
+    diagnose(optimizer)
+    assert torch.equal(before[1], p)
+    assert all(torch.equal(before[0][key], value) for key, value in optimizer.state[p].items())
+
+
+def test_the_page_fits_and_gathers_layers_that_differ_in_their_number():
+    tensors = {}
+    for layer in range(12):
+        tensors[f"model.decoder.layers.{layer}.self_attention.query_projection.weight"] = (1, 1, (16, 16))
+        tensors[f"model.decoder.layers.{layer}.router.weight"] = (0.05, 1, (32, 64))
+    found = diagnose(run(tensors, steps=100, mask_eps=1.0))
+    lines = str(found).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert sum("query_projection" in line and " 12 " in line for line in lines) == 1
+    assert len(found.rows) == 24
+    assert len(lines) < 30
+
+
+def test_thousands_of_tensors_make_a_short_page():
+    rows = [
+        Row(f"w{i}", 0, 100, 10, 0.01, 0.0, 0.1, 1.0, 1.0, 0.0, 0.0, "epsilon" if i % 3 else "noise", "reason", "cure")
+        for i in range(30_000)
+    ]
+    page = str(Diagnosis(rows))
+    assert len(page.splitlines()) < 60
+    assert re.search(r"\.\.\. and 29970 further tensors: 19970 epsilon, 10000 noise", page)
+    assert "epsilon: and 19995 more." in page
+
+
+def test_one_transfer_to_the_host(monkeypatch):
+    optimizer = run({f"l{i}.weight": (1, 1, (4, 4)) for i in range(20)}, steps=15)
+    calls = []
+    original = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: calls.append(self) or original(self))
+    for name in ("item", "__float__", "__bool__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self: pytest.fail("read back by itself"))
+    diagnose(optimizer)
+    assert len(calls) == 2  # the step counts, and the sums
+
+
+def test_what_is_refused():
+    p = nn.Parameter(torch.zeros(3))
+    with pytest.raises(
+        RuntimeError, match=r"before the first step: .* call it after some dozens of optimizer.step\(\)"
+    ):
+        diagnose(PRM([p]))
+    with pytest.raises(
+        TypeError, match=r"needs a popriskmin.PRM, got AdamW: .* load_state_dict\(adamw.state_dict\(\)\)"
+    ):
+        diagnose(torch.optim.AdamW([p]))
+
+    class Accelerated:
+        optimizer = PRM([p])
+
+    with pytest.raises(TypeError, match=r"got Accelerated: it holds a PRM: give diagnose\(Accelerated.optimizer\)"):
+        diagnose(Accelerated())
+    for threshold in (0, 1.5, math.nan):
+        with pytest.raises(ValueError, match="threshold must be a number in"):
+            diagnose(run({"w": (1, 1)}, steps=1), threshold=threshold)
+
+
+def _sharded(rank, rendezvous, failures):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        for options in ({}, {"reduction": "per_tensor", "mask": "soft"}):
+            whole, parts = (_trained(shard, options) for shard in (None, lambda m: fully_shard(m, mesh=mesh)))
+            for expected, row in zip(whole, parts):
+                if expected[:4] != row[:4] or expected[-3:] != row[-3:]:
+                    failures.put(f"{options}: {expected} {row}")
+                numbers = zip(expected[4:-3], row[4:-3])
+                if not all(a == pytest.approx(b, rel=1e-3, abs=1e-6, nan_ok=True) for a, b in numbers):
+                    failures.put(f"{options}: {expected} {row}")
+    finally:
+        dist.destroy_process_group()
+
+
+def _trained(shard, options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
+    if shard is not None:
+        shard(model)
+    optimizer = PRM(model.named_parameters(), lr=0.01, **options)
+    x, y = torch.randn(25, 16, 7), torch.randn(25, 16, 3)
+    for step in range(25):
+        optimizer.zero_grad()
+        (model(x[step]) - y[step]).square().mean().backward()
+        optimizer.step()
+    return diagnose(optimizer).rows
+
+
+@pytest.mark.skipif(TORCH < (2, 6), reason="fully_shard is public since torch 2.6")
+def test_sharded_parameters(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    failures = context.SimpleQueue()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.spawn(_sharded, (str(tmp_path / "rendezvous"), failures), nprocs=2)
+    found = []
+    while not failures.empty():
+        found.append(failures.get())
+    assert not found, "\n".join(found)
