@@ -130,6 +130,34 @@ class Task(abc.ABC):
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
 
 
+def option(default: Any, text: str) -> Any:
+    """Return a field that is an option of a task, with the text that --help shows.
+
+    Examples
+    --------
+    >>> @dataclasses.dataclass
+    ... class Options:
+    ...     noise: float = option(0.4, "share of wrong labels")
+    >>> Options().noise
+    0.4
+    """
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+def complete(task: Task, scale: Mapping[str, Any]) -> None:
+    """Give the options of a task that were left out (None) the values of the scale that it runs at."""
+    for name, value in scale.items():
+        if getattr(task, name) is None:
+            setattr(task, name, value)
+
+
+def check_least(task: Task, least: Mapping[str, float]) -> None:
+    """Raise ValueError for the first option of a task that is below its least value."""
+    for name, bound in least.items():
+        if not getattr(task, name) >= bound:
+            raise ValueError(f"{name} must be at least {bound:g}, got {getattr(task, name)}")
+
+
 def check_task(task: Any) -> None:
     """Raise TypeError or ValueError that says what is missing, for something that is not a usable task."""
     if not isinstance(task, Task):

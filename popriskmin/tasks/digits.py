@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
 
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from popriskmin.compare.task import Metrics, Task, Trial
+from popriskmin.compare.task import Metrics, Task, Trial, option
 
 CLASSES = 10
 TRAINING, VALIDATION = 1000, 300
-
-
-def option(default: Any, text: str) -> Any:
-    """Return a field that is an option of the task, with the text that --help shows."""
-    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclasses.dataclass

@@ -8,15 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from popriskmin.compare.task import Metrics, Task, Trial
+from popriskmin.compare.task import Metrics, Task, Trial, option
 
 FEATURES = 8  # of the input, and as many of what the router sees
 HELD_OUT = 2000
-
-
-def option(default: Any, text: str) -> Any:
-    """Return a field that is an option of the task, with the text that --help shows."""
-    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclasses.dataclass

@@ -6,12 +6,12 @@ import dataclasses
 import math
 import re
 from pydoc_data.topics import topics
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from popriskmin.compare.task import Metrics, Task, Trial
+from popriskmin.compare.task import Metrics, Task, Trial, option
 
 CONTEXT = 64
 HEADS, LAYERS = 4, 2
@@ -19,11 +19,6 @@ BLOCK = 4096  # characters; the text is split by whole blocks
 VALIDATION, TEST = 0, 5  # of every ten blocks
 WINDOWS = 16  # that are measured in each block for validation or test
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
-
-
-def option(default: Any, text: str) -> Any:
-    """Return a field that is an option of the task, with the text that --help shows."""
-    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclasses.dataclass
