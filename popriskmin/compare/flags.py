@@ -34,7 +34,8 @@ def add_task_options(parser: argparse.ArgumentParser, task_class: type[Task]) ->
         default = _default(field, name)
         kind, choices = _type_of(hints[field.name], field.name, name)
         # argparse formats help with %.
-        shown = f"{field.metadata.get('help', '')} (default: {default})".strip().replace("%", "%%")
+        given = "" if default is None else f" (default: {default})"
+        shown = f"{field.metadata.get('help', '')}{given}".strip().replace("%", "%%")
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=shown)
         else:

@@ -80,6 +80,8 @@ class Task(abc.ABC):
         The grid that is searched unless another is asked for.
     optimizer_options
         Options that all optimizers get alike, such as `{"betas": (0.9, 0.98)}`.
+    goals
+        For metrics where the first step counts at which a test value is reached, such as `{"accuracy": 0.95}`.
 
     Examples
     --------
@@ -110,6 +112,7 @@ class Task(abc.ABC):
     learning_rates: ClassVar[tuple[float, ...]] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     weight_decays: ClassVar[tuple[float, ...]] = (0.01, 0.1)
     optimizer_options: ClassVar[Mapping[str, Any]] = {}
+    goals: ClassVar[Mapping[str, float]] = {}
 
     @property
     def name(self) -> str:

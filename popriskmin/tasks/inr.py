@@ -1,0 +1,118 @@
+"""An implicit neural representation: a network from places to brightness, fitted to a photograph's noisy pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import ClassVar, Literal
+
+import torch
+from sklearn.datasets import load_sample_image
+from torch import Tensor, nn
+
+from popriskmin.compare.task import Metrics, Task, Trial, check_least, complete, option
+
+SCALES = {
+    "test": {"size": 16, "features": 8, "width": 16, "batch_size": 64, "steps": 20},
+    "default": {"size": 64, "features": 64, "width": 128, "batch_size": 512, "steps": 1500},
+    "paper": {"size": 256, "features": 256, "width": 256, "batch_size": 8192, "steps": 5000},
+}
+HELD_OUT = 0.1  # share of the pixels, for validation
+
+
+@dataclasses.dataclass
+class Inr(Task):
+    """Fit a network to noisy pixels of one of scikit-learn's photographs, and compare it with the clean ones.
+
+    The network takes random Fourier features of a place (Tancik et al., arXiv:2006.10739) and gives the brightness, in
+    [0, 1] where the image is clean. Noise, features and batches come from the seed. The metric is the peak
+    signal-to-noise ratio in decibels: for the test against all clean pixels; for the validation against a tenth of the
+    noisy ones, which are not trained on.
+    """
+
+    scale: Literal["test", "default", "paper"] = option("default", "which values the options below have by default")
+    image: Literal["china", "flower"] = option("china", "the photograph")
+    noise: float = option(0.2, "standard deviation of the noise; brightness goes from 0 to 1")
+    frequency: float = option(8.0, "standard deviation of the features' frequencies, in periods over the image")
+    size: int = option(None, "pixels of each side")
+    features: int = option(None, "frequencies; each gives a sine and a cosine")
+    width: int = option(None, "units in each of the two hidden layers")
+    batch_size: int = option(None, "pixels in a batch")
+    steps: int = option(None, "optimizer steps")
+
+    metrics: ClassVar[dict[str, str]] = {"psnr": "max"}
+    learning_rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    weight_decays = (0.01, 0.1)
+
+    def __post_init__(self) -> None:
+        """Take what was left out from the scale, and check the options."""
+        complete(self, SCALES[self.scale])
+        least = {"noise": 0.0, "frequency": 0.0, "size": 4, "features": 1, "width": 1, "batch_size": 1, "steps": 1}
+        check_least(self, least)
+        if self.size > MOST:
+            raise ValueError(f"size must be at most {MOST}, the photograph's, got {self.size}")
+
+    def trial(self, seed: int) -> Trial:
+        """Draw noise, features, the held-out pixels and the batches from the seed, and build the network."""
+        generator = torch.Generator().manual_seed(seed)
+        clean = photograph(self.image, self.size).flatten()
+        noisy = clean + self.noise * torch.randn(clean.shape, generator=generator)
+        line = (torch.arange(self.size) + 0.5) / self.size
+        places = torch.cartesian_prod(line, line)
+        frequencies = self.frequency * torch.randn(2, self.features, generator=generator)
+        order = torch.randperm(len(clean), generator=generator)
+        held_out, training = order.tensor_split([round(HELD_OUT * len(clean))])
+        batches: list[Tensor] = []
+        while len(batches) < self.steps:
+            batches += torch.split(training[torch.randperm(len(training), generator=generator)], self.batch_size)
+        model = nn.Sequential(
+            Fourier(frequencies),
+            nn.Linear(2 * self.features, self.width),
+            nn.ReLU(),
+            nn.Linear(self.width, self.width),
+            nn.ReLU(),
+            nn.Linear(self.width, 1),
+        )
+        return Trial(
+            model=model,
+            batches=batches[: self.steps],
+            loss=lambda model, rows: (model(places[rows])[:, 0] - noisy[rows]).square().mean(),
+            validation=lambda model: psnr(model(places[held_out])[:, 0], noisy[held_out]),
+            test=lambda model: psnr(model(places)[:, 0], clean),
+            evaluate_every=max(1, self.steps // 30),
+            batch_size=min(self.batch_size, len(training)),
+            n_dataset=len(training),
+        )
+
+
+class Fourier(nn.Module):
+    """Sines and cosines of places, for fixed frequencies of shape (2, features)."""
+
+    frequencies: Tensor
+
+    def __init__(self, frequencies: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", frequencies)
+
+    def forward(self, places: Tensor) -> Tensor:
+        """Return features of shape (places, 2 * features)."""
+        angles = 2 * math.pi * places @ self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+MOST = 427  # the photographs are 427 x 640
+
+
+@functools.lru_cache
+def photograph(name: str, side: int) -> Tensor:
+    """Return the middle square of a photograph, in grey from 0 to 1, averaged down to `side` pixels a side."""
+    pixels = torch.tensor(load_sample_image(f"{name}.jpg"), dtype=torch.float32).mean(2) / 255
+    left = (pixels.shape[1] - MOST) // 2
+    square = pixels[None, None, :, left : left + MOST]
+    return nn.functional.interpolate(square, (side, side), mode="area")[0, 0]
+
+
+def psnr(found: Tensor, truth: Tensor) -> Metrics:
+    """Return the peak signal-to-noise ratio for a peak of 1, in decibels."""
+    return {"psnr": -10 * math.log10(max((found - truth).square().mean().item(), 1e-12))}

@@ -1,0 +1,30 @@
+"""What every task must hold; each task's own tests call it with its smallest size."""
+
+import torch
+
+from popriskmin.compare.runs.arms import make_arms
+from popriskmin.compare.runs.digest import content_digest
+from popriskmin.compare.runs.train import Configuration, run
+
+
+def check_task(task, lr=1e-3):
+    """Run the task's smallest size with AdamW and PRM; return the test metrics before and after, of AdamW."""
+    trials = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        trials.append(task.trial(3))
+    first, second = ([list(t.model.parameters()), list(t.batches)[:3]] for t in trials)
+    assert content_digest(first) == content_digest(second)
+    torch.manual_seed(4)
+    other = task.trial(4)
+    assert content_digest(list(other.batches)[:3]) != content_digest(first[1])
+    ends = {}
+    for arm in make_arms([], match_all=False)[:2]:
+        records = run(task, arm, Configuration(lr=lr, weight_decay=0.01, seed=0))
+        assert records[-1]["status"] == "finished", records[-1].get("error")
+        evaluations = [r for r in records if r["kind"] == "evaluation"]
+        assert set(evaluations[0]["test"]) == set(evaluations[0]["validation"]) == set(task.metrics)
+        ends[arm.name] = evaluations
+    assert ends["adamw"][0] == ends["prm"][0]
+    assert ends["adamw"][-1] != ends["prm"][-1]
+    return ends["adamw"][0]["test"], ends["adamw"][-1]["test"]
