@@ -1,0 +1,245 @@
+"""Four ranks: every way of torch to spread a model over them, and checkpoints from so many ranks to fewer.
+
+Each is held against one process that sees the whole batch.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import TORCH
+from ranks import run_ranks
+from torch import nn
+
+from popriskmin import PRM, RiskMonitor
+
+pytestmark = pytest.mark.skipif(TORCH < (2, 6), reason="fully_shard is public since torch 2.6")
+
+STEPS = 5
+BATCH = 16
+OPTIONS = [{}, {"mask": "soft", "reduction": "per_tensor"}, {"debias": True, "mask_decay": True, "amsgrad": True}]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.bias = nn.Linear(6, 8), nn.Linear(8, 4), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return self.down(self.up(x).tanh()) + self.bias
+
+
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randn(2 * STEPS, BATCH, n, generator=generator) for n in (6, 4))
+
+
+def train(model, optimizer, steps=range(STEPS), rows=slice(None)):
+    x, y = data()
+    for step in steps:
+        optimizer.zero_grad()
+        (model(x[step, rows]) - y[step, rows]).square().mean().backward()
+        optimizer.step()
+
+
+def prm(parameters, **options):
+    return PRM(parameters, lr=0.03, weight_decay=0.1, **options)
+
+
+def whole(model):
+    tensors = [getattr(p, "full_tensor", lambda p=p: p)() for p in model.parameters()]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def one_process(steps=range(STEPS), **options):
+    model = net()
+    optimizer = prm(model.named_parameters(), **options)
+    train(model, optimizer, steps)
+    return whole(model), optimizer
+
+
+def assert_equal(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+def mine(rank, world_size=4):
+    share = BATCH // world_size
+    return slice(rank * share, (rank + 1) * share)
+
+
+def check_ddp(rank, options):
+    model = net()
+    optimizer = prm(model.named_parameters(), **options)
+    train(nn.parallel.DistributedDataParallel(model), optimizer, rows=mine(rank))
+    assert_equal(whole(model), one_process(**options)[0])
+
+
+def check_hybrid_shards(rank, options):
+    """HSDP: two replicas of two shards each."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    optimizer = prm(model.named_parameters(), **options)
+    train(model, optimizer, rows=mine(rank))
+    weights, expected = one_process(**options)
+    assert_equal(whole(model), weights)
+    for name, row in expected.get_mask_stats(by="parameter").items():
+        assert optimizer.get_mask_stats(by="parameter")[name] == pytest.approx(row, rel=1e-4, abs=1e-7)
+
+
+def check_tensor_parallel(rank, options):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = net()
+    parallelize_module(model, init_device_mesh("cpu", (4,)), {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    optimizer = prm(model.named_parameters(), **options)
+    train(model, optimizer)
+    assert_equal(whole(model), one_process(**options)[0])
+
+
+def check_zero(rank, options):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = net()
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), PRM, lr=0.03, weight_decay=0.1, **options)
+    train(nn.parallel.DistributedDataParallel(model), optimizer, rows=mine(rank))
+    assert_equal(whole(model), one_process(**options)[0])
+
+
+def sharded():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = prm(model.named_parameters(), debias=True)
+    return model, optimizer, RiskMonitor(optimizer, every=1, n_dataset=100, batch_size=BATCH)
+
+
+def parts(model, optimizer):
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def save(rank, folder, ending):
+    import torch.distributed.checkpoint as dcp
+
+    model, optimizer, monitor = sharded()
+    train(model, optimizer, rows=mine(rank, dist.get_world_size()))
+    if rank == 0:
+        torch.save(monitor.state_dict(), f"{folder}.monitor")
+    if ending == "async":
+        # It talks in a group of its own, while training goes on in the other.
+        done = dcp.async_save(parts(model, optimizer), checkpoint_id=folder, process_group=dist.new_group())
+        train(model, optimizer, range(STEPS, STEPS + 2), rows=mine(rank, dist.get_world_size()))
+        done.result()
+    else:
+        dcp.save(parts(model, optimizer), checkpoint_id=folder)
+
+
+def load_and_go_on(rank, folder):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    model, optimizer, monitor = sharded()
+    state = parts(model, optimizer)
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    saved = torch.load(f"{folder}.monitor", weights_only=True)
+    monitor.load_state_dict(saved)
+    before = len(monitor.samples)
+    train(model, optimizer, range(STEPS, 2 * STEPS), rows=mine(rank, dist.get_world_size()))
+    assert len(monitor.samples) == before + STEPS
+    assert_equal(whole(model), one_process(range(2 * STEPS), debias=True)[0])
+
+
+def on_four_ranks(rank, folder):
+    for options in OPTIONS:
+        check_ddp(rank, options)
+        check_hybrid_shards(rank, options)
+        check_tensor_parallel(rank, options)
+        check_zero(rank, options)
+    for ending in ("sync", "async"):
+        save(rank, f"{folder}/{ending}", ending)
+    dist.barrier()
+    load_and_go_on(rank, f"{folder}/sync")
+
+
+def test_four_ranks_do_what_one_process_does_and_fewer_go_on_from_there(tmp_path):
+    """One test, as starting the processes takes most of its time."""
+    run_ranks(tmp_path, 4, on_four_ranks, tmp_path)
+    run_ranks(tmp_path / "sync", 2, load_and_go_on, tmp_path / "sync")
+    run_ranks(tmp_path / "async", 1, load_and_go_on, tmp_path / "async")
+
+
+SCRIPT = """
+import os, sys
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from popriskmin import PRM
+
+folder, fatal_step = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+# The agent's store outlives a restart, and gloo would find the addresses of dead processes in it.
+store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+store = dist.PrefixStore("attempt " + os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+fully_shard(model)
+optimizer = PRM(model.named_parameters(), lr=0.03, debias=True, reduction="per_tensor")
+x = torch.randn(8, 2, 5, 6, generator=torch.Generator().manual_seed(1))
+first = 0
+while os.path.exists(f"{folder}/{first}/.metadata"):
+    first += 1
+if first > 0:
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+    dcp.load(state, checkpoint_id=f"{folder}/{first - 1}")
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+for step in range(first, 8):
+    if step == fatal_step and rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), 9)
+    optimizer.zero_grad()
+    model(x[step, rank]).square().mean().backward()
+    optimizer.step()
+    dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=f"{folder}/{step}")
+weights = [p.full_tensor() for p in model.parameters()]
+if rank == 0:
+    torch.save({"weights": weights, "started at": first}, f"{folder}/end.pt")
+dist.barrier()
+os._exit(0)
+"""
+
+
+def test_a_killed_rank_that_torchrun_starts_again_ends_with_the_undisturbed_weights(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    ends = []
+    for name, fatal_step in (("undisturbed", 99), ("killed", 5)):
+        (tmp_path / name).mkdir()
+        command = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", tmp_path / "train.py", tmp_path / name]
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *map(str, command), str(fatal_step)],
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        ends.append(torch.load(tmp_path / name / "end.pt", weights_only=True))
+    assert [end["started at"] for end in ends] == [0, 5]
+    for a, b in zip(ends[0]["weights"], ends[1]["weights"], strict=True):
+        assert torch.equal(a, b)
