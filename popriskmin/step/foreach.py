@@ -226,9 +226,8 @@ def _advance_variance(
         blends = _each(c.blend, block)
         for deviation, blend in zip(deviations, blends):
             deviation.masked_fill_(blend == 0, 0)  # not by 0 times a square that may be infinite
-        torch._foreach_mul_(deviations, deviations)
-        torch._foreach_mul_(deviations, blends)
-        torch._foreach_add_(exp_avg_vars, deviations)
+        # Squares are weighted first, as addcmul does: they overflow the later for it.
+        torch._foreach_addcmul_(exp_avg_vars, torch._foreach_mul(deviations, blends), deviations)
     else:
         torch._foreach_addcmul_(exp_avg_vars, deviations, deviations, c.blend)
     _write_back(block.lists.exp_avg_vars, exp_avg_vars, bits)

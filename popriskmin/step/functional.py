@@ -252,5 +252,5 @@ def _streaming_variance(s: Tensor, g: Tensor, m: Tensor, c: Corrections, hyper: 
     deviation = g - (m / c.centre if hyper.debias else m)
     if isinstance(c.blend, Tensor):
         deviation = torch.where(c.blend == 0, torch.zeros_like(deviation), deviation)
-        return s * hyper.rho + deviation.square() * c.blend
+        return s * hyper.rho + c.blend * deviation * deviation
     return s.mul(hyper.rho).addcmul(deviation, deviation, value=c.blend) if c.blend > 0 else s

@@ -559,6 +559,29 @@ def test_a_huge_first_gradient_does_not_poison_the_variance(how, first):
 
 
 @pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"debias": True}, {"capturable": True}, {"debias": True, "capturable": True}, {"maximize": True},
+     {"reduction": "per_tensor", "mask": "soft"}, {"state_dtype": torch.bfloat16}],
+)  # fmt: skip
+def test_gradients_whose_squares_overflow_leave_the_state_finite_as_in_adamw(how, options):
+    """AdamW weights a gradient before it squares it, and holds out to 5.8e20; the square overflows from 1.8e19 on."""
+    w, plain = torch.nn.Parameter(torch.ones(70)), torch.nn.Parameter(torch.ones(70))
+    optimizer, adamw = PRM([w], **options, **how), torch.optim.AdamW([plain])
+    for scale in (2e19, -1e19, 2e19):
+        w.grad, plain.grad = torch.full((70,), scale), torch.full((70,), scale)
+        optimizer.step()
+        adamw.step()
+    state = optimizer.state[w]
+    assert state["exp_avg_var"].isfinite().all()
+    rough = options.get("state_dtype") == torch.bfloat16
+    torch.testing.assert_close(
+        state["exp_avg_sq"].float(), adamw.state[plain]["exp_avg_sq"], rtol=0.02 if rough else 1e-5, atol=0
+    )
+    assert w.isfinite().all()
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_functional_form_takes_variances(how):
     w, z = torch.ones(3), torch.tensor([1.0, 0.0, 3.0])
     state = [[torch.zeros(3)] for _ in range(3)]

@@ -21,7 +21,7 @@ from popriskmin.step.kernels.fit import State, packed
 from popriskmin.step.lists import Lists
 
 # As in cpu.c.
-ABI = 4
+ABI = 5
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 MASK_CODES = {"none": 0, "snr": 1, "soft": 2, "hard": 3}
 LEVELS = ("baseline", "AVX2", "AVX-512")
@@ -54,8 +54,9 @@ def _load() -> ctypes.CDLL | str:
     file = path()
     if not file.exists():
         return (
-            "the kernel for the CPU was not built when popriskmin was installed: it needs a C compiler (gcc or clang); "
-            "install one, then reinstall popriskmin"
+            f"there is no kernel for the CPU in {file.parent}, the popriskmin that is imported: it was not built when "
+            "that was installed, which needs a C compiler (gcc or clang); install one, then reinstall popriskmin. If "
+            "another, installed popriskmin is meant, run from another folder than its sources"
         )
     try:
         library = ctypes.CDLL(str(file))
@@ -64,6 +65,7 @@ def _load() -> ctypes.CDLL | str:
         return f"the kernel for the CPU cannot be loaded: {error}; reinstall popriskmin"
     if abi != ABI:
         return f"the kernel for the CPU is of another version ({abi}, not {ABI}): reinstall popriskmin"
+    library.prm_ask_ahead(-1)
     library.prm_use_pool.argtypes = [ctypes.c_void_p]
     if hasattr(os, "register_at_fork"):
         # A forked child has none of its parent's threads.
@@ -107,6 +109,15 @@ def level() -> int:
     """Return the instruction set that is used here, a place in `LEVELS`."""
     library = _load()
     return 0 if isinstance(library, str) else int(library.prm_best_level())
+
+
+def ask_ahead(whether: bool | None = None) -> bool:
+    """Set whether memory is asked ahead of the step, None for what suits the processor; return what then holds.
+
+    For benchmarks and tests: results do not depend on it.
+    """
+    library = _load()
+    return not isinstance(library, str) and bool(library.prm_ask_ahead(-1 if whether is None else int(whether)))
 
 
 def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, state: State | None = None) -> None:

@@ -92,7 +92,7 @@ TARGET static void NAME(blend_in_narrow)(int64_t n, uint32_t place, uint16_t *re
     }
 }
 
-/* m, v, s to this step. */
+/* m, v, s to this step. Squares are multiplied by their weight first, as torch does: they overflow the later for it. */
 TARGET INLINE void NAME(advance_loop)(int coupled, int64_t n, const REAL *restrict p, const REAL *restrict g,
                                              REAL *restrict m, REAL *restrict v, REAL *restrict s,
                                              const NAME(constants) *constants) {
@@ -105,9 +105,9 @@ TARGET INLINE void NAME(advance_loop)(int coupled, int64_t n, const REAL *restri
         REAL deviation = grad - mean * c.inv_centre;
         /* Where blend is 0 the square may be infinite, and 0 times infinity is not 0. */
         deviation = c.has_blend ? deviation : 0;
-        s[i] = s[i] * c.rho + deviation * deviation * c.blend;
+        s[i] = s[i] * c.rho + c.blend * deviation * deviation;
         m[i] = (c.from_grad ? grad : mean) + (grad - mean) * c.pull;
-        v[i] = v[i] * c.beta2 + grad * grad * c.one_minus_beta2;
+        v[i] = v[i] * c.beta2 + c.one_minus_beta2 * grad * grad;
     }
 }
 
@@ -166,9 +166,9 @@ TARGET INLINE void NAME(whole_loop)(int mask, int debias, int narrow, int64_t n,
         REAL deviation = grad - (debias ? mean * c.inv_centre : mean);
         if (debias)
             deviation = c.has_blend ? deviation : 0;
-        variance = variance * c.rho + deviation * deviation * c.blend;
+        variance = variance * c.rho + c.blend * deviation * deviation;
         mean = (c.from_grad ? grad : mean) + (grad - mean) * c.pull;
-        square = square * c.beta2 + grad * grad * c.one_minus_beta2;
+        square = square * c.beta2 + c.one_minus_beta2 * grad * grad;
         if (narrow) {
             /* NaN in one will be NaN in the parameter; without random bits it stays NaN. */
             uint32_t bits = __builtin_isunordered(square, variance) ? 0 : hash32(place);
@@ -272,9 +272,9 @@ TARGET static void NAME(advance_and_add_up)(int64_t n, const REAL *g, REAL *m, R
         memcpy(&variance, s + i, sizeof variance);
         NAME(reals) deviation = grad - mean * c.inv_centre;
         if (c.has_blend)
-            variance = variance * c.rho + deviation * deviation * c.blend;
+            variance = variance * c.rho + c.blend * deviation * deviation;
         mean = (c.from_grad ? grad : mean) + (grad - mean) * c.pull;
-        square = square * c.beta2 + grad * grad * c.one_minus_beta2;
+        square = square * c.beta2 + c.one_minus_beta2 * grad * grad;
         memcpy(m + i, &mean, sizeof mean);
         memcpy(v + i, &square, sizeof square);
         memcpy(s + i, &variance, sizeof variance);
@@ -388,7 +388,7 @@ TARGET static void NAME(work_in_place)(const job *job, const tensor *t, const nu
     int64_t size = narrow ? 2 : (int64_t)sizeof(REAL);
     for (int64_t i = begin; i < end; i += AHEAD) {
         int64_t n = smaller(end - i, AHEAD);
-        if (i + 2 * AHEAD <= end)
+        if (asks_ahead && i + 2 * AHEAD <= end)
             fetch_ahead(t, i + AHEAD, sizeof(REAL), size, what);
         if (t->z && (what & ADVANCE)) {
             const REAL *z = (const REAL *)t->z + i;
