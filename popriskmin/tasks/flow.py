@@ -44,7 +44,7 @@ class Flow(Task):
     steps: int = option(None, "optimizer steps")
 
     metrics: ClassVar[dict[str, str]] = {"loss": "min", "distance": "min", "copies": "min"}
-    learning_rates = (3e-4, 1e-3, 3e-3, 1e-2)
+    learning_rates = (1e-3, 3e-3, 1e-2, 3e-2)
     weight_decays = (0.01, 0.1)
 
     def __post_init__(self) -> None:

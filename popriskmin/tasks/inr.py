@@ -42,7 +42,7 @@ class Inr(Task):
     steps: int = option(None, "optimizer steps")
 
     metrics: ClassVar[dict[str, str]] = {"psnr": "max"}
-    learning_rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    learning_rates = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     weight_decays = (0.01, 0.1)
 
     def __post_init__(self) -> None:
