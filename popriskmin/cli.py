@@ -19,6 +19,8 @@ INTERRUPTED = 130
 
 # What `popriskmin compare` imports, as the extra `compare` installs it.
 COMPARE_NEEDS = ("cloudpickle", "jinja2", "joblib", "matplotlib", "numpy", "pandas", "rich", "sklearn", "scipy")
+# What works before a first release on PyPI, too.
+GET_COMPARE = "get all it needs with, in a clone of the repository: pip install -e '.[compare]'"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +72,7 @@ def _info() -> int:
     for device, line in kernels.describe().items():
         print(f"{device + ':':10}{line}")
     missing = [name for name in COMPARE_NEEDS if importlib.util.find_spec(name) is None]
-    state = f"missing {', '.join(missing)}: pip install 'popriskmin[compare]'" if missing else "installed"
+    state = f"missing {', '.join(missing)}; {GET_COMPARE}" if missing else "installed"
     print(f"{'compare:':10}{state}")
     return 0
 
@@ -127,8 +129,10 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--backend",
         default="loky",
+        metavar="NAME",
         help="joblib's backend: loky for processes here, dask or ray for a cluster (default: %(default)s)",
     )
+    add("--keep-going", action="store_true", help="make the other runs where one fails, in place of stopping there")
     add("--out", metavar="DIR", help="folder for the results (default: runs/TASK)")
 
 
@@ -138,12 +142,15 @@ def _compare(parser: _CompareParser, known: argparse.Namespace) -> int:
         from popriskmin.compare.flags import add_task_options, option_fields
         from popriskmin.compare.loading import installed_tasks, load_task_class, make_task
         from popriskmin.compare.runs.arms import parse_options
+        from popriskmin.compare.runs.runner import RunError
+        from popriskmin.compare.text import brief, last_frame
     except ImportError as error:
         needed = f"popriskmin compare needs a package that is not installed: {error.name}"
-        print(f"{needed}; get all it needs with: pip install 'popriskmin[compare]'", file=sys.stderr)
+        print(f"{needed}; {GET_COMPARE}", file=sys.stderr)
         return FAILED
     if known.task is None:
         if known.help:
+            parser.epilog = f"installed tasks: {', '.join(installed_tasks())}; TASK --help shows a task's options"
             parser.print_help()
             return 0
         meant = next((word for word in parser.words if word.endswith(".py") or word in installed_tasks()), "TASK")
@@ -168,15 +175,22 @@ def _compare(parser: _CompareParser, known: argparse.Namespace) -> int:
             jobs=args.jobs,
             backend=args.backend,
             out=args.out,
+            keep_going=args.keep_going,
         )
     except ValueError as error:
         return _wrong(str(error))
+    except RunError as error:
+        where = last_frame(error.error)
+        told = "\n".join(filter(None, [f"popriskmin compare: {error.job} failed", where, brief(error.error)]))
+        print(f"{told}\nfinished runs are kept; --keep-going makes the others all the same", file=sys.stderr)
+        return FAILED
     except OSError as error:
         print(f"popriskmin compare: {error}; finished runs are kept", file=sys.stderr)
         return FAILED
     results.print()
     print(f"\nThe page: {results.folder / 'report.html'}\nThe numbers: {results.folder / 'results.json'}")
-    return FAILED if any(run.end["status"] == "failed" for run in results.runs) else 0
+    failed = any(run.end["status"] == "failed" for run in results.runs)
+    return FAILED if failed or not results.has_an_answer else 0
 
 
 def _wrong(message: str) -> int:

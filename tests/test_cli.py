@@ -37,7 +37,8 @@ def test_info_says_what_is_usable_and_why_the_rest_is_not(capsys, monkeypatch):
     assert re.search(r"(?m)^cuda: +foreach; ", out)
     assert re.search(r"(?m)^compare: +installed", out)
     monkeypatch.setattr(cli, "COMPARE_NEEDS", ("numpy", "no_such_module"))
-    assert "missing no_such_module: pip install 'popriskmin[compare]'" in run(capsys, "info")[1]
+    cure = "get all it needs with, in a clone of the repository: pip install -e '.[compare]'"
+    assert f"missing no_such_module; {cure}" in run(capsys, "info")[1]
     status, _, err = run(capsys, "info", "--all")
     assert status == 2
     assert "unrecognized arguments: --all" in err
@@ -98,7 +99,7 @@ def test_a_comparison(capsys, tmp_path):
     assert status == 0
     assert "tiny: test error, lower is better" in out
     assert "prm mask=soft" in out
-    assert "2 seeds are too few to tell prm from adamw" in out
+    assert "2 seeds are too few for a verdict, 5 would do" in out
     assert out.rstrip().endswith(f"The numbers: {tmp_path / 'out' / 'results.json'}")
     assert "16 runs\n" in err
     assert "[16/16] adamw-matched lr=0.1" in err
@@ -110,10 +111,29 @@ def test_a_comparison(capsys, tmp_path):
 
 
 def test_a_failed_run_makes_the_status_1(capsys, tmp_path):
-    status, out, err = run(capsys, "compare", TINY, "--trouble", "raise", "--seeds", "1", "--out", str(tmp_path))
+    arguments = ["compare", TINY, "--trouble", "raise", "--seeds", "1", "--out", str(tmp_path), "--keep-going"]
+    status, out, err = run(capsys, *arguments)
     assert status == 1
     assert "ArithmeticError: the task is broken" in err
     assert "adamw: 2 of 2 runs failed." in out
+    assert "There is nothing to compare" in out
+
+
+def test_a_broken_task_ends_at_its_first_error(capsys, tmp_path):
+    """With the line of the user's file, and the runs that were made."""
+    folder = tmp_path / "out"
+    assert run(capsys, "compare", TINY, "--seeds", "1", "--lr", "0.1", "--out", str(folder))[0] == 0
+    arguments = ["compare", TINY, "--trouble", "raise", "--seeds", "3", "--out", str(folder)]
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (1, "")
+    assert err.count("failed, ") == 1
+    said = err[err.index("popriskmin compare: adamw lr=0.01 weight_decay=0 seed=0 failed") :]
+    assert 'tiny.py", line' in said
+    assert 'raise ArithmeticError("the task is broken")' in said
+    assert said.endswith("finished runs are kept; --keep-going makes the others all the same\n")
+    assert "Traceback" not in said
+    assert len(list((folder / "runs").iterdir())) == 4  # three that were made, and the one that failed
+    assert (folder / "results.json").exists()
 
 
 def test_a_folder_that_cannot_be_written(capsys, tmp_path):
@@ -130,7 +150,7 @@ def test_without_the_extra(capsys, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     status, _, err = run(capsys, "compare", "digits")
     assert status == 1
-    assert "pip install 'popriskmin[compare]'" in err
+    assert "pip install -e '.[compare]'" in err
 
 
 def test_python_dash_m(tmp_path):
@@ -199,7 +219,8 @@ def test_help_with_a_percent_sign(capsys, tmp_path):
 
 def test_a_task_that_leaves_python_fails_and_the_others_go_on(capsys, tmp_path):
     path = task_file(tmp_path, body="import sys; sys.exit(3)")
-    status, _, err = run(capsys, "compare", path, "--seeds", "2", "--lr", "1", "--out", str(tmp_path / "o"))
+    arguments = ["--seeds", "2", "--lr", "1", "--out", str(tmp_path / "o"), "--keep-going"]
+    status, _, err = run(capsys, "compare", path, *arguments)
     assert status == 1
     assert err.count("SystemExit: 3") == 2 * 2 * 2
     assert "[12/12]" in err

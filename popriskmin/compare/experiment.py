@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from popriskmin.compare.answer.analysis import read_run
+from popriskmin.compare.answer.figures import read_run
 from popriskmin.compare.answer.report import write_report
 from popriskmin.compare.answer.results import Results
 from popriskmin.compare.loading import load_task_class, make_task
@@ -34,6 +34,7 @@ def compare(
     backend: str = "loky",
     out: str | Path | None = None,
     progress: bool = True,
+    keep_going: bool = False,
 ) -> Results:
     """Train with AdamW, with PRM, and with AdamW whose steps are as large as PRM's, and say which was better.
 
@@ -61,6 +62,8 @@ def compare(
         Folder for `results.json`, `report.html` and `runs/`; None means `runs/<task>`.
     progress
         Whether to show progress on standard error.
+    keep_going
+        Make the other runs where one fails, and report it as failed, instead of ending with its error.
 
     Returns
     -------
@@ -71,6 +74,8 @@ def compare(
     ------
     ValueError
         For arguments that cannot work, before anything is trained.
+    RunError
+        With the first error that the task raises, unless `keep_going`. The runs that were made are kept.
 
     Examples
     --------
@@ -102,7 +107,7 @@ def compare(
     # Of the task as it is before its code runs, which may change data that it shares.
     source = source_digest(task)
     with Display(Console(stderr=True)) if progress else Silent() as display:
-        records = make_runs(task, all_jobs, Store(folder / "runs"), jobs, backend, display, source)
+        records = make_runs(task, all_jobs, Store(folder / "runs"), jobs, backend, display, source, keep_going)
     runs = [read_run(job, records[job], task.metrics) for job in all_jobs]
     results = Results.of_runs(task, arms, learning_rates, weight_decays, seed_list, runs, folder, source)
     note = _replaced(folder / "results.json", results.to_dict()) if progress else None

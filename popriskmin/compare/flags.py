@@ -39,9 +39,9 @@ def add_task_options(parser: argparse.ArgumentParser, task_class: type[Task]) ->
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=shown)
         else:
-            group.add_argument(
-                flag, type=kind, default=default, choices=choices, metavar=kind.__name__.upper(), help=shown
-            )
+            # argparse shows the choices in place of a name where there are some.
+            metavar = None if choices else kind.__name__.upper()
+            group.add_argument(flag, type=kind, default=default, choices=choices, metavar=metavar, help=shown)
 
 
 def option_fields(task_class: type[Task]) -> list[dataclasses.Field[Any]]:

@@ -38,6 +38,26 @@ def brief(error: object) -> str:
     return said[0] if said else lines[-1]
 
 
+def last_frame(trace: str) -> str:
+    r"""Return where a recorded traceback left the user's code, as `File "my_task.py", line 3, in loss`, and its line.
+
+    The innermost frame outside of installed packages, Python's own files and this package, else the innermost of all.
+
+    Examples
+    --------
+    >>> last_frame('Traceback (most recent call last):\n  File "<here>", line 3, in loss\n    1 / 0\nZeroDivisionError')
+    'File "<here>", line 3, in loss\n    1 / 0'
+    """
+    lines = trace.splitlines()
+    frames = [i for i, line in enumerate(lines) if line.startswith('  File "')]
+    if not frames:
+        return ""
+    mine = [i for i in frames if _is_users(lines[i].split('"')[1])]
+    chosen = (mine or frames)[-1]
+    code = lines[chosen + 1 : chosen + 2] if chosen + 1 < len(lines) and lines[chosen + 1].startswith("    ") else []
+    return "\n".join([lines[chosen].strip(), *code])
+
+
 def place_of(error: BaseException, name: str) -> str:
     """Say in which line of the user's code an error arose, as `my_task.py, line 3`.
 

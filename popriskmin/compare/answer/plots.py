@@ -10,12 +10,15 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from popriskmin.compare.answer.analysis import interval
+from popriskmin.compare.answer.figures import Run
 from popriskmin.compare.answer.results import Results
+from popriskmin.compare.answer.statistics import interval
 from popriskmin.compare.runs.arms import Arm
 from popriskmin.compare.runs.runner import Job
 from popriskmin.compare.runs.train import Record
+from popriskmin.compare.text import exact
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 PALETTE = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8A6D00", "#7F3C8D")
@@ -47,35 +50,64 @@ def _svg(figure: Figure) -> str:
 
 
 def learning_curves(results: Results) -> str:
-    """Draw the test metric over the training, of each arm at the configuration it chose by its final value."""
+    """Draw the test metric over the training, of each arm as chosen by its final value and as chosen by its area."""
+    titles = {"final": "chosen by the final value", "area": "chosen by the mean over the training"}
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-        axes = figure.add_subplot()
-        for arm in results.arms:
-            runs = [run for run in results.chosen(arm.name) if run.finished]
-            if not runs:
-                continue
-            curves = np.array([run.test[results.metric] for run in runs])
-            color = color_of(arm.name, results.arms)
-            axes.plot(runs[0].steps, curves.mean(0), color=color)
-            bounds = [interval(list(column), resamples=999) for column in curves.T]
-            if all(bound is not None for bound in bounds):
-                low, high = np.array(bounds).T
-                axes.fill_between(runs[0].steps, low, high, color=color, alpha=0.18, linewidth=0)
-        axes.set_xlabel("step")
-        axes.set_ylabel(f"test {results.metric}")
-        _zoom(results, axes)
+        figure = Figure(figsize=(6.4, 6.2), layout="constrained")
+        panels = figure.subplots(2, 1, sharex=True)
+        for axes, (choosing, title) in zip(panels, titles.items()):
+            for arm in results.arms:
+                runs = [run for run in results.chosen(arm.name, choosing) if run.finished]
+                if runs:
+                    lr = exact(runs[0].job.configuration.lr)
+                    _curve(axes, runs, results.metric, color_of(arm.name, results.arms), f"{arm.name}, lr {lr}")
+            axes.set_title(title, loc="left", fontsize=10)
+            axes.set_ylabel(f"test {results.metric}")
+            if axes.get_lines():
+                axes.legend(fontsize=8, frameon=False)
+            _zoom(results, choosing, axes)
+        panels[-1].set_xlabel("step")
         return _svg(figure)
 
 
-def _zoom(results: Results, axes: mpl.axes.Axes) -> None:
+def _curve(axes: mpl.axes.Axes, runs: Sequence[Run], metric: str, color: str, label: str) -> None:
+    curves = np.array([run.test[metric] for run in runs])
+    axes.plot(runs[0].steps, curves.mean(0), color=color, label=label)
+    bounds = [interval(list(column)) for column in curves.T]
+    if all(bound is not None for bound in bounds):
+        low, high = np.array(bounds).T
+        axes.fill_between(runs[0].steps, low, high, color=color, alpha=0.18, linewidth=0)
+
+
+def _zoom(results: Results, choosing: str, axes: mpl.axes.Axes) -> None:
     """Leave the first evaluation, of the untrained network, out of the range if it would dwarf the rest."""
-    runs = [run for arm in results.arms for run in results.chosen(arm.name) if run.finished]
+    runs = [run for arm in results.arms for run in results.chosen(arm.name, choosing) if run.finished]
     values = np.array([value for run in runs for value in run.test[results.metric][1:] if np.isfinite(value)])
     if values.size:
         low, high = np.quantile(values, [0.05, 1.0] if results.task.metrics[results.metric] == "max" else [0.0, 0.95])
         margin = 0.08 * (high - low or 1)
         axes.set_ylim(low - margin, high + margin)
+
+
+def by_budget(results: Results) -> str | None:
+    """Draw the expected final test metric against the number of configurations tried; None for a grid of one."""
+    if len(results.learning_rates) * len(results.weight_decays) == 1:
+        return None
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+        axes = figure.add_subplot()
+        for arm_name, rows in results.by_budget.items():
+            color = color_of(arm_name, results.arms)
+            known = [row for row in rows if row["test"] is not None]
+            axes.plot([row["k"] for row in known], [row["test"]["mean"] for row in known], color=color)
+            banded = [(row["k"], *row["test"]["interval"]) for row in known if row["test"]["interval"] is not None]
+            if banded:
+                k, low, high = np.array(banded).T
+                axes.fill_between(k, low, high, color=color, alpha=0.18, linewidth=0)
+        axes.set_xlabel("configurations tried, drawn at random from the grid")
+        axes.set_ylabel(f"expected final test {results.metric}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return _svg(figure)
 
 
 def by_learning_rate(results: Results) -> str:

@@ -13,7 +13,9 @@ import jinja2
 import torch
 
 from popriskmin.compare.answer import plots
-from popriskmin.compare.answer.results import MEANING, OPENINGS, Results, format_estimate
+from popriskmin.compare.answer.analysis import OPENINGS
+from popriskmin.compare.answer.results import Results
+from popriskmin.compare.answer.terminal import MEANING, format_estimate
 from popriskmin.compare.flags import PLAIN, flags_for, option_fields
 from popriskmin.compare.loading import given_path
 from popriskmin.compare.runs.arms import Arm
@@ -37,8 +39,9 @@ def write_report(results: Results, records: Mapping[Job, Sequence[Record]]) -> P
         description=_description(results),
         meaning=MEANING,
         openings=OPENINGS,
-        curves=plots.learning_curves(results),
+        curves=plots.learning_curves(results) if results.has_an_answer else None,
         by_learning_rate=plots.by_learning_rate(results),
+        by_budget=plots.by_budget(results),
         mask=plots.mask_by_layer(results, records),
         costs=_costs(results),
         command=command(results),

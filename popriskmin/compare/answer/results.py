@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,38 +12,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from rich import box
 from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
 
-from popriskmin.compare.answer.analysis import (
-    FIGURES,
-    Run,
-    analyse,
-    chosen_runs,
-    interval,
-    over_grid,
-    warnings_of,
-    why_none,
-)
+from popriskmin.compare.answer.analysis import Statement, analyse, number, statements
+from popriskmin.compare.answer.budget import by_budget
+from popriskmin.compare.answer.figures import FIGURES, Run, chosen_runs, why_none
+from popriskmin.compare.answer.goals import by_goal
+from popriskmin.compare.answer.notes import edges, warnings_of
+from popriskmin.compare.answer.statistics import LEVEL, interval
+from popriskmin.compare.answer.terminal import show
 from popriskmin.compare.runs.arms import Arm
 from popriskmin.compare.runs.store import plain, write_whole
 from popriskmin.compare.task import Task
 from popriskmin.compare.text import exact
 from popriskmin.version import __version__
-
-MEANING = {
-    "final": "after the last step",
-    "best": "at the step with the best validation metric",
-    "area": "mean over the training",
-}
-OPENINGS = {
-    "final": "Trained to the end",
-    "best": "Stopped at the best validation step",
-    "area": "Averaged over the training",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +41,18 @@ class Results:
     selections
         `selections[figure][arm]`: what each arm reached with the configuration whose `figure` ("final", "best" or
         "area") was best on validation data: "chosen", "test" (for each figure and metric mean, interval and values by
-        seed), and "against" (differences to other arms, paired by seed, with a sentence).
-    over_grid
-        `over_grid[arm]`: the final metric without tuning, as its mean over all configurations of the grid; "test" and
-        "against" as in `selections`, "test" None where a run diverged.
+        seed), and "against" (differences to other arms, paired by seed).
+    by_budget
+        `by_budget[arm]`: for k = 1, 2, ... configurations drawn at random from the grid, the expected final test metric
+        of the one that is best on validation data; see `popriskmin.compare.answer.budget`.
+    by_goal
+        `by_goal[metric]`: when each arm first reached the task's goal, where it has one.
+    statements
+        What is said of every PRM arm and each of its rivals, with p-values that are corrected for all of it.
+    edges
+        `edges[figure]`: notes on arms that chose at an edge of the grid.
     warnings
-        What to know before believing the table.
+        What else to know before believing the tables.
     folder
         Where `results.json`, `report.html` and the runs are.
     source
@@ -77,7 +66,10 @@ class Results:
     seeds: Sequence[int]
     runs: Sequence[Run]
     selections: Mapping[str, Any]
-    over_grid: Mapping[str, Any]
+    by_budget: Mapping[str, Any]
+    by_goal: Mapping[str, Any]
+    statements: Sequence[Statement]
+    edges: Mapping[str, Sequence[str]]
     warnings: Sequence[str]
     folder: Path
     source: str
@@ -95,10 +87,49 @@ class Results:
         source: str,
     ) -> Results:
         """Draw the conclusions from the runs."""
-        selections = analyse(runs, arms, task.metrics)
-        found = warnings_of(runs, arms, selections, learning_rates, seeds, task.metrics)
-        untuned = over_grid(runs, arms, task.metrics)
-        return cls(task, arms, learning_rates, weight_decays, seeds, runs, selections, untuned, found, folder, source)
+        selections, budget = analyse(runs, arms, task.metrics), by_budget(runs, arms, task.metrics)
+        return cls(
+            task=task,
+            arms=arms,
+            learning_rates=learning_rates,
+            weight_decays=weight_decays,
+            seeds=seeds,
+            runs=runs,
+            selections=selections,
+            by_budget=budget,
+            by_goal=by_goal(runs, arms, task.metrics, task.goals),
+            statements=statements(arms, task.metrics, selections, budget),
+            edges=edges(arms, selections, learning_rates, weight_decays),
+            warnings=warnings_of(runs, arms, selections, seeds, task.metrics),
+            folder=folder,
+            source=source,
+        )
+
+    def __repr__(self) -> str:
+        """Return what was compared, and where it is."""
+        arms = ", ".join(arm.name for arm in self.arms)
+        return f"<Results of {self.task.name}: {arms}; {len(self.runs)} runs, {len(self.seeds)} seeds; {self.folder}>"
+
+    def _repr_html_(self) -> str:
+        """Return the answer for a notebook."""
+        return f"<p>{html.escape(repr(self))}</p>{self.answer[['verdict', 'sentence']].to_html(index=False)}"
+
+    @property
+    def has_an_answer(self) -> bool:
+        """Whether any arm has a configuration to choose, and not for its untrained network alone."""
+        chosen = any(one["chosen"] is not None for found in self.selections.values() for one in found.values())
+        return chosen and any(run.finished or run.best_step for run in self.runs)
+
+    @property
+    def answer(self) -> pd.DataFrame:
+        """One row per `Statement`: arm, rival, figure, metric, values, difference, interval, p, verdict, sentence."""
+        columns = [*(field.name for field in dataclasses.fields(Statement)), "verdict", "sentence"]
+        return pd.DataFrame(self._statements(), columns=columns)
+
+    def _statements(self) -> list[dict[str, Any]]:
+        return [
+            {**dataclasses.asdict(one), "verdict": one.verdict, "sentence": one.sentence} for one in self.statements
+        ]
 
     @property
     def metric(self) -> str:
@@ -153,7 +184,10 @@ class Results:
                 "popriskmin": __version__,
                 "torch": str(torch.__version__),
                 "selections": self.selections,
-                "over_grid": self.over_grid,
+                "answer": self._statements(),
+                "by_budget": self.by_budget,
+                "by_goal": self.by_goal,
+                "edges": self.edges,
                 "warnings": list(self.warnings),
                 "by_learning_rate": self.by_learning_rate(),
                 "state_bytes": {arm.name: self.state_bytes(arm.name) for arm in self.arms},
@@ -214,70 +248,38 @@ class Results:
 
     def answers(self) -> dict[str, list[str]]:
         """Return the answer in sentences, by what they are about."""
-        prm = [arm.name for arm in self.arms if arm.kind == "prm"]
         found: dict[str, list[str]] = {}
-        for figure, opening in OPENINGS.items():
-            rivals = [rival for arm in prm for rival in self.selections[figure][arm]["against"].values()]
-            found[opening] = [
-                rival[figure][self.metric]["sentence"] for rival in rivals if self.metric in rival[figure]
-            ]
-        found["Trained to the end without tuning, mean over the grid"] = [
-            rival["sentence"] for arm in prm for rival in self.over_grid[arm]["against"].values()
-        ]
-        return {opening: sentences for opening, sentences in found.items() if sentences}
+        for one in self.statements:
+            found.setdefault(one.opening, []).append(one.sentence)
+        return found
+
+    @property
+    def correction(self) -> str:
+        """What the p-values of the answer mean; empty where there are none."""
+        if not any(one.p is not None for one in self.statements):
+            return ""
+        return (
+            f"p is corrected for all {len(self.statements)} statements (Holm): where nothing differs, one comparison "
+            f"in twenty makes a false claim. A difference is called clear where p is below {LEVEL:g}. Brackets hold "
+            "the 95% interval of each difference by itself."
+        )
+
+    def goal_lines(self) -> list[str]:
+        """Return in words when each arm reached the goals of the task."""
+        lines = []
+        for metric, found in self.by_goal.items():
+            sign = "at least" if self.task.metrics[metric] == "max" else "at most"
+            for arm, row in found["arms"].items():
+                told = ", ".join("never" if step is None else f"{step:,}" for step in row["steps"])
+                middle = f"not by {row['length']:,}" if row["median"] is None else f"at {row['median']:,.0f}"
+                chosen = row["chosen"]
+                place = f" (lr {exact(chosen['lr'])}, decay {exact(chosen['weight_decay'])})" if chosen else ""
+                lines.append(
+                    f"{arm}: test {metric} {sign} {number(found['goal'])} first {middle} steps in the median; by seed "
+                    f"{told}{place}"
+                )
+        return lines
 
     def print(self, console: Console | None = None) -> None:
-        """Print the tables, the answer and the warnings."""
-        # Where no terminal limits the width, names of arms need not be broken.
-        console = console or (Console() if Console().is_terminal else Console(width=120))
-        direction = "higher" if self.task.metrics[self.metric] == "max" else "lower"
-        title = f"\n{self.task.name}: test {self.metric}, {direction} is better"
-        console.print(title, style="bold", highlight=False, markup=False)
-        # A terminal's lines are broken between words; elsewhere a sentence stays on one line.
-        style: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": not console.is_terminal}
-        console.print("Each arm's configuration is the best on validation data by the same figure.\n", highlight=False)
-        for figure in FIGURES:
-            console.print(self._table(figure))
-        for opening, sentences in self.answers().items():
-            console.print(f"{opening}:", **style)
-            for sentence in sentences:
-                # Padding indents the lines that a sentence goes on to, too, but would break it where none should be.
-                line = Padding(Text(sentence), (0, 0, 0, 2)) if console.is_terminal else f"  {sentence}"
-                console.print(line, **style)
-        for line in self.warnings:
-            console.print(f"Note: {line}", style="yellow", **style)
-
-    def _table(self, figure: str) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left", title_style="")
-        table.title = f"{figure}: {MEANING[figure]}"
-        table.add_column("arm", overflow="fold")
-        for column in ("lr", "decay"):
-            table.add_column(column, no_wrap=True)
-        for column in (f"{figure} [95% interval]", "less adamw's"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for arm in self.arms:
-            summary = self.selections[figure][arm.name]
-            if summary["chosen"] is None:
-                table.add_row(Text(arm.name), "-", "-", "-", "")
-                continue
-            chosen = (exact(summary["chosen"]["lr"]), exact(summary["chosen"]["weight_decay"]))
-            found = summary["against"].get("adamw", {}).get(figure, {}).get(self.metric)
-            against = format_estimate(found, signed=True) if found else ""
-            table.add_row(Text(arm.name), *chosen, format_estimate(summary["test"][figure][self.metric]), against)
-        return table
-
-
-def format_estimate(found: Mapping[str, Any], signed: bool = False) -> str:
-    """Write a mean with its interval.
-
-    Examples
-    --------
-    >>> format_estimate({"mean": 0.93126, "interval": (0.92, 0.94)})
-    '0.931 [0.920, 0.940]'
-    """
-    style = "+.3f" if signed else ".3f"
-    text = format(found["mean"], style)
-    if found["interval"] is not None:
-        low, high = found["interval"]
-        text += f" [{format(low, style)}, {format(high, style)}]"
-    return text
+        """Print the tables, the answer and what to know of them."""
+        show(self, console)

@@ -38,6 +38,14 @@ class Job:
         return f"{self.arm.name} lr={exact(c.lr)} weight_decay={exact(c.weight_decay)} seed={c.seed}"
 
 
+class RunError(RuntimeError):
+    """A run of the task raised, which ends the comparison unless it is to keep going; what was made is kept."""
+
+    def __init__(self, job: Job, error: str) -> None:
+        super().__init__(f"the run {job} failed: {error}")
+        self.job, self.error = job, error
+
+
 class Progress(Protocol):
     """What the runner tells of its progress."""
 
@@ -72,6 +80,7 @@ def make_runs(
     backend: str,
     progress: Progress,
     source: str | None = None,
+    keep_going: bool = True,
 ) -> dict[Job, list[Record]]:
     """Return the records of every job, read from the store or made now and written to it.
 
@@ -81,6 +90,13 @@ def make_runs(
     ----------
     source
         The task's `source_digest`, where it is known already.
+    keep_going
+        Whether a run that fails leaves the others to be made.
+
+    Raises
+    ------
+    RunError
+        For the first run that fails, unless `keep_going`.
     """
     pickled = _pickle_task(task)
     settings = {job: settings_of(task, job.arm, job.configuration, source) for job in jobs}
@@ -96,6 +112,8 @@ def make_runs(
         # Read back, so that what is reported does not depend on whether a run was just made.
         made[job] = store.read(settings[job]) or records
         progress.done(job, records)
+        if records[-1]["status"] == "failed" and not keep_going:
+            raise RunError(job, records[-1]["error"])
 
     leaders = [job for job in jobs if job.arm.follows is None and job not in made]
     _each(_parallel(pickled, [(job, None) for job in leaders], n_jobs, backend), keep)

@@ -1,95 +1,16 @@
-"""The figures, the choice of configurations, the intervals and the sentences, on numbers made up for it."""
-
-import math
+"""What every arm chose and reached, and what is said of each pair."""
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from compare.made_up import ARMS, METRICS, made_up
 
-from popriskmin.compare.answer.analysis import (
-    analyse,
-    choose,
-    difference,
-    interval,
-    over_grid,
-    read_run,
-    sentence,
-    warnings_of,
-    why_none,
-)
-from popriskmin.compare.runs.arms import make_arms
-from popriskmin.compare.runs.runner import Job
-from popriskmin.compare.runs.train import Configuration
-
-ARMS = make_arms()
-METRICS = {"accuracy": "max", "loss": "min"}
+from popriskmin.compare.answer.analysis import Statement, analyse, rivals_of, statements
+from popriskmin.compare.answer.budget import by_budget
+from popriskmin.compare.runs.arms import Arm, make_arms
 
 
-def made_up(arm, seed, lr, validation, test, status="finished", decay=0.1, metrics=METRICS, **end):
-    """Return a run with these accuracies at steps 0, 10, 20, ...; the loss is one less it."""
-    records = []
-    for i, (v, t) in enumerate(zip(validation, test)):
-        pair = [{"accuracy": x, "loss": None if x is None else 1 - x} for x in (v, t)]
-        records.append({"kind": "evaluation", "step": 10 * i, "validation": pair[0], "test": pair[1]})
-    start = {"initial_weights": f"w{seed}", "first_batches": [f"a{seed}", f"b{seed}"]}
-    records.append({"kind": "end", "status": status, **start, **end})
-    return read_run(Job(arm, Configuration(lr, decay, seed)), records, metrics)
-
-
-def test_the_three_figures():
-    run = made_up(ARMS[0], 0, 0.1, validation=[0.1, 0.7, 0.6], test=[0.2, 0.8, 0.9])
-    assert run.figures["final"]["accuracy"] == pytest.approx((0.6, 0.9))
-    # The test value where validation was best, not the best test value.
-    assert run.figures["best"]["accuracy"] == pytest.approx((0.7, 0.8))
-    assert run.figures["best"]["loss"] == pytest.approx((0.3, 0.2))
-    assert run.best_step == 10
-    assert run.figures["area"]["accuracy"][1] == pytest.approx((0.5 * 0.2 + 0.8 + 0.5 * 0.9) / 2)
-
-
-def test_a_metric_to_be_small():
-    run = made_up(ARMS[0], 0, 0.1, [0.1, 0.7, 0.6], [0.2, 0.8, 0.9], metrics={"loss": "min", "accuracy": "max"})
-    assert run.best_step == 10
-    assert run.figures["best"]["loss"] == pytest.approx((0.3, 0.2))
-
-
-def test_a_diverged_run_has_a_best_but_no_end():
-    run = made_up(ARMS[0], 0, 0.1, [0.1, 0.7, None], [0.2, 0.8, None], status="diverged")
-    assert run.figures["final"]["accuracy"] is None
-    assert run.figures["area"]["accuracy"] is None
-    assert run.figures["best"]["accuracy"] == pytest.approx((0.7, 0.8))
-    assert made_up(ARMS[0], 0, 0.1, [], [], status="failed").figures["best"]["accuracy"] is None
-
-
-def test_the_choice_sees_validation_alone():
-    runs = [made_up(ARMS[0], seed, lr, [0, v], [0, t]) for seed in (0, 1) for lr, v, t in
-            [(0.1, 0.5, 0.9), (0.2, 0.6, 0.1), (0.3, 0.4, 1.0)]]  # fmt: skip
-    assert choose(runs, "final", METRICS) == (0.2, 0.1)
-    assert choose(runs, "final", {"loss": "min", "accuracy": "max"}) == (0.2, 0.1)
-
-
-def test_a_configuration_that_diverged_with_one_seed_has_no_end_but_may_have_the_best_stop():
-    runs = [
-        made_up(ARMS[0], 0, 0.1, [0, 0.9], [0, 0.9]),
-        made_up(ARMS[0], 1, 0.1, [0, 0.9], [0, 0.9], status="diverged"),
-        made_up(ARMS[0], 0, 0.2, [0, 0.3], [0, 0.3]),
-        made_up(ARMS[0], 1, 0.2, [0, 0.3], [0, 0.3]),
-    ]
-    assert choose(runs, "final", METRICS) == (0.2, 0.1)
-    assert choose(runs, "best", METRICS) == (0.1, 0.1)
-    assert choose(runs[:2], "final", METRICS) is None
-
-
-def test_a_metric_that_was_never_a_number_is_not_called_divergence():
-    nan = float("nan")
-    runs = [made_up(arm, seed, 0.1, [0.1, 0.5], [nan, nan] if arm.name == "prm" else [0.1, 0.5])
-            for arm in ARMS for seed in range(5)]  # fmt: skip
-    selections = analyse(runs, ARMS, METRICS)
-    assert selections["final"]["prm"]["chosen"] is None
-    found = warnings_of(runs, ARMS, selections, [0.1], range(5), METRICS)
-    assert found == ["prm: no configuration had a finite final accuracy on validation and test data with every seed."]
-    mine = [run for run in runs if run.job.arm.name == "prm"]
-    assert why_none(mine, "best", "accuracy").startswith("no configuration had a finite best accuracy")
+def said(runs, arms=ARMS, metrics=METRICS):
+    return statements(arms, metrics, analyse(runs, arms, metrics), by_budget(runs, arms, metrics))
 
 
 def test_each_figure_chooses_for_itself():
@@ -107,17 +28,22 @@ def test_each_figure_chooses_for_itself():
 
 
 def test_differences_are_paired_by_seed():
-    levels = {0: 0.5, 1: 0.7, 2: 0.9}
+    levels = {0: 0.5, 1: 0.7, 2: 0.9, 3: 0.6, 4: 0.8}
     runs = [made_up(arm, seed, 0.1, [0, x + gain], [0, x + gain])
             for arm, gain in zip(ARMS, (0, 0.01, 0.02)) for seed, x in levels.items()]  # fmt: skip
     against = analyse(runs, ARMS, METRICS)["final"]["prm"]["against"]["adamw"]["final"]["accuracy"]
     # The seeds differ by far more than the arms, but every seed shows the same gain.
     assert against["mean"] == pytest.approx(0.01)
     assert against["interval"] == pytest.approx((0.01, 0.01))
-    assert "prm is better than adamw by 0.0100" in against["sentence"]
-    loss = analyse(runs, ARMS, METRICS)["final"]["prm"]["against"]["adamw"]["final"]["loss"]
-    assert loss["mean"] == pytest.approx(-0.01)
-    assert "prm is better than adamw by 0.0100" in loss["sentence"]
+    first = said(runs)[0]
+    assert (first.arm, first.rival, first.figure, first.verdict) == ("prm", "adamw", "final", "better")
+    assert first.sentence.startswith(
+        "prm is better than adamw: test accuracy 0.710 against 0.700 (higher is better), +0.010"
+    )
+    swapped = said(runs, metrics={"loss": "min", "accuracy": "max"})[0]
+    assert swapped.sentence.startswith(
+        "prm is better than adamw: test loss 0.290 against 0.300 (lower is better), -0.010"
+    )
 
 
 def test_an_arm_that_always_diverges():
@@ -128,85 +54,63 @@ def test_an_arm_that_always_diverges():
     # Stopping early would have saved it.
     assert selections["best"]["prm"]["test"]["best"]["accuracy"]["mean"] == 0.5
     assert "final" not in selections["best"]["prm"]["test"]
-    found = warnings_of(runs, ARMS, selections, [0.1], range(5), METRICS)
-    assert "prm: 5 of 5 runs diverged." in found
-    assert "prm: no configuration came to its end with every seed." in found
+    assert {one.figure for one in said(runs)} == {"best"}
 
 
-@pytest.mark.parametrize(
-    ("mean", "bounds", "direction", "expected"),
-    [
-        (0.02, (0.01, 0.03), "max", "a is better than b by 0.0200 [0.0100, 0.0300]"),
-        (-0.02, (-0.03, -0.01), "max", "a is worse than b by 0.0200 [0.0100, 0.0300]"),
-        (-0.02, (-0.03, -0.01), "min", "a is better than b by 0.0200 [0.0100, 0.0300]"),
-        (0.02, (0.0, 0.03), "max", "no clear difference between a and b: +0.0200 [+0.0000, +0.0300]"),
-        (0.0, (0.0, 0.0), "max", "no clear difference between a and b: +0.0000 [+0.0000, +0.0000]"),
-    ],
-)
-def test_sentences(mean, bounds, direction, expected):
-    assert sentence(mean, bounds, 5, direction, ("a", "b")) == expected
-
-
-def test_too_few_seeds_say_nothing():
-    assert interval([0.1, 0.2]) is None
-    found = difference({0: 0.9, 1: 0.8}, {0: 0.1, 1: 0.1}, "max", ("a", "b"))
-    assert found["sentence"] == "2 seeds are too few to tell a from b (+0.7500)"
-    assert difference({0: 0.9}, {0: 0.1}, "max", ("a", "b"))["sentence"].startswith("1 seed is too few")
-
-
-@given(st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=12))
-def test_the_interval_lies_within_the_values_and_holds_the_mean(values):
-    low, high = interval(values, resamples=199)
-    slack = 1e-9 * (1 + max(map(abs, values)))
-    assert min(values) - slack <= low <= high <= max(values) + slack
-    assert interval(values, resamples=199) == (low, high)
-
-
-def test_the_interval_covers_as_often_as_it_says():
-    """For 5 and 10 normal values; the plain percentile interval would cover about 86% and 91%."""
+def test_statements_of_the_default_page_and_their_correction():
+    """Eight statements: a p-value of 0.01 alone is no clear difference among them, one of 0.004 is."""
     rng = np.random.default_rng(0)
-    for n, least in ((5, 0.90), (10, 0.92)):
-        hits = [low <= 0 <= high for low, high in (interval(list(rng.normal(size=n)), 499) for _ in range(400))]
-        assert least < np.mean(hits) < 0.98
+    noise = rng.normal(size=5)
+    noise = (noise - noise.mean()) / noise.std(ddof=1) / 5**0.5  # a mean of 0 with a standard error of 1/5
+    for t_value, verdict in ((4.6, "unclear"), (9.0, "better")):
+        runs = []
+        for arm in ARMS:
+            for seed in range(5):
+                gain = 0.002 * (t_value / 5**0.5 * 5**0.5 / 5 + noise[seed]) if arm.name == "prm" else 0.0
+                runs.append(made_up(arm, seed, 0.1, [0, 0.5], [0, 0.5 + gain]))
+        found = said(runs)
+        assert len(found) == 8
+        assert [one.figure for one in found] == ["final"] * 2 + ["best"] * 2 + ["area"] * 2 + ["budget 1"] * 2
+        low, high = found[0].interval
+        assert 0 < low < high
+        assert {one.verdict for one in found} == {verdict}
 
 
-def test_over_the_grid():
-    runs = [made_up(arm, seed, lr, [0, 0.5], [0, value + gain]) for arm, gain in zip(ARMS, (0, 0.1, 0.2))
-            for seed in range(3) for lr, value in ((0.1, 0.2), (0.2, 0.4))]  # fmt: skip
-    found = over_grid(runs, ARMS, METRICS)
-    assert found["adamw"]["test"]["mean"] == pytest.approx(0.3)
-    assert found["prm"]["against"]["adamw"]["mean"] == pytest.approx(0.1)
-    assert found["prm"]["against"]["adamw-matched"]["mean"] == pytest.approx(-0.1)
-    lost = [*runs, made_up(ARMS[1], 0, 0.3, [0, 0.5], [0, 0.5], status="diverged")]
-    found = over_grid(lost, ARMS, METRICS)
-    assert found["prm"] == {"test": None, "against": {}}
-    assert not math.isnan(found["adamw-matched"]["against"]["adamw"]["mean"])
-
-
-def test_warnings_name_the_edge_of_the_grid_and_unlike_starts():
-    runs = [made_up(arm, seed, lr, [0, lr], [0, lr]) for arm in ARMS for seed in range(5) for lr in (0.1, 0.2, 0.3)]
-    selections = analyse(runs, ARMS, METRICS)
-    found = warnings_of(runs, ARMS, selections, [0.1, 0.2, 0.3], range(5), METRICS)
-    assert found == [f"{arm.name}: the chosen learning rate 0.3 is the largest of the grid; extend it with --lr."
-                     for arm in ARMS]  # fmt: skip
-    assert warnings_of(runs, ARMS, selections, [0.1, 0.2, 0.3, 0.4], range(5), METRICS) == []
-    assert warnings_of(runs, ARMS, selections, [0.1, 0.2, 0.3, 0.4], range(2), METRICS)[0].startswith("With 2 seeds")
-    odd = [*runs, made_up(ARMS[1], 0, 0.1, [0, 0.1], [0, 0.1], initial_weights="others")]
-    assert warnings_of(odd, ARMS, selections, [0.3], range(5), METRICS) == [
-        "seed 0: the arms did not get the same initial weights; trial(seed) must depend on seed alone."
+def test_fewer_than_five_seeds_get_no_verdict():
+    runs = [
+        made_up(arm, seed, 0.1, [0, 0.5], [0, 0.5 + 0.1 * (arm.name == "prm")]) for arm in ARMS for seed in range(4)
     ]
-    cut_short = [*runs, made_up(ARMS[1], 0, 0.1, [0, 0.1], [0, 0.1], first_batches=["a0"])]
-    assert warnings_of(cut_short, ARMS, selections, [0.3], range(5), METRICS) == []
-    odd = [*cut_short, made_up(ARMS[1], 1, 0.1, [0, 0.1], [0, 0.1], first_batches=["a1", "other"])]
-    assert (
-        "seed 1: the arms did not get the same batches"
-        in warnings_of(odd, ARMS, selections, [0.3], range(5), METRICS)[0]
+    found = said(runs)
+    assert {one.verdict for one in found} == {None}
+    assert found[0].sentence == (
+        "prm and adamw: test accuracy 0.600 against 0.500 (higher is better), +0.100 [+0.100, +0.100]; "
+        "4 seeds are too few for a verdict, 5 would do"
     )
 
 
-def test_many_arms_are_warned_of():
-    arms = make_arms([{"mask": "soft"}])
-    runs = [made_up(arm, seed, 0.1, [0, 0.5], [0, 0.5]) for arm in arms for seed in range(5)]
-    found = warnings_of(runs, arms, analyse(runs, arms, METRICS), [0.1], range(5), METRICS)
-    # prm against two, the matched arm against one, the further one against two; in each of three figures.
-    assert found == ["Of 15 differences, expect about one in twenty to look clear by chance alone."]
+def test_prm_is_compared_with_the_best_rival():
+    """The one that is best on validation data, whatever the test says."""
+    sgd, lion = Arm("sgd", "optimizer"), Arm("lion", "optimizer")
+    arms = [*make_arms(), sgd, lion]
+    level = {"adamw": (0.5, 0.9), "prm": (0.6, 0.6), "adamw-matched": (0.8, 0.8), "sgd": (0.7, 0.6), "lion": (0.6, 0.9)}
+    runs = [made_up(arm, seed, 0.1, [0, level[arm.name][0]], [0, level[arm.name][1]])
+            for arm in arms for seed in range(5)]  # fmt: skip
+    selections = analyse(runs, arms, METRICS)
+    assert list(selections["final"]["prm"]["against"]) == ["adamw", "sgd", "adamw-matched"]
+    assert rivals_of(sgd) == ["adamw"]
+    assert ("prm", "sgd") in {(one.arm, one.rival) for one in said(runs, arms)}
+
+
+@pytest.mark.parametrize(
+    ("difference", "direction", "p", "expected"),
+    [
+        (0.02, "max", 0.01, "a is better than b: test x 0.520 against 0.500 (higher is better), +0.020, p = 0.01"),
+        (-0.02, "max", 0.01, "a is worse than b: test x 0.480 against 0.500 (higher is better), -0.020, p = 0.01"),
+        (-0.02, "min", 1e-5, "a is better than b: test x 0.480 against 0.500 (lower is better), -0.020, p < 0.001"),
+        (0.02, "max", 0.05,
+         "no clear difference between a and b: test x 0.520 against 0.500 (higher is better), +0.020, p = 0.05"),
+    ],
+)  # fmt: skip
+def test_sentences(difference, direction, p, expected):
+    one = Statement("", "final", "a", "b", "x", direction, 0.5 + difference, 0.5, difference, None, 5, p)
+    assert one.sentence == expected

@@ -12,8 +12,8 @@ from tiny import Tiny
 
 from popriskmin.cli import main
 from popriskmin.compare import compare
+from popriskmin.compare.answer.analysis import OPENINGS
 from popriskmin.compare.answer.report import command
-from popriskmin.compare.answer.results import OPENINGS
 from popriskmin.tasks.digits import Digits
 
 TINY = os.path.join(os.path.dirname(__file__), "..", "..", "tiny.py")
@@ -58,16 +58,34 @@ def test_it_says_everything(results, page):
     for opening, sentences in results.answers().items():
         assert opening in text
         assert all(sentence in text for sentence in sentences)
-    for line in results.warnings:
+    for line in (*results.warnings, *(note for notes in results.edges.values() for note in notes)):
         assert line in text
+    assert results.correction == ""  # three seeds get no verdict
     for arm in results.arms:
         assert arm.name in text
     for expected in ("diverged at step", "To repeat it", "How open the mask was", "bytes per parameter", "torch 2"):
         assert expected in text
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     for heading in OPENINGS.values():
         assert f"<h2>{heading}</h2>" in page
     assert "nan" not in re.sub(r"[a-z]*nan[a-z]+|[a-z]+nan", "", text.lower())
+
+
+def test_a_comparison_without_a_usable_result_draws_no_tables(tmp_path):
+    results = compare(Tiny(trouble="lost"), lr=0.1, seeds=1, out=tmp_path, progress=False)
+    page = (tmp_path / "report.html").read_text()
+    assert not results.has_an_answer
+    assert "There is nothing to compare" in page
+    assert "<svg" not in page
+    assert all(heading not in page for heading in OPENINGS.values())
+
+
+def test_the_goals_of_a_task_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(Tiny, "goals", {"error": 5.0}, raising=False)
+    results = compare(Tiny(), lr=0.1, seeds=2, out=tmp_path, progress=False)
+    (line, *_) = results.goal_lines()
+    assert line.startswith("adamw: test error at most 5.000 first at ")
+    assert line in " ".join((tmp_path / "report.html").read_text().split())
 
 
 def test_names_are_escaped(tmp_path):
@@ -160,9 +178,10 @@ FAULTS = """() => {
 }"""
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 820, 1280, 1920])
-def test_in_a_real_browser(results, browser, width):
-    page = browser.new_page(viewport={"width": width, "height": 900})
+def test_in_a_real_browser(results, browser, width, scheme):
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     troubles, requests = [], []
     page.on("console", lambda message: troubles.append(message.text))
     page.on("pageerror", lambda error: troubles.append(str(error)))
@@ -173,4 +192,10 @@ def test_in_a_real_browser(results, browser, width):
     assert page.title() == "tiny: PRM and AdamW compared"
     assert page.evaluate("document.querySelectorAll('g[id^=text_]').length") > 30
     assert page.evaluate(FAULTS) == []
+    style = "getComputedStyle(document.body)"
+    ink, paper = page.evaluate(f"[{style}.color, {style}.backgroundColor]")
+    brightness = [sum(map(int, re.findall(r"\d+", color)[:3])) for color in (ink, paper)]
+    assert (brightness[0] > brightness[1] + 300) == (scheme == "dark")
+    # Where tables go on beyond a narrow screen it is said.
+    assert page.locator(".cue").first.is_visible() == (width < 640)
     page.close()

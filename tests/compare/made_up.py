@@ -1,0 +1,20 @@
+"""Runs made up for tests of the answer."""
+
+from popriskmin.compare.answer.figures import read_run
+from popriskmin.compare.runs.arms import make_arms
+from popriskmin.compare.runs.runner import Job
+from popriskmin.compare.runs.train import Configuration
+
+ARMS = make_arms()
+METRICS = {"accuracy": "max", "loss": "min"}
+
+
+def made_up(arm, seed, lr, validation, test, status="finished", decay=0.1, metrics=METRICS, **end):
+    """Return a run with these accuracies at steps 0, 10, 20, ...; the loss is one less it."""
+    records = []
+    for i, (v, t) in enumerate(zip(validation, test)):
+        pair = [{"accuracy": x, "loss": None if x is None else 1 - x} for x in (v, t)]
+        records.append({"kind": "evaluation", "step": 10 * i, "validation": pair[0], "test": pair[1]})
+    start = {"initial_weights": f"w{seed}", "first_batches": [f"a{seed}", f"b{seed}"]}
+    records.append({"kind": "end", "status": status, **start, **end})
+    return read_run(Job(arm, Configuration(lr, decay, seed)), records, metrics)
