@@ -98,7 +98,8 @@ class Results:
             selections=selections,
             by_budget=budget,
             by_goal=by_goal(runs, arms, task.metrics, task.goals),
-            statements=statements(arms, task.metrics, selections, budget),
+            # Of untrained networks there is nothing to say.
+            statements=statements(arms, task.metrics, selections, budget) if _any_trained(runs) else [],
             edges=edges(arms, selections, learning_rates, weight_decays),
             warnings=warnings_of(runs, arms, selections, seeds, task.metrics),
             folder=folder,
@@ -118,7 +119,7 @@ class Results:
     def has_an_answer(self) -> bool:
         """Whether any arm has a configuration to choose, and not for its untrained network alone."""
         chosen = any(one["chosen"] is not None for found in self.selections.values() for one in found.values())
-        return chosen and any(run.finished or run.best_step for run in self.runs)
+        return chosen and _any_trained(self.runs)
 
     @property
     def answer(self) -> pd.DataFrame:
@@ -283,3 +284,7 @@ class Results:
     def print(self, console: Console | None = None) -> None:
         """Print the tables, the answer and what to know of them."""
         show(self, console)
+
+
+def _any_trained(runs: Sequence[Run]) -> bool:
+    return any(run.finished or run.best_step for run in runs)
