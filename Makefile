@@ -1,13 +1,14 @@
 # make demo   PRM against AdamW on badly labelled digits, a few minutes; ends with a table and the path of a page
 # make test   everything that CI checks
-# Both make their own virtual environment in .venv and need Python 3.10 or newer and make.
+# make gpu    everything that wants an NVIDIA GPU, with the Python at hand
+# The first two make their own virtual environment in .venv and need Python 3.10 or newer and make.
 
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint docs benchmark clean
+.PHONY: demo test lint docs benchmark gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/popriskmin compare digits --jobs $(JOBS)
@@ -25,6 +26,10 @@ docs: $(VENV)/.test
 
 benchmark: $(VENV)/.demo
 	$(BIN)/python benchmarks/step_time.py
+
+# On a machine with an NVIDIA GPU: no network, nothing installed, under 8 minutes; writes gpu.json.
+gpu:
+	$(or $(PYTHON),python3) benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) site build popriskmin.egg-info popriskmin/step/kernels/*.so

@@ -1,0 +1,243 @@
+"""Everything that wants an NVIDIA GPU, in under 8 minutes: `make gpu`, or `python benchmarks/gpu.py --out gpu.json`.
+
+Needs torch, triton and pytest with what the suite imports, no network, and no installation: it runs from the sources.
+Each part runs in a process of its own, under its own limit of time; what one loses the others keep. The JSON holds the
+parts that came to their end, and for the others why not.
+
+    python benchmarks/gpu.py --part step     # one part alone, printed as JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from common import gpt2_shapes, header, small_shapes  # noqa: E402 - the sources, whatever is installed
+
+from popriskmin import PRM  # noqa: E402
+
+# Seconds that a part may take: 7.5 minutes together.
+LIMITS = {"device": 30, "tests": 170, "step": 90, "large": 90, "graph": 40, "memory": 30}
+CASES: dict[str, Callable[[], list[Any]]] = {"37M": gpt2_shapes, "600 small tensors": small_shapes}
+# Parameters of a GPT-2 XL: 1.5 billion.
+LARGE: dict[str, Callable[[], list[Any]]] = {"1.5B": lambda: gpt2_shapes(width=1600, layers=48)}
+# Optimizers, and the bytes that a step must move for each float32 parameter: what it reads and what it writes.
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "AdamW(fused=True)": (torch.optim.AdamW, {"fused": True}, 28),
+    "AdamW(foreach=True)": (torch.optim.AdamW, {"foreach": True}, 28),
+    "PRM(fused=True)": (PRM, {"fused": True}, 36),
+    "PRM(foreach=True)": (PRM, {"foreach": True}, 36),
+    "PRM(fused=True, state_dtype=torch.bfloat16)": (PRM, {"fused": True, "state_dtype": torch.bfloat16}, 28),
+    "PRM(fused=True, mask='soft', reduction='per_tensor')": (
+        PRM,
+        {"fused": True, "mask": "soft", "reduction": "per_tensor"},
+        44,
+    ),
+}
+
+
+def build(shapes: list[Any], name: str, device: str = "cuda", **options: Any) -> torch.optim.Optimizer:
+    """Return an optimizer over parameters of these shapes on the device, with gradients, one step taken."""
+    generator = torch.Generator(device).manual_seed(0)
+    params = []
+    for shape in shapes:
+        params.append(torch.nn.Parameter(torch.full(shape, 0.02, device=device)))
+        params[-1].grad = torch.randn(shape, generator=generator, device=device)
+    kind, own, _ = OPTIMIZERS[name]
+    optimizer: torch.optim.Optimizer = kind(params, lr=1e-3, **own, **options)
+    optimizer.step()
+    return optimizer
+
+
+def milliseconds(action: Callable[[], Any], repeats: int) -> list[float]:
+    """Return the device's time of each call."""
+    for _ in range(3):
+        action()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        action()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return times
+
+
+def part_device() -> dict[str, Any]:
+    """Name the device and measure what a plain copy moves, reads and writes together."""
+    properties = torch.cuda.get_device_properties(0)
+    source = torch.empty(2**28, device="cuda")
+    target = torch.empty_like(source)
+    copy = statistics.median(milliseconds(lambda: target.copy_(source), 20))
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]}
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "copy_bytes_per_second": 2 * source.numel() * 4 / (copy / 1e3),
+        **versions,
+        "header": header(20),
+    }
+
+
+def _times(cases: dict[str, Callable[[], list[Any]]], repeats: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for case, make in cases.items():
+        shapes = make()
+        count = sum(torch.Size(shape).numel() for shape in shapes)
+        rows = {}
+        for name, (_, _, size) in OPTIMIZERS.items():
+            optimizer = build(shapes, name)
+            ms = statistics.median(milliseconds(optimizer.step, repeats))
+            rows[name] = {"ms": ms, "bytes_per_second": size * count / (ms / 1e3)}
+            del optimizer
+            gc.collect()
+            torch.cuda.empty_cache()
+        base = rows["AdamW(fused=True)"]["ms"]
+        for row in rows.values():
+            row["times_fused_adamw"] = row["ms"] / base
+        found[case] = {"scalars": count, "tensors": len(shapes), "optimizers": rows}
+    return found
+
+
+def part_step() -> dict[str, Any]:
+    """Time a step on 37 million parameters and on 600 small tensors."""
+    return _times(CASES, 50)
+
+
+def part_large() -> dict[str, Any]:
+    """Time a step on 1.5 billion parameters, which with gradients and state take 30 GB."""
+    free = torch.cuda.mem_get_info()[0]
+    if free < 34e9:
+        raise RuntimeError(f"1.5 billion parameters need 34 GB of free memory, not {free:,} bytes")
+    return _times(LARGE, 10)
+
+
+def part_graph() -> dict[str, Any]:
+    """Capture a step in a CUDA graph, and compare what its replays do with eager steps."""
+    eager, captured = (build(small_shapes(), "PRM(fused=True)", capturable=True) for _ in range(2))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        captured.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    eager.step()
+    eager.step()  # as a capture does not run what it captures
+    graph.replay()
+    pairs = zip(eager.param_groups[0]["params"], captured.param_groups[0]["params"])
+    far = max((a - b).abs().max().item() for a, b in pairs)
+    times = {
+        name: statistics.median(milliseconds(step, 50))
+        for name, step in (("eager", eager.step), ("graph", graph.replay))
+    }
+    return {"largest_difference": far, "ms": times}
+
+
+def part_memory() -> dict[str, Any]:
+    """Tell the bytes of state for each parameter, and what a step allocates beyond what it holds."""
+    found = {}
+    for name in OPTIMIZERS:
+        shapes = gpt2_shapes()
+        count = sum(torch.Size(shape).numel() for shape in shapes)
+        optimizer = build(shapes, name)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        optimizer.step()
+        torch.cuda.synchronize()
+        state = sum(x.numel() * x.element_size() for held in optimizer.state.values() for x in held.values())
+        found[name] = {
+            "state_bytes_per_parameter": state / count,
+            "step_allocates_bytes": torch.cuda.max_memory_allocated() - before,
+        }
+        del optimizer
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found
+
+
+def part_tests() -> dict[str, Any]:
+    """Run the suite of the kernel, its tests on hardware among them."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "tests/step/kernels"]
+    done = subprocess.run(  # noqa: S603 - the suite, by the Python that runs this
+        command, cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    lines = done.stdout.splitlines()
+    told = re.findall(r"(\d+) (passed|failed|skipped|error)", "\n".join(lines[-1:]))
+    counts = {word: int(number) for number, word in told}
+    return {"status": done.returncode, **counts, "tail": lines[-40:]}
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "device": part_device,
+    "tests": part_tests,
+    "step": part_step,
+    "large": part_large,
+    "graph": part_graph,
+    "memory": part_memory,
+}
+
+
+def run_part(name: str, command: list[str], limit: float) -> dict[str, Any]:
+    """Run one part in a process of its own; return what it found, or why it found nothing."""
+    start = time.monotonic()
+    try:
+        done = subprocess.run(  # noqa: S603 - this file, by the Python that runs it
+            command, capture_output=True, text=True, timeout=limit
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took longer than {limit:g} s"}
+    found: dict[str, Any] = {"seconds": round(time.monotonic() - start, 1)}
+    try:
+        return {**found, "found": json.loads(done.stdout.splitlines()[-1])}
+    except (IndexError, ValueError):
+        return {**found, "failed": "\n".join((done.stderr or done.stdout).splitlines()[-15:])}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run every part, or one; return 0 if all came to their end and the tests passed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--part", choices=PARTS)
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        said = f"there is no CUDA device here (torch {torch.__version__}): this is for a machine with an NVIDIA GPU"
+        print(said, file=sys.stderr)
+        return 1
+    if args.part:
+        print(json.dumps(PARTS[args.part]()))
+        return 0
+    results: dict[str, Any] = {}
+    for name in PARTS:
+        command = [sys.executable, __file__, "--part", name]
+        results[name] = run_part(name, command, LIMITS[name])
+        print(f"{name}: {results[name].get('failed', 'done')}", flush=True)
+        # Written after every part, so that nothing is lost.
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written to {args.out}")
+    ended = all("found" in part for part in results.values())
+    return 0 if ended and results["tests"]["found"]["status"] == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
