@@ -2,9 +2,11 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
+import popriskmin.step.foreach as foreach_module
 from popriskmin.step.kernels import cpu
 
 # What some tests ask of torch itself.
@@ -19,3 +21,11 @@ torch.set_num_threads(1)
 # The implementations to be had here, as arguments of PRM; tests/step/kernels fails where a kernel should be here and is
 # not.
 HOW = [{"foreach": False}, {"foreach": True}, *([{"fused": True}] if cpu.unusable() is None else [])]
+IMPLEMENTATIONS = HOW + [{**how, "capturable": True} for how in HOW]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Let small tensors be cut into blocks and joined, as large and many ones are."""
+    monkeypatch.setattr(foreach_module, "CPU_BLOCK", 64)
+    monkeypatch.setattr(foreach_module, "FEWEST_JOINED", 2)
