@@ -5,6 +5,7 @@ import sys
 from popriskmin.diagnosis import SoftnessController, controller, diagnose, noise
 from popriskmin.optimizer import PRM, groups
 from popriskmin.optimizer.groups import param_groups
+from popriskmin.optimizer.unwrap import unwrap
 from popriskmin.risk import RiskMonitor
 from popriskmin.step import functional, kernels, rounding
 from popriskmin.variance import Examples, Microbatches, Ranks, coherence
@@ -21,6 +22,7 @@ __all__ = [
     "coherence",
     "diagnose",
     "param_groups",
+    "unwrap",
 ]
 
 # What the pages of 0.1.0 named by the module's place at that time is found there still.

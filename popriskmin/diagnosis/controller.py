@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from popriskmin.diagnosis.noise import enough_steps, mean_and_variance, weights
 from popriskmin.mask import corrections
-from popriskmin.optimizer.prm import PRM
 from popriskmin.optimizer.reading import Held, held, recompute, to_host
+from popriskmin.optimizer.unwrap import unwrapped_prm
 from popriskmin.step.lists import sum_dtype, whole
 
 # The share of the way, in the logarithm of the softness, that is taken towards where the target is expected.
@@ -64,7 +65,9 @@ class SoftnessController:
     Parameters
     ----------
     optimizer
-        A `PRM`. The controller attaches itself with `register_step_post_hook`; `remove()` takes it off.
+        A `PRM`, wrapped by a framework or not (`popriskmin.unwrap`). The controller attaches itself with
+        `register_step_post_hook`; `remove()` takes it off. Under `ZeroRedundancyOptimizer` every rank's controller
+        holds that rank's part of the parameters at the target, and moves that rank's softness.
     mean_q, active_fraction
         The target, in (0, 1); one of the two. Active is a scalar with `q >= 1/2`: with `mask="snr"` and `softness=1`
         that is the `active_fraction` of `get_mask_stats()`, which does not depend on the softness as such. With
@@ -110,7 +113,7 @@ class SoftnessController:
 
     def __init__(
         self,
-        optimizer: PRM,
+        optimizer: Optimizer,
         *,
         mean_q: float | None = None,
         active_fraction: float | None = None,
@@ -120,13 +123,11 @@ class SoftnessController:
         floor: float = 0.02,
         bounds: tuple[float, float] = (1e-3, 1e3),
     ) -> None:
-        if not isinstance(optimizer, PRM):
-            raise TypeError(f"SoftnessController needs a popriskmin.PRM, got {type(optimizer).__name__}")
         if (mean_q is None) == (active_fraction is None):
             raise ValueError(
                 f"give one target, mean_q or active_fraction, got mean_q={mean_q} and active_fraction={active_fraction}"
             )
-        self.optimizer = optimizer
+        self.optimizer = optimizer = unwrapped_prm(optimizer, "SoftnessController").optimizer
         self.measure = "mean_q" if active_fraction is None else "active_fraction"
         self.target = _number(self.measure, mean_q if active_fraction is None else active_fraction, 0, 1)
         self.groups = None if groups is None else list(groups)

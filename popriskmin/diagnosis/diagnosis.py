@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from torch.optim import Optimizer
+
 from popriskmin.diagnosis.evidence import Evidence, Sums, read
 from popriskmin.diagnosis.noise import enough_steps, needed_ratio
 from popriskmin.mask import Hyperparameters
-from popriskmin.optimizer.prm import PRM
+from popriskmin.optimizer.unwrap import unwrapped_prm
 
 # What is said of a mask that is shut without a fault in it, and of one that is not shut.
 FINE = ("open", "warmup", "early", "noise", "slowed")
@@ -79,9 +81,12 @@ class Diagnosis:
     ----------
     rows
         One `Row` for each parameter tensor, in the optimizer's order.
+    note
+        Where the figures are of a part of the model, of which; else empty.
     """
 
     rows: list[Row]
+    note: str = ""
 
     @property
     def problems(self) -> list[Row]:
@@ -89,10 +94,11 @@ class Diagnosis:
         return [row for row in self.rows if row.cause not in FINE]
 
     def __str__(self) -> str:
-        return "\n".join([*_table(self.rows), "", *_sentences(self.rows)])
+        note = [self.note, ""] if self.note else []
+        return "\n".join([*note, *_table(self.rows), "", *_sentences(self.rows)])
 
 
-def diagnose(optimizer: PRM, threshold: float = 0.2) -> Diagnosis:
+def diagnose(optimizer: Optimizer, threshold: float = 0.2) -> Diagnosis:
     """Say which layers the mask holds shut, and why, and what to try.
 
     The state is read and nothing changed. This waits for the device, and with sharded parameters for all ranks, each of
@@ -145,18 +151,10 @@ def diagnose(optimizer: PRM, threshold: float = 0.2) -> Diagnosis:
     >>> [(row.name, row.cause) for row in diagnose(optimizer).rows]
     [('weight', 'epsilon'), ('bias', 'epsilon')]
     """
-    if not isinstance(optimizer, PRM):
-        inner = getattr(optimizer, "optimizer", None)
-        cure = (
-            f"it holds a PRM: give diagnose({type(optimizer).__name__}.optimizer)"
-            if isinstance(inner, PRM)
-            else "other optimizers keep no variance of the gradient; for AdamW, build a PRM and hand it "
-            "AdamW's state by load_state_dict(adamw.state_dict())"
-        )
-        raise TypeError(f"diagnose needs a popriskmin.PRM, got {type(optimizer).__name__}: {cure}")
+    inside = unwrapped_prm(optimizer, "diagnose")
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be a number in (0, 1], got {threshold!r}")
-    found = read(optimizer)
+    found = read(inside.optimizer)
     if all(one.sums is None for one in found):
         raise RuntimeError(
             "diagnose() before the first step: no parameter (with any elements) has taken a step yet; call it after "
@@ -167,7 +165,8 @@ def diagnose(optimizer: PRM, threshold: float = 0.2) -> Diagnosis:
     for one in found:
         total.add(one)
         modules[_module(one)].add(one)
-    return Diagnosis([_row(one, _cause(one, total.less(modules[_module(one)]), threshold)) for one in found])
+    rows = [_row(one, _cause(one, total.less(modules[_module(one)]), threshold)) for one in found]
+    return Diagnosis(rows, inside.of_rank)
 
 
 class _Total:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from popriskmin.mask import boundary_coefficient
 from popriskmin.optimizer.options import check_counts
 from popriskmin.optimizer.prm import PRM
+from popriskmin.optimizer.unwrap import described, unwrapped
 from popriskmin.risk.adam_variance import Variances
 from popriskmin.risk.pace import Pace
 from popriskmin.risk.smoothing import Smoothed
@@ -149,10 +150,11 @@ class RiskMonitor:
         smoothing: int = 50,
         confidence: float = 0.6,
     ) -> None:
+        found = unwrapped(optimizer)
+        optimizer = found.optimizer
         if not isinstance(optimizer, (PRM, torch.optim.Adam, torch.optim.AdamW)):
             raise TypeError(
-                "RiskMonitor reads popriskmin.PRM, torch.optim.AdamW and torch.optim.Adam, "
-                f"got {type(optimizer).__name__}"
+                f"RiskMonitor reads popriskmin.PRM, torch.optim.AdamW and torch.optim.Adam, got {described(found)}"
             )
         for name, value in (("every", 1 if every is None else every), ("smoothing", smoothing)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from popriskmin.optimizer.reading import parameter_names
+from popriskmin.optimizer.unwrap import described, unwrapped
 from popriskmin.step.lists import as_real, compute_dtype, sum_dtype
 
 Hook = Callable[..., Any]
@@ -67,12 +68,20 @@ class Source:
     Parameters
     ----------
     optimizer
-        With at least one group with `variance="given"`, whose parameters require gradients.
+        With at least one group with `variance="given"`, whose parameters require gradients; or a framework's wrapper
+        around it (`popriskmin.unwrap`).
     ddp
         The DistributedDataParallel module that the parameters are trained in, if any.
     """
 
     def __init__(self, optimizer: TakesVariances, ddp: DistributedDataParallel | None = None) -> None:
+        found = unwrapped(optimizer)
+        optimizer = found.optimizer
+        if not hasattr(optimizer, "set_variances"):
+            raise TypeError(
+                f"{type(self).__name__} needs a popriskmin.PRM with variance='given', got {described(found)}, which "
+                "takes no variances"
+            )
         if optimizer in _TAKEN:
             raise RuntimeError("this optimizer has a source of variances already: call its remove() first")
         groups = optimizer.param_groups
