@@ -325,16 +325,17 @@ class PRM(CheckedOptimizer):
         self._variances = dict(variances)
 
     @overload
-    def get_mask_stats(self, by: None = None) -> Row: ...
+    def get_mask_stats(self, by: None = None, *, local: bool = False) -> Row | None: ...
     @overload
-    def get_mask_stats(self, by: Literal["group"]) -> dict[int, Row]: ...
+    def get_mask_stats(self, by: Literal["group"], *, local: bool = False) -> dict[int, Row]: ...
     @overload
-    def get_mask_stats(self, by: Literal["parameter"]) -> dict[str | int, Row]: ...
-    def get_mask_stats(self, by: Literal["group", "parameter"] | None = None) -> Any:
+    def get_mask_stats(self, by: Literal["parameter"], *, local: bool = False) -> dict[str | int, Row]: ...
+    def get_mask_stats(self, by: Literal["group", "parameter"] | None = None, *, local: bool = False) -> Any:
         """Say how open the mask was at the last step.
 
         Nothing is computed in `step`: the mask is recomputed here, from the state, for every parameter that has
-        taken a step. This waits for the device, and with sharded parameters for all ranks, each of which must ask.
+        taken a step. This waits for the device, and with parameters sharded over ranks (FSDP2) for all ranks, each of
+        which must ask unless `local`: two messages of some numbers for each tensor, a third where masks are pooled.
 
         Parameters
         ----------
@@ -342,19 +343,22 @@ class PRM(CheckedOptimizer):
             None for one row over all parameters; "group" for a dict from the group's number to its row;
             "parameter" for a dict from the parameter's name to its row, or where the optimizer was not built from
             named parameters from its place in the list of all parameters.
+        local
+            Count this rank's parts of sharded parameters alone, without a message, so that one rank may ask by itself.
+            What is replicated counts on every rank. The mask of `reduction="per_tensor"`, which is of whole tensors,
+            is then not the one that was applied, but that of the part's own means.
 
         Returns
         -------
-        dict
-            Plain numbers, sums over scalars and not over tensors: `mean_q`, `min_q`, `max_q` of the mask;
-            `active_fraction`, the share of scalars with `signal > a * noise`, whatever the mask;
-            `parameter_count`, the scalars counted; `signal_sq`, the sum of the signal; `noise_scale`, the sum of
-            `a * noise`; `snr`, `signal_sq / noise_scale`.
+        dict or None
+            None, and with `by` an empty dict, where no parameter (with any elements) has taken a step yet. Plain
+            numbers, sums over scalars and not over tensors: `mean_q`, `min_q`, `max_q` of the mask;
+            `active_fraction`, the share of scalars with `signal > a * noise`, whatever the mask; `parameter_count`,
+            the scalars counted; `signal_sq`, the sum of the signal; `noise_scale`, the sum of `a * noise`; `snr`,
+            `signal_sq / noise_scale`.
 
         Raises
         ------
-        RuntimeError
-            Before the first step.
         ValueError
             For another `by`.
 
@@ -362,12 +366,14 @@ class PRM(CheckedOptimizer):
         --------
         >>> w = torch.nn.Parameter(torch.ones(3))
         >>> optimizer = PRM([("w", w)], softness=3.0)
+        >>> optimizer.get_mask_stats(by="parameter")
+        {}
         >>> w.grad = torch.tensor([1.0, -2.0, 0.5])
         >>> optimizer.step()
         >>> round(optimizer.get_mask_stats(by="parameter")["w"]["mean_q"], 4)
         0.25
         """
-        return mask_stats(self, by)
+        return mask_stats(self, by, local)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a prepared checkpoint."""

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from popriskmin.optimizer.reading import Held, held, recompute, to_host
-from popriskmin.step.lists import sum_dtype, whole
+from popriskmin.mask import corrections, evaluate, finish_signal_and_noise
+from popriskmin.optimizer.reading import Held, as_wide_reals, held, recompute, to_host
+from popriskmin.step.lists import sum_dtype
+from popriskmin.step.shards import local_part, over_ranks
 
 if TYPE_CHECKING:
     from popriskmin.optimizer.prm import PRM
@@ -21,51 +23,87 @@ BY = (None, "group", "parameter")
 
 
 @overload
-def mask_stats(optimizer: PRM, by: None = None) -> Row: ...
+def mask_stats(optimizer: PRM, by: None = None, local: bool = False) -> Row | None: ...
 @overload
-def mask_stats(optimizer: PRM, by: Literal["group"]) -> dict[int, Row]: ...
+def mask_stats(optimizer: PRM, by: Literal["group"], local: bool = False) -> dict[int, Row]: ...
 @overload
-def mask_stats(optimizer: PRM, by: Literal["parameter"]) -> dict[str | int, Row]: ...
-def mask_stats(optimizer: PRM, by: str | None = None) -> Any:
+def mask_stats(optimizer: PRM, by: Literal["parameter"], local: bool = False) -> dict[str | int, Row]: ...
+def mask_stats(optimizer: PRM, by: str | None = None, local: bool = False) -> Any:
     """Recompute the mask of the last step from the state of a `PRM` optimizer; see `PRM.get_mask_stats`."""
     if by not in BY:
         raise ValueError(f"by must be None, 'group' or 'parameter', got {by!r}")
-    measured = list(_measure(optimizer))
-    if not measured:
-        raise RuntimeError(
-            "get_mask_stats() before the first step: no parameter (with any elements) has taken a step yet; "
-            "call it after optimizer.step()"
-        )
-    # One transfer to the host for each device, not one for each number.
-    sums = to_host([values for *_, values in measured])
     gathered: dict[Any, list[tuple[int, list[float]]]] = {}
-    for (one, count, weight, _), values in zip(measured, sums):
+    for one, count, weight, values in _measured(optimizer, local):
         key = {None: None, "group": one.group, "parameter": one.name}[by]
         gathered.setdefault(key, []).append((count, [*(weight * value for value in values[:4]), *values[4:]]))
     rows = {key: _row(parts) for key, parts in gathered.items()}
-    return rows[None] if by is None else rows
-
-
-def _measure(optimizer: PRM) -> Iterator[tuple[Held, int, int, Tensor]]:
-    """Yield each tensor that has moved, its scalars, the weight of its sums, and six numbers on the device."""
-    for one in held(optimizer):
-        if one.step > 0:
-            # A pooled mask is one number that stands for every scalar of its tensor.
-            weight = one.scalars if one.hyper.reduction == "per_tensor" else 1
-            yield one, one.scalars, weight, _sums(one)
+    return rows.get(None) if by is None else rows
 
 
 @torch.no_grad()
-def _sums(one: Held) -> Tensor:
-    found = recompute(one.state, one.step, one.hyper)
-    signal, noise, q = found.signal, found.noise * one.hyper.coefficient, found.q
+def _measured(optimizer: PRM, local: bool) -> Iterator[tuple[Held, int, int, list[float]]]:
+    """Yield each tensor that has moved, its scalars, the weight of its sums, and six numbers; one transfer a device.
+
+    Those are the sums of `q`, of active scalars, signal and noise, and the least and the largest `q`.
+    """
+    stepped = [one for one in held(optimizer) if one.step > 0]
+    if local:
+        stepped = [one for one in stepped if local_part(one.param).numel() > 0]
+    pooled = [one.hyper.reduction == "per_tensor" for one in stepped]
+    means = _pooled_means([one for one, is_pooled in zip(stepped, pooled) if is_pooled], local)
+    numbers = [_sums(one, next(means) if is_pooled else None) for one, is_pooled in zip(stepped, pooled)]
+    if not local:
+        # A pooled mask is the same number on every rank; of the others each rank has summed its part.
+        alone = [i for i, is_pooled in enumerate(pooled) if not is_pooled]
+        params = [stepped[i].param for i in alone]
+        sums = over_ranks([numbers[i][:4] for i in alone], params)
+        extremes = over_ranks([numbers[i][4:] for i in alone], params, "max")
+        for i, *of_all in zip(alone, sums, extremes):
+            numbers[i] = torch.cat(of_all)
+    for one, is_pooled, values in zip(stepped, pooled, to_host(numbers)):
+        q, active, signal, noise, negated_least, largest = values
+        if math.isnan(q):  # which maxima over ranks may have lost
+            negated_least = largest = math.nan
+        count = local_part(one.param).numel() * one.scalars // one.param.numel() if local else one.scalars
+        # A pooled mask is one number that stands for every scalar of its tensor.
+        yield one, count, count if is_pooled else 1, [q, active, signal, noise, -negated_least, largest]
+
+
+def _pooled_means(pooled: list[Held], local: bool) -> Iterator[Tensor]:
+    """Yield for each tensor the means of the squared `m^` and of `s^`, over all ranks unless `local`."""
+    means = []
+    for one in pooled:
+        m, s = _parts(one)
+        c = corrections(one.step, one.hyper)
+        n = m.numel() if local else one.scalars
+        # Divided first, so that the sum of a large tensor does not overflow.
+        means.append(torch.stack([(m / c.bias1).square().div(n).sum(), (s / c.bias_var).div(n).sum()]))
+    return iter(means if local else over_ranks(means, [one.param for one in pooled]))
+
+
+def _sums(one: Held, means: Tensor | None) -> Tensor:
+    """Return four sums over this rank's part, less the least `q`, and the largest; for a pooled mask its numbers."""
+    if means is None:
+        m, s = _parts(one)
+        found = recompute({"exp_avg": m, "exp_avg_var": s}, one.step, one.hyper)
+        signal, noise, q = found.signal, found.noise * one.hyper.coefficient, found.q
+    else:
+        c = corrections(one.step, one.hyper)
+        signal, noise = finish_signal_and_noise(means[0], means[1], c, one.hyper)
+        q = evaluate(signal, noise, c, one.hyper)
+        noise = noise * one.hyper.coefficient
     # A squared gradient that float32 still holds need not leave room for the sum of many.
     wide = sum_dtype(signal.device)
     active = (signal > noise).sum().to(wide)
     sums = [q.sum(dtype=wide), active, signal.sum(dtype=wide), noise.sum(dtype=wide)]
-    numbers = [*sums, q.min().to(wide), q.max().to(wide)]
-    # Those of a tensor that is sharded over ranks are gathered.
-    return torch.stack([whole(number) for number in numbers])
+    nothing = torch.full((), -math.inf, dtype=wide, device=q.device)  # of a tensor of which this rank has no part
+    extremes = [q.min().neg().to(wide), q.max().to(wide)] if q.numel() > 0 else [nothing, nothing]
+    return torch.stack([*sums, *extremes])
+
+
+def _parts(one: Held) -> tuple[Tensor, Tensor]:
+    m, s = as_wide_reals(*(local_part(one.state[name]) for name in ("exp_avg", "exp_avg_var")))
+    return m, s
 
 
 def _row(parts: list[tuple[int, list[float]]]) -> Row:

@@ -18,8 +18,9 @@ from popriskmin.mask import (
     largest,
     signal_and_noise,
 )
-from popriskmin.step.lists import Lists, are_plain, compute_dtype, count_up
+from popriskmin.step.lists import Lists, are_plain, compute_dtype, count_up, local_parts
 from popriskmin.step.rounding import random_bits, round_stochastically
+from popriskmin.step.shards import over_ranks
 
 # On the CPU the foreach step walks its lists in blocks of this many scalars, so that a block's tensors stay in the
 # cache from one operation to the next; measured in benchmarks/step_time.py.
@@ -35,7 +36,10 @@ def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparame
         return
     count_up(state_steps)
     for indices, t in _cohorts(lists, state_steps, tensor_steps):
-        cohort = lists.of(indices)
+        whole = lists.of(indices)
+        # All of them lie alike over the ranks, or none is taken apart. Parts may be empty: every rank has all of them.
+        cohort = local_parts(whole)
+        cohort = cohort if are_plain(cohort.params) else whole
         if cohort.params[0].is_complex():
             grads, grad_vars = ([x.resolve_conj() for x in given] for given in (cohort.grads, cohort.grad_vars))
             cohort = cohort._replace(grads=grads, grad_vars=grad_vars).real()
@@ -49,7 +53,7 @@ def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparame
             blocks = list(_blocks(cohort, cut=on_host, join=False))
             for block in blocks:
                 _advance(block, c, hyper, dtype)
-            q = _pooled_mask(cohort, blocks, c, hyper, dtype)
+            q = _pooled_mask(whole, cohort, blocks, c, hyper, dtype)
             for block in blocks:
                 _move(block, [q[i] for i in block.owners], c, hyper, dtype)
         else:
@@ -260,15 +264,19 @@ def _mask(block: _Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dt
 
 
 def _pooled_mask(
+    whole: Lists,
     cohort: Lists,
     blocks: list[_Block],
     c: Corrections,
     hyper: Hyperparameters,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Return `q` of each tensor in the cohort, of shape `()`, from the means over whole tensors."""
+    """Return `q` of each tensor in the cohort, of shape `()`, from the means over whole tensors.
+
+    `whole` are the tensors that the cohort's may be this rank's parts of: then one message takes the sums of all.
+    """
     if not are_plain(cohort.params):
-        # A mean over a sharded tensor is one over all ranks; the tensor itself knows how.
+        # These lie differently over the ranks than their gradients or state; the tensors themselves know how.
         places = range(len(cohort.params))
         each = [Corrections(*[x[i] if isinstance(x, Tensor) else x for x in c]) for i in places]
         pairs = zip(_widen(cohort.exp_avgs, dtype), _widen(cohort.exp_avg_vars, dtype))
@@ -278,10 +286,11 @@ def _pooled_mask(
     # Blocks are summed pairwise, and so are their sums; the running sum of a norm loses digits with the length.
     for block in blocks:
         for i, m, s in zip(block.owners, block.lists.exp_avgs, block.lists.exp_avg_vars):
-            n = cohort.params[i].numel()
+            n = whole.params[i].numel() * (2 if whole.params[i].is_complex() else 1)
             signals[i].append(m.to(dtype).square().div_(n).sum())
             noises[i].append(s.to(dtype).div(n).sum())
-    signal, noise = (torch.stack([torch.stack(parts).sum() for parts in means]) for means in (signals, noises))
+    means = [torch.stack([torch.stack(x).sum(), torch.stack(y).sum()]) for x, y in zip(signals, noises)]
+    signal, noise = torch.stack(over_ranks(means, whole.params), 1)
     signal, noise = finish_signal_and_noise(signal / c.bias1**2, noise / c.bias_var, c, hyper)
     return list(evaluate(signal, noise, c, hyper).unbind())
 

@@ -166,8 +166,10 @@ def test_keys_without_names_and_with_names_that_repeat():
 def test_only_parameters_that_have_moved_count():
     used, unused = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(50))
     optimizer = PRM([("used", used), ("unused", unused), ("empty", torch.nn.Parameter(torch.ones(0)))])
-    with pytest.raises(RuntimeError, match=r"before the first step.*call it after optimizer.step\(\)"):
-        optimizer.get_mask_stats()
+    for local in (False, True):
+        assert optimizer.get_mask_stats(local=local) is None
+        assert optimizer.get_mask_stats(by="group", local=local) == {}
+        assert optimizer.get_mask_stats(by="parameter", local=local) == {}
     used.grad = torch.ones(3)
     optimizer.step()
     assert optimizer.get_mask_stats()["parameter_count"] == 3

@@ -190,7 +190,8 @@ class PRMDriver(Driver):
 
     def factor(self, number: int) -> float | None:
         """Return PRM's mean `q`."""
-        return self.optimizer.get_mask_stats()["mean_q"]
+        stats = self.optimizer.get_mask_stats()
+        return None if stats is None else stats["mean_q"]
 
 
 class MatchedDriver(Driver):

@@ -1,0 +1,58 @@
+"""Tensors sharded over ranks (DTensor): this rank's parts, and sums over all ranks in few messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that is sharded; the tensor itself where it is not."""
+    part: Tensor = getattr(tensor, "to_local", lambda: tensor)()
+    return part
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether the tensor is one of which each rank holds a part."""
+    return hasattr(tensor, "to_local")
+
+
+def over_ranks(
+    numbers: Sequence[Tensor], tensors: Sequence[Tensor], how: Literal["sum", "max"] = "sum"
+) -> list[Tensor]:
+    """Reduce numbers of this rank's parts of tensors over all ranks, in one message for each mesh.
+
+    Parameters
+    ----------
+    numbers
+        For each tensor a small one of its part's sums or maxima, all of one shape and type.
+    tensors
+        Those that the parts are of. What is said of one that is not sharded is returned as it is; dimensions of a mesh
+        over which a tensor is replicated do not count. Every rank must call with the same tensors.
+    how
+        "sum", or "max", which need not keep NaN.
+    """
+    reduced = list(numbers)
+    alike: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if is_sharded(tensor):
+            sharded: Any = tensor
+            parted = tuple(not placement.is_replicate() for placement in sharded.placements)
+            alike.setdefault((sharded.device_mesh, parted), []).append(i)
+    for (mesh, parted), places in alike.items():
+        stacked = _reduced(torch.stack([numbers[i] for i in places]), mesh, parted, how)
+        for i, number in zip(places, stacked.unbind()):
+            reduced[i] = number
+    return reduced
+
+
+def _reduced(values: Tensor, mesh: Any, parted: tuple[bool, ...], how: str) -> Tensor:
+    # Imported when needed: not every build of torch has it, and it is public since torch 2.5.
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    placements = [Partial(how) if over else Replicate() for over in parted]
+    total: Tensor = DTensor.from_local(values, mesh, placements, run_check=False).full_tensor()
+    return total
