@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from popriskmin.diagnosis.noise import enough_steps, mean_and_variance, weights
 from popriskmin.mask import corrections
+from popriskmin.optimizer.initializing import made_state_alone
 from popriskmin.optimizer.reading import Held, held, recompute, to_host
 from popriskmin.optimizer.unwrap import unwrapped_prm
 from popriskmin.step.lists import sum_dtype, whole
@@ -204,6 +205,8 @@ class SoftnessController:
         return numbers
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if made_state_alone(self.optimizer, counted=0):
+            return  # a distributed checkpoint has begun to load
         self._steps += 1
         if self._steps % self.every == 0:
             self.readings = [self._correct(*found) for found in self._read(self._controlled())]

@@ -82,7 +82,7 @@ class Diagnosis:
     rows
         One `Row` for each parameter tensor, in the optimizer's order.
     note
-        Where the figures are of a part of the model, of which; else empty.
+        Where there is nothing to say yet, why; where the figures are of a part of the model, of which; else empty.
     """
 
     rows: list[Row]
@@ -94,6 +94,8 @@ class Diagnosis:
         return [row for row in self.rows if row.cause not in FINE]
 
     def __str__(self) -> str:
+        if not self.rows:
+            return self.note
         note = [self.note, ""] if self.note else []
         return "\n".join([*note, *_table(self.rows), "", *_sentences(self.rows)])
 
@@ -126,7 +128,8 @@ def diagnose(optimizer: Optimizer, threshold: float = 0.2) -> Diagnosis:
     Parameters
     ----------
     optimizer
-        A `PRM` that has taken steps.
+        A `PRM`, wrapped by a framework or not (`popriskmin.unwrap`), that has taken some dozens of steps. Before the
+        first the diagnosis has no rows, and says so.
     threshold
         The mean `q` below which a layer counts as shut, in (0, 1].
 
@@ -134,8 +137,6 @@ def diagnose(optimizer: Optimizer, threshold: float = 0.2) -> Diagnosis:
     ------
     TypeError
         For another optimizer.
-    RuntimeError
-        Before the first step.
     ValueError
         For a threshold out of range.
 
@@ -156,10 +157,7 @@ def diagnose(optimizer: Optimizer, threshold: float = 0.2) -> Diagnosis:
         raise ValueError(f"threshold must be a number in (0, 1], got {threshold!r}")
     found = read(inside.optimizer)
     if all(one.sums is None for one in found):
-        raise RuntimeError(
-            "diagnose() before the first step: no parameter (with any elements) has taken a step yet; call it after "
-            "some dozens of optimizer.step()"
-        )
+        return Diagnosis([], f"{inside.of_rank} {_NO_STEP}".strip())
     total = _Total()
     modules: dict[str | int, _Total] = collections.defaultdict(_Total)
     for one in found:
@@ -192,6 +190,9 @@ class _Total:
 
 def _module(one: Evidence) -> str | int:
     return one.name.rpartition(".")[0] if isinstance(one.name, str) else one.name
+
+
+_NO_STEP = "No parameter (with any elements) has taken a step yet: call diagnose after some dozens of optimizer.step()."
 
 
 class _Finding(NamedTuple):

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
 
-from popriskmin.optimizer.checkpoint import ids_match, portable, prepare_groups, prepare_state
-from popriskmin.optimizer.options import check_options, check_spelling, plain
+from popriskmin.optimizer.checkpoint import (
+    Prepared,
+    ids_match,
+    portable,
+    prepare_groups,
+    prepare_state,
+    replaced_lr,
+)
+from popriskmin.optimizer.options import check_keep, check_options, check_spelling, plain
 from popriskmin.step.compat import split_names
 
 
@@ -41,7 +49,7 @@ class CheckedOptimizer(Optimizer):
         """Return the state and the options of each group, as torch's optimizers do; `state_dtype` by its name."""
         return portable(super().state_dict())
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, keep: Iterable[str] | None = None) -> None:
         """Go on from a checkpoint of PRM, or take over one of `torch.optim.AdamW` or `Adam`.
 
         Hyperparameters come from the checkpoint, as in torch; `foreach`, `fused`, `capturable`, `differentiable`
@@ -54,29 +62,54 @@ class CheckedOptimizer(Optimizer):
         ----------
         state_dict
             From `state_dict()`; `torch.load(..., weights_only=True)` reads it.
+        keep
+            Names of options, as `("lr", "weight_decay")`, that stay as they are in every group, whatever the checkpoint
+            says. With "lr" a scheduler that is built afterwards starts from it, too. None keeps nothing, and warns
+            where the learning rate of an AdamW checkpoint replaces another one; an empty tuple does not warn.
 
         Raises
         ------
         ValueError
-            For a checkpoint without Adam's moments, of other shapes or group sizes, or of a newer format. The
-            optimizer is then as it was.
+            For a checkpoint without Adam's moments, of other shapes or group sizes, or of a newer format, and for names
+            in `keep` that no option has. The optimizer is then as it was.
         """
-        if not hasattr(self, "register_load_state_dict_pre_hook"):  # torch 2.0
-            super().load_state_dict(self._prepare(state_dict))
-            return
-        # Last among the hooks, so that it sees what the user's hooks have made of the checkpoint.
-        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: self._prepare(loaded))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
+        names = () if keep is None else check_keep(keep, self.defaults)
+        warning: list[str | None] = []
 
-    def _prepare(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        def prepare(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
+            warning.append(replaced_lr(loaded["param_groups"], self.param_groups) if keep is None else None)
+            return self._prepare(loaded, names)
+
+        if not hasattr(self, "register_load_state_dict_pre_hook"):  # torch 2.0
+            super().load_state_dict(prepare(self, state_dict))
+        else:
+            # Last among the hooks, so that it sees what the user's hooks have made of the checkpoint.
+            handle = self.register_load_state_dict_pre_hook(prepare)
+            try:
+                super().load_state_dict(state_dict)
+            finally:
+                handle.remove()
+        if warning and warning[0]:
+            warnings.warn(warning[0], UserWarning, stacklevel=2)
+
+    def _prepare(self, state_dict: Mapping[str, Any], keep: tuple[str, ...]) -> dict[str, Any]:
         saved_groups = state_dict["param_groups"]
         if not ids_match(saved_groups, self.param_groups):
             return dict(state_dict)  # the base class says what is wrong
-        groups = prepare_groups(saved_groups, self.param_groups)
+        groups = prepare_groups(saved_groups, self.param_groups, keep)
         for group in groups:
             check_options({**self.defaults, **group})
         state = prepare_state(state_dict["state"], groups, self.param_groups)
         return {**state_dict, "param_groups": groups, "state": state}
+
+    def _restore(self, state: dict[str, Any], newest: Mapping[str, Any]) -> None:
+        """Take over what was pickled or prepared; options that an older pickle lacks are as `newest` has them."""
+        super().__setstate__(state)
+        for param_state in self.state.values():
+            for name, value in param_state.items():
+                if isinstance(value, Prepared):
+                    param_state[name] = value.tensor
+        self.defaults = {**newest, **self.defaults}
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)

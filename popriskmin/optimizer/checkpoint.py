@@ -7,7 +7,7 @@ prepared beforehand, completely, so that a checkpoint which does not fit changes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,8 +69,14 @@ def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
     return state_dict
 
 
-def prepare_groups(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Complete saved parameter groups, of this or of torch's optimizers, with what only the present ones know."""
+def prepare_groups(
+    saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]], keep: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Complete saved parameter groups, of this or of torch's optimizers, with what only the present ones know.
+
+    Of what both know, `keep` names what stays.
+    """
+    stays = {*IMPLEMENTATION, *keep, *(["initial_lr"] if "lr" in keep else [])}
     prepared = []
     for saved, group in zip(saved_groups, groups):
         written = saved.get("state_format", STATE_FORMAT)
@@ -79,12 +85,27 @@ def prepare_groups(saved_groups: list[dict[str, Any]], groups: list[dict[str, An
                 f"this checkpoint was written by a newer popriskmin (state_format {written}); "
                 f"this version reads state_format up to {STATE_FORMAT}: upgrade popriskmin"
             )
-        kept = {name: value for name, value in group.items() if name in IMPLEMENTATION or name not in saved}
-        betas = tuple(float(beta) for beta in saved.get("betas", group["betas"]))  # AdamW takes tensors, too
+        kept = {name: value for name, value in group.items() if name in stays or name not in saved}
+        if "lr" in keep and "initial_lr" not in group:  # a scheduler would start from that of the checkpoint
+            saved = {name: value for name, value in saved.items() if name != "initial_lr"}
+        betas = group["betas"] if "betas" in keep else saved.get("betas", group["betas"])
+        betas = tuple(float(beta) for beta in betas)  # AdamW takes tensors, too
         own = {"params": saved["params"], "betas": betas, "state_format": STATE_FORMAT}
         prepared.append({**saved, **kept, **own})
     # Groups beyond the shorter list are handed on, for the base class to complain about.
     return prepared + list(saved_groups[len(groups) :])
+
+
+def replaced_lr(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> str | None:
+    """Say where a checkpoint of another optimizer than PRM brings a learning rate that PRM was not given."""
+    for i, (saved, group) in enumerate(zip(saved_groups, groups)):
+        if "rho" not in saved and "lr" in saved and float(saved["lr"]) != float(group["lr"]):
+            return (
+                f"group {i} takes the learning rate of the checkpoint, {float(saved['lr']):g}, and no longer its own, "
+                f"{float(group['lr']):g}: load_state_dict(..., keep=('lr',)) keeps it, and keep=() says that this is "
+                "wanted"
+            )
+    return None
 
 
 def prepare_state(

@@ -23,6 +23,20 @@ def check_spelling(group: Mapping[str, Any], options: Mapping[str, Any]) -> None
             raise ValueError(f"unknown option {key} in a parameter group: did you mean {similar[0]}?")
 
 
+def check_keep(keep: Any, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of options that a checkpoint is to leave alone; raise for what is none."""
+    if isinstance(keep, str):
+        raise TypeError(f"keep must hold names of options, got the one name {keep!r}: write keep=({keep!r},)")
+    names = tuple(keep)
+    for name in names:
+        if name not in options:
+            similar = difflib.get_close_matches(str(name), options, n=1)
+            raise ValueError(
+                f"keep has {name!r}, which is no option{f': did you mean {similar[0]}?' if similar else ''}"
+            )
+    return names
+
+
 def plain(value: Any) -> Any:
     """Turn numpy's numbers into Python's, so that checkpoints load with `weights_only=True`; leave others alone."""
     if isinstance(value, (tuple, list)):

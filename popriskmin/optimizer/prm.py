@@ -12,7 +12,8 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from popriskmin.mask import Hyperparameters
 from popriskmin.optimizer.base import CheckedOptimizer
-from popriskmin.optimizer.checkpoint import STATE_FORMAT, Prepared, new_state
+from popriskmin.optimizer.checkpoint import STATE_FORMAT, new_state
+from popriskmin.optimizer.initializing import makes_state_alone
 from popriskmin.optimizer.options import check_options, check_variances, name_of, plain
 from popriskmin.optimizer.stats import Row, mask_stats
 from popriskmin.step.compat import check_graph_capture
@@ -265,6 +266,10 @@ class PRM(CheckedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        elif makes_state_alone(self):
+            for group in self.param_groups:
+                self.state.update({p: new_state(p, group) for p in group["params"] if p.grad is not None})
+            return None
         # Resolved before anything moves: a schedule may have written a batch size that does not fit, and a gradient may
         # be sparse or lack its variance.
         applied = [Hyperparameters.of_group(group) for group in self.param_groups]
@@ -377,18 +382,9 @@ class PRM(CheckedOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a prepared checkpoint."""
-        super().__setstate__(state)
+        options = inspect.signature(PRM.__init__).parameters
+        newest = {name: p.default for name, p in options.items() if p.default is not p.empty}
+        self._restore(state, {**newest, "state_format": STATE_FORMAT})
         self._applied = []
         self._memories = []
         self._variances = {}
-        for param_state in self.state.values():
-            for name, value in param_state.items():
-                if isinstance(value, Prepared):
-                    param_state[name] = value.tensor
-        # A pickle of an older version lacks what came later.
-        options = inspect.signature(PRM.__init__).parameters
-        newest = {name: p.default for name, p in options.items() if p.default is not p.empty}
-        self.defaults = {**newest, "state_format": STATE_FORMAT, **self.defaults}
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)

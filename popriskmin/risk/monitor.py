@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from popriskmin.mask import boundary_coefficient
+from popriskmin.optimizer.initializing import made_state_alone
 from popriskmin.optimizer.options import check_counts
 from popriskmin.optimizer.prm import PRM
 from popriskmin.optimizer.unwrap import described, unwrapped
@@ -194,6 +195,8 @@ class RiskMonitor:
         self._handle.remove()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if made_state_alone(optimizer, counted=0 if isinstance(optimizer, PRM) else 1):
+            return  # a distributed checkpoint has begun to load
         self._steps += 1
         due = self._steps % self.every == 0
         if self._pace is not None:

@@ -13,6 +13,7 @@ from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from popriskmin.optimizer.initializing import makes_state_alone
 from popriskmin.optimizer.reading import parameter_names
 from popriskmin.optimizer.unwrap import described, unwrapped
 from popriskmin.step.lists import as_real, compute_dtype, sum_dtype
@@ -193,6 +194,8 @@ class Source:
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hand over the variances; where a closure is to make the gradients, after it."""
+        if makes_state_alone(optimizer):
+            return None  # a distributed checkpoint has begun to load: there is nothing to measure, nor to hand over
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._hand_over()

@@ -154,7 +154,7 @@ def test_an_adam_checkpoint_is_taken_over(theirs, extra, debias, variance):
     params, adam = make(theirs, lr=0.05, betas=(0.8, 0.95), weight_decay=0.2, **extra)
     run(params, adam, 20, seed=1)
     fresh_params, fresh = make(softness=2.0, rho=0.9, debias=debias, variance=variance)
-    fresh.load_state_dict(through_a_file(adam.state_dict()))
+    fresh.load_state_dict(through_a_file(adam.state_dict()), keep=())
     group = fresh.param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.05, (0.8, 0.95), 0.2)
     assert (group["softness"], group["rho"], group["debias"], group["fused"]) == (2.0, 0.9, debias, None)
@@ -180,7 +180,7 @@ def test_the_moments_carry_on_exactly():
         for a, b in zip(switched_params, params):
             a.copy_(b)
     switched = PRM(switched_params, mask="none", foreach=True)
-    switched.load_state_dict(copy.deepcopy(adam.state_dict()))
+    switched.load_state_dict(copy.deepcopy(adam.state_dict()), keep=())
     run(params, adam, 5, seed=2)
     run(switched_params, switched, 5, seed=2)
     for a, b in zip(params, switched_params):
@@ -308,3 +308,52 @@ def test_state_of_parameters_that_have_not_stepped_stays_absent():
     assert list(fresh.state) == [fresh_params[0]]
     run(fresh_params, fresh, 1, seed=0)
     assert [int(fresh.state[p]["step"]) for p in fresh_params] == [2, 1, 1, 1]
+
+
+def test_what_is_kept_stays_whatever_the_checkpoint_says():
+    _, theirs = make(torch.optim.AdamW, lr=3e-4, weight_decay=0.3, betas=(0.8, 0.9))
+    torch.optim.lr_scheduler.LambdaLR(theirs, lambda epoch: 0.5)
+    run(theirs.param_groups[0]["params"], theirs, 2, seed=1)
+    saved = theirs.state_dict()
+    _, ours = make(lr=0.01, weight_decay=0.2)
+    ours.load_state_dict(saved, keep=("lr", "betas"))
+    group = ours.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.01, 0.3, (0.9, 0.999))
+    # A scheduler that is built now starts from what was kept.
+    torch.optim.lr_scheduler.LambdaLR(ours, lambda epoch: 0.1)
+    assert group["lr"] == pytest.approx(1e-3)
+    assert ours.state[group["params"][0]]["step"] == 2
+    # PRM's own checkpoints, too.
+    _, again = make(lr=0.5, softness=7.0)
+    again.load_state_dict(ours.state_dict(), keep=["softness"])
+    assert (again.param_groups[0]["softness"], again.param_groups[0]["lr"]) == (7.0, group["lr"])
+
+
+def test_a_learning_rate_that_an_adamw_checkpoint_replaces_is_warned_of(recwarn):
+    _, theirs = make(torch.optim.AdamW, lr=3e-4)
+    run(theirs.param_groups[0]["params"], theirs, 1, seed=1)
+    _, ours = make(lr=0.01)
+    with pytest.warns(
+        UserWarning, match=r"group 0 takes the learning rate of the checkpoint, 0.0003, and no longer"
+    ) as said:
+        ours.load_state_dict(theirs.state_dict())
+    assert said[0].filename == __file__
+    assert ours.param_groups[0]["lr"] == 3e-4
+    recwarn.clear()
+    for keep in (("lr",), ()):
+        make(lr=0.01)[1].load_state_dict(theirs.state_dict(), keep=keep)
+    make(lr=3e-4)[1].load_state_dict(theirs.state_dict())
+    make(lr=0.01)[1].load_state_dict(ours.state_dict())  # as torch does with its own
+    assert not [w for w in recwarn if "learning rate" in str(w.message)]
+
+
+def test_bad_names_to_keep_are_refused_and_nothing_is_loaded():
+    _, theirs = make(lr=3e-4)
+    run(theirs.param_groups[0]["params"], theirs, 1, seed=1)
+    _, ours = make(lr=0.01)
+    with pytest.raises(TypeError, match=r"got the one name 'lr': write keep=\('lr',\)"):
+        ours.load_state_dict(theirs.state_dict(), keep="lr")
+    with pytest.raises(ValueError, match="keep has 'weigth_decay', which is no option: did you mean weight_decay"):
+        ours.load_state_dict(theirs.state_dict(), keep=["weigth_decay"])
+    assert not ours.state
+    assert ours.param_groups[0]["lr"] == 0.01

@@ -1,4 +1,4 @@
-"""Statistics and pooled masks of parameters that FSDP2 shards over two ranks: what is sent, and what a rank says alone."""
+"""Figures and pooled masks of parameters that FSDP2 shards over two ranks: what is sent, and what one rank says."""
 
 import pytest
 import torch
