@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 
+from popriskmin.mask import Hyperparameters, corrections
 from popriskmin.step.lists import as_real, compute_dtype
 from popriskmin.variance.source import Record, Source, TakesVariances, gradient, zeros_for
 
@@ -44,6 +46,11 @@ class Microbatches(Source):
         The DistributedDataParallel module, when there are several ranks. All but the last backward pass of a step must
         run under its `no_sync()`. The variances of the ranks are then averaged before the step, in one more reduction
         of the parameters' size, and divided by their number. With several processes that average no gradients, False.
+    single
+        What a step does that has had one backward pass, which tells no variance, as where one micro-batch is left over
+        at the end of an epoch. "carry on" takes the variance as estimated so far: `s^` stays as it is. With "raise",
+        and at the very first step, which has none to carry on with, it is an error. Two such steps in a row are warned
+        of, once.
 
     Raises
     ------
@@ -51,8 +58,9 @@ class Microbatches(Source):
         For an optimizer without a group with `variance="given"`, with parameters sharded over ranks, or without
         `ddp` where there are several ranks.
     RuntimeError
-        In `optimizer.step()`, after fewer than two backward passes, or with gradients that were not seen to arrive. In
-        a backward pass, where gradients were neither cleared since the last step nor left alone since the last pass.
+        In `optimizer.step()`, after fewer than two backward passes (see `single`), or with gradients that were not seen
+        to arrive. In a backward pass, where gradients were neither cleared since the last step nor left alone since the
+        last pass.
 
     References
     ----------
@@ -73,7 +81,15 @@ class Microbatches(Source):
     True
     """
 
-    def __init__(self, optimizer: TakesVariances, ddp: DistributedDataParallel | Literal[False] | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: TakesVariances,
+        ddp: DistributedDataParallel | Literal[False] | None = None,
+        *,
+        single: Literal["carry on", "raise"] = "carry on",
+    ) -> None:
+        if single not in ("carry on", "raise"):
+            raise ValueError(f"single must be 'carry on' or 'raise', got {single!r}")
         if ddp is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise ValueError(
                 f"there are {dist.get_world_size()} ranks: pass ddp=the DistributedDataParallel module that averages "
@@ -81,6 +97,8 @@ class Microbatches(Source):
             )
         super().__init__(optimizer, ddp or None)
         self._nested = False  # whether backward passes ran within others since the last step
+        self._single = single
+        self._singles = 0  # steps in a row that have had one backward pass
 
     def _see(self, record: Record, grad: Tensor) -> None:
         k = record.count
@@ -105,8 +123,12 @@ class Microbatches(Source):
 
     def _variances(self, records: list[Record], factors: list[Tensor]) -> list[Tensor]:
         passes = max((record.count for record in records), default=0)
-        self._check(records, passes)
+        carried = self._carried(records) if passes == 1 and self._single == "carry on" else None
+        self._singles = 0 if carried is None else self._singles + 1
+        self._check(records, passes if carried is None else None)
         self._nested = False
+        if carried is not None:
+            return carried
         variances: list[Tensor] = []
         for record, factor in zip(records, factors):
             variance = zeros_for(record) if record.variance is None else record.variance
@@ -121,7 +143,38 @@ class Microbatches(Source):
                 variance.div_(dist.get_world_size(self._ddp.process_group))
         return variances
 
-    def _check(self, records: list[Record], passes: int) -> None:
+    def _carried(self, records: list[Record]) -> list[Tensor] | None:
+        """Return `s^` of each parameter, which taken for the variance leaves it as it is; None where one has none."""
+        state = getattr(self._optimizer, "state", {})
+        group_of = {p: group for group in self._optimizer.param_groups for p in group["params"]}
+        carried = []
+        for record in records:
+            held = state.get(record.param, {})
+            if "exp_avg_var" not in held or (held["step"].is_cpu and held["step"] < 1):
+                return None
+            c = corrections(held["step"], Hyperparameters.of_group(group_of[record.param]))
+            s = as_real(held["exp_avg_var"])
+            carried.append(s.to(compute_dtype(s)) / c.bias_var)
+        return carried
+
+    def _check(self, records: list[Record], passes: int | None) -> None:
+        """Raise for passes that tell no variance; None stands for a single one that need not tell it."""
+        if passes is not None:
+            self._check_passes(records, passes)
+        elif self._singles == 2:
+            warnings.warn(
+                "Microbatches has had one backward pass before each of the last 2 steps, which tells no variance; the "
+                "steps take what was estimated before: accumulate gradients over more passes, or use another source",
+                UserWarning,
+                stacklevel=2,
+            )
+        if self._ddp is not None and not all(record.synced for record in records):
+            raise RuntimeError(
+                "the last backward pass before the step ran under no_sync(), so that the ranks' gradients differ: "
+                "leave it out of no_sync()"
+            )
+
+    def _check_passes(self, records: list[Record], passes: int) -> None:
         if records and passes < 2:
             raise RuntimeError(
                 f"Microbatches needs at least 2 backward passes before each step, got {passes}: accumulate gradients "
@@ -137,11 +190,6 @@ class Microbatches(Source):
             raise RuntimeError(
                 f"{few[0].name} was reached by {few[0].count} of {passes} backward passes: with several ranks each "
                 "must reach every parameter"
-            )
-        if self._ddp is not None and not all(record.synced for record in records):
-            raise RuntimeError(
-                "the last backward pass before the step ran under no_sync(), so that the ranks' gradients differ: "
-                "leave it out of no_sync()"
             )
 
 
