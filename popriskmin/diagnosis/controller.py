@@ -101,6 +101,7 @@ class SoftnessController:
 
     Examples
     --------
+    >>> from popriskmin import PRM
     >>> layer = torch.nn.Linear(64, 64)
     >>> optimizer = PRM(layer.parameters())
     >>> controller = SoftnessController(optimizer, mean_q=0.5)

@@ -5,72 +5,17 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import re
-import textwrap
-from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
 
 from torch.optim import Optimizer
 
-from popriskmin.diagnosis.evidence import Evidence, Sums, read
+from popriskmin.diagnosis.evidence import ROUNDING, ROUNDING_IN_MODULE, Evidence, Sums, read
 from popriskmin.diagnosis.noise import enough_steps, needed_ratio
+from popriskmin.diagnosis.row import FINE, NOISE, SLOWED, Row
+from popriskmin.diagnosis.table import sentences, table
 from popriskmin.mask import Hyperparameters
-from popriskmin.optimizer.unwrap import unwrapped_prm
-
-# What is said of a mask that is shut without a fault in it, and of one that is not shut.
-FINE = ("open", "warmup", "early", "noise", "slowed")
-WIDTH = 100
-MOST_LINES = 30  # of the table, and of the layers named in the sentences of one cause
-MOST_REASONS = 5
-
-
-class Row(NamedTuple):
-    """What is said of one parameter tensor. Numbers are of the last step, and plain.
-
-    Attributes
-    ----------
-    name
-        As in `get_mask_stats(by="parameter")`: the parameter's name, or its place where the optimizer has no names.
-    group
-        The number of its parameter group.
-    step
-        The steps that it has taken; 0 for one that has had no gradient yet, of which no other number is known.
-    parameter_count
-        Scalars.
-    mean_q, active_fraction, snr
-        As in `get_mask_stats`.
-    over_noise
-        The squared mean gradient in units of the gradient's variance, `m^**2 / z`, averaged over the scalars that have
-        gradients (each counted as 1 at most), and divided by what pure noise gives it,
-        `popriskmin.mask.variance_of_mean`. 1 says noise; at 2 the mean holds as much signal as noise.
-    gradient
-        Root mean square of the gradient, from `v^`.
-    zero_fraction
-        Share of the scalars without a gradient, now or for about the last 100 steps. The cause is that of the others.
-    decay_ratio
-        Length of the weight decay's step over that of the masked gradient step; 0 where nothing decays.
-    cause
-        "open", "warmup", "early" (too few steps to say), "noise" and "slowed" are no faults; "weak", "epsilon",
-        "strict", "decay", "dead" and "not finite" are.
-    reason, advice
-        In words; the advice is empty where there is none to give.
-    """
-
-    name: str | int
-    group: int
-    step: int
-    parameter_count: int
-    mean_q: float
-    active_fraction: float
-    snr: float
-    over_noise: float
-    gradient: float
-    zero_fraction: float
-    decay_ratio: float
-    cause: str
-    reason: str
-    advice: str
+from popriskmin.optimizer.unwrap import Unwrapped, unwrapped_prm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,17 +42,18 @@ class Diagnosis:
         if not self.rows:
             return self.note
         note = [self.note, ""] if self.note else []
-        return "\n".join([*note, *_table(self.rows), "", *_sentences(self.rows)])
+        return "\n".join([*note, *table(self.rows), "", *sentences(self.rows)])
 
 
-def diagnose(optimizer: Optimizer, threshold: float = 0.2) -> Diagnosis:
+def diagnose(optimizer: Optimizer | Iterable[Optimizer], threshold: float = 0.2) -> Diagnosis:
     """Say which layers the mask holds shut, and why, and what to try.
 
     The state is read and nothing changed. This waits for the device, and with sharded parameters for all ranks, each of
     which must ask. A layer is shut where the mean `q` of its scalars that have gradients is below `threshold`. Then the
     first of these is the cause:
 
-    - **dead**: no gradient, for at least 99% of its scalars.
+    - **dead**: no gradient, for at least 99% of its scalars; or one that only rounding makes, as that of a bias before
+      a normalization layer.
     - **epsilon**: without `mask_eps` its mean `q` would be twice as large or more.
     - **strict**: the plain mask (`mask="snr"`, `softness=1`, `boundary="batch"`) would be twice as open or more, and
       let it move: what is stricter is the group's own mask, softness or boundary.
@@ -129,7 +75,9 @@ def diagnose(optimizer: Optimizer, threshold: float = 0.2) -> Diagnosis:
     ----------
     optimizer
         A `PRM`, wrapped by a framework or not (`popriskmin.unwrap`), that has taken some dozens of steps. Before the
-        first the diagnosis has no rows, and says so.
+        first the diagnosis has no rows, and says so. Or several, as where each parameter has its own, stepped in the
+        backward pass: modules are then compared over all of them, and groups and parameters without a name are counted
+        through.
     threshold
         The mean `q` below which a layer counts as shut, in (0, 1].
 
@@ -143,6 +91,7 @@ def diagnose(optimizer: Optimizer, threshold: float = 0.2) -> Diagnosis:
     Examples
     --------
     >>> import torch
+    >>> from popriskmin import PRM
     >>> layer = torch.nn.Linear(64, 64)
     >>> optimizer = PRM(layer.named_parameters(), mask_eps=1e-8)
     >>> for _ in range(50):
@@ -152,19 +101,29 @@ def diagnose(optimizer: Optimizer, threshold: float = 0.2) -> Diagnosis:
     >>> [(row.name, row.cause) for row in diagnose(optimizer).rows]
     [('weight', 'epsilon'), ('bias', 'epsilon')]
     """
-    inside = unwrapped_prm(optimizer, "diagnose")
+    insides = _insides(optimizer)
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be a number in (0, 1], got {threshold!r}")
-    found = read(inside.optimizer)
+    found = read([inside.optimizer for inside in insides])
+    note = " ".join(dict.fromkeys(inside.of_rank for inside in insides if inside.of_rank))
     if all(one.sums is None for one in found):
-        return Diagnosis([], f"{inside.of_rank} {_NO_STEP}".strip())
+        return Diagnosis([], f"{note} {_NO_STEP}".strip())
     total = _Total()
     modules: dict[str | int, _Total] = collections.defaultdict(_Total)
     for one in found:
         total.add(one)
         modules[_module(one)].add(one)
-    rows = [_row(one, _cause(one, total.less(modules[_module(one)]), threshold)) for one in found]
-    return Diagnosis(rows, inside.of_rank)
+    rows = [_row(one, _cause(one, total, modules[_module(one)], threshold)) for one in found]
+    return Diagnosis(rows, note)
+
+
+def _insides(optimizer: Optimizer | Iterable[Optimizer]) -> list[Unwrapped]:
+    """Return the PRM inside each of what was given: one optimizer, or several."""
+    one = hasattr(optimizer, "param_groups") or not isinstance(optimizer, Iterable)
+    insides = [unwrapped_prm(each, "diagnose") for each in ([optimizer] if one else cast(Iterable[Any], optimizer))]
+    if not insides:
+        raise ValueError("diagnose needs at least one optimizer, got none")
+    return insides
 
 
 class _Total:
@@ -172,10 +131,13 @@ class _Total:
 
     def __init__(self, live: float = 0.0, q: float = 0.0, over_noise: float = 0.0) -> None:
         self.live, self.q, self.over_noise = live, q, over_noise
+        self.gradient_sq = 0.0  # of the tensor where it is largest, on average over its scalars
 
     def add(self, one: Evidence) -> None:
         """Count a tensor in that is under a mask, and has been for long enough to judge by."""
         n, hyper = one.sums, one.hyper
+        if n is not None and n.v > self.gradient_sq * one.scalars:
+            self.gradient_sq = n.v / one.scalars
         if n is None or hyper.mask == "none" or one.step <= hyper.warmup_steps or one.step < enough_steps(hyper):
             return
         if n.live > 0 and math.isfinite(n.live_q) and math.isfinite(one.over_noise):
@@ -201,8 +163,8 @@ class _Finding(NamedTuple):
     advice: str = ""
 
 
-def _cause(one: Evidence, rest: _Total, threshold: float) -> _Finding:
-    """Find why a tensor moves as it does; the modules' `rest` is what it is compared with."""
+def _cause(one: Evidence, total: _Total, module: _Total, threshold: float) -> _Finding:
+    """Find why a tensor moves as it does, compared with its module and with the rest of the total."""
     hyper, n = one.hyper, one.sums
     if n is None:
         return _Finding(
@@ -218,13 +180,20 @@ def _cause(one: Evidence, rest: _Total, threshold: float) -> _Finding:
             f"{one.zero_fraction:.0%} of it had no gradient for some 100 steps",
             "not the mask's doing: look for units that are never active, or a loss that does not reach it",
         )
+    if _rounding(one, n, total, module):
+        return _Finding(
+            "dead",
+            f"its gradient of {math.sqrt(n.v / one.scalars):.0e} is what rounding leaves of 0, beside "
+            f"{math.sqrt(module.gradient_sq):.0e} in the same module",
+            "not the mask's doing: a bias before a normalization layer does not reach the loss; bias=False saves it",
+        )
     if one.step <= hyper.warmup_steps:
         return _Finding("warmup", f"open until step {hyper.warmup_steps} (warmup_steps)")
     if hyper.mask == "none":
         return _Finding("open", "mask='none'")
     if one.step < enough_steps(hyper):
         return _Finding("early", f"too few steps to say; {enough_steps(hyper)} would do")
-    return _under_mask(one, n, rest, threshold)
+    return _under_mask(one, n, total.less(module), threshold)
 
 
 def _under_mask(one: Evidence, n: Sums, rest: _Total, threshold: float) -> _Finding:
@@ -236,26 +205,32 @@ def _under_mask(one: Evidence, n: Sums, rest: _Total, threshold: float) -> _Find
         if found is not None:
             return found
         if coherent and _held_back(q, one.over_noise, rest):
-            return _Finding("weak", f"{scored}, mean q {q:.2g}, elsewhere {rest.q / rest.live:.2g}", _WEAK)
+            return _Finding("weak", f"{scored}, mean q {q:.2g}, elsewhere {rest.q / rest.live:.2g}", _weak(one.hyper))
         if _decays(one):
             return _Finding("decay", f"decay is {one.decay_ratio():.3g} of the masked step, mean q {q:.2g}", _DECAY)
     if q >= threshold:
         return _Finding("open", f"mean q {q:.2g}")
     if coherent:
-        return _Finding("slowed", scored, _SLOWED)
-    return _Finding("noise", scored, _NOISE)
+        return _Finding("slowed", scored, SLOWED)
+    return _Finding("noise", scored, NOISE)
 
 
-_WEAK = (
-    "mask='none' for its group (popriskmin.param_groups), or min_q there, or a smaller softness, which "
-    "popriskmin.SoftnessController finds; a larger batch; variance='given' if its gradient drifts"
-)
+def _rounding(one: Evidence, n: Sums, total: _Total, module: _Total) -> bool:
+    """Return whether the gradient is so small beside its module's and the model's that only rounding makes it."""
+    mean = n.v / one.scalars
+    small = mean < ROUNDING * total.gradient_sq and mean < ROUNDING_IN_MODULE * module.gradient_sq
+    return small and not one.over_noise >= needed_ratio(one.shape)
+
+
+def _weak(hyper: Hyperparameters) -> str:
+    drifts = "" if hyper.given else "; variance='given' if its gradient drifts"
+    return (
+        "mask='none' for its group (popriskmin.param_groups), or min_q there, or a smaller softness, which "
+        f"popriskmin.SoftnessController finds; a larger batch{drifts}"
+    )
+
+
 _DECAY = "mask_decay=True, or less weight_decay, or what opens the mask"
-_SLOWED = "none is needed; a larger lr makes up for it, or a smaller softness"
-_NOISE = (
-    "none is needed, unless the module must learn from a signal weaker than its noise, as a router may: then "
-    "mask='none' for its group, min_q, a smaller softness or a larger batch"
-)
 
 
 def _epsilon(hyper: Hyperparameters, n: Sums) -> _Finding | None:
@@ -266,7 +241,9 @@ def _epsilon(hyper: Hyperparameters, n: Sums) -> _Finding | None:
         "epsilon",
         f"mask_eps={hyper.mask_eps:.3g} for gradients of {math.sqrt(n.v / n.live):.0e}: mean q {q:.2g}, without "
         f"{without:.2g}",
-        "mask_eps=None, which is eps**2; and a smaller eps if that is still too large",
+        f"a smaller eps: mask_eps is eps**2, of eps={hyper.eps:g}"
+        if hyper.mask_eps == hyper.eps**2
+        else "mask_eps=None, which is eps**2; and a smaller eps if that is still too large",
     )
 
 
@@ -322,68 +299,3 @@ def _row(one: Evidence, finding: _Finding) -> Row:
         reason=finding.reason,
         advice=finding.advice,
     )
-
-
-COLUMNS = ("tensors", "scalars", "mean q", "over noise", "gradient", "decay/step", "cause")
-
-
-def _table(rows: Sequence[Row]) -> list[str]:
-    """Return the table: tensors of one cause whose names differ in numbers alone share a line."""
-    gathered: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        gathered.setdefault((_pattern(row.name), row.cause), []).append(row)
-    lines = sorted(gathered.items(), key=lambda item: item[0][1] in FINE)  # faults first; the sort is stable
-    text = [f"{'layer':32} {COLUMNS[0]:>7} {COLUMNS[1]:>10} {COLUMNS[2]:>7} {COLUMNS[3]:>10} {COLUMNS[4]:>8} "]
-    text[0] += f"{COLUMNS[5]:>10} {COLUMNS[6]}"
-    for (name, cause), members in lines[:MOST_LINES]:
-        scalars = sum(row.parameter_count for row in members)
-
-        def mean(column: str, members: list[Row] = members, scalars: int = scalars) -> float:
-            return math.fsum(row.parameter_count * getattr(row, column) for row in members) / scalars
-
-        shown = name if len(name) <= 32 else f"...{name[-29:]}"
-        text.append(
-            f"{shown:32} {len(members):7} {scalars:10} {mean('mean_q'):7.3f} {mean('over_noise'):10.1f} "
-            f"{mean('gradient'):8.1e} {mean('decay_ratio'):10.2g} {cause}"
-        )
-    left = [row for _, members in lines[MOST_LINES:] for row in members]
-    if left:
-        causes = ", ".join(f"{count} {cause}" for cause, count in Counter(row.cause for row in left).items())
-        text.append(f"... and {len(left)} further tensors: {causes}")
-    return text
-
-
-def _pattern(name: str | int) -> str:
-    return re.sub(r"(?<![^.])\d+(?=\.|$)", "*", name) if isinstance(name, str) else f"parameter {name}"
-
-
-def _sentences(rows: Sequence[Row]) -> list[str]:
-    """Return for each cause that is there which layers, why and what to try; what is no fault comes last."""
-    text: list[str] = []
-    faults = [row for row in rows if row.cause not in FINE]
-    for cause in dict.fromkeys(row.cause for row in faults):
-        found = [row for row in faults if row.cause == cause]
-        for reason_row in found[:MOST_REASONS]:
-            text += _wrapped(f"{cause}: {reason_row.name}: {reason_row.reason}.")
-        if len(found) > MOST_REASONS:
-            text += _wrapped(f"{cause}: and {len(found) - MOST_REASONS} more.")
-        text += _wrapped(f"Try {found[0].advice}." if cause != "dead" else f"This is {found[0].advice}.", "  ")
-    if not faults:
-        text.append("Nothing is wrong with the mask.")
-    counts = Counter(row.cause for row in rows if row.cause in FINE)
-    for cause, words in _WORDS.items():
-        if counts[cause]:
-            text += _wrapped(f"{cause}: {counts[cause]} {'tensor' if counts[cause] == 1 else 'tensors'}. {words}")
-    return text
-
-
-def _wrapped(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ")
-
-
-_WORDS = {
-    "noise": f"Shut because their mean gradient is no more than noise would give; that is what the mask is for. "
-    f"Advice: {_NOISE}.",
-    "slowed": f"More signal than noise, and all move by smaller steps. Advice: {_SLOWED}.",
-    "early": "Too few steps to say.",
-}

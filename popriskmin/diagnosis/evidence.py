@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from popriskmin.diagnosis.noise import first_step, mean_and_variance, weights
 from popriskmin.mask import Hyperparameters, corrections, evaluate
 from popriskmin.optimizer.prm import PRM
-from popriskmin.optimizer.reading import Held, as_wide_reals, held, recompute, to_host
+from popriskmin.optimizer.reading import Held, as_wide_reals, held, parameter_names, recompute, to_host
 from popriskmin.step.lists import sum_dtype, whole
 
 # A mean gradient so much smaller than its noise (both squared) is that of one which has been 0 for some 100 steps.
@@ -20,6 +20,9 @@ SILENT = 1e-9
 # Squared gradients that are so much smaller than the tensor's mean one are what rounding leaves of a gradient of 0, as
 # that of a key's bias in attention.
 ROUNDING = 1e-10
+# And of a whole tensor's: beside the model's largest, and so much beside its own module's. The bias of a convolution
+# before a normalization has 1e-10 of the squared gradient of its weights.
+ROUNDING_IN_MODULE = 1e-8
 
 
 class Sums(NamedTuple):
@@ -76,17 +79,33 @@ class Evidence(NamedTuple):
         return decay / step if step > 0 else (math.inf if decay > 0 else 0.0)
 
 
-def read(optimizer: PRM) -> list[Evidence]:
-    """Return what is known of every tensor that has elements and has stepped or could."""
-    found = list(_found(optimizer))
+def read(optimizers: Sequence[PRM]) -> list[Evidence]:
+    """Return what is known of every tensor that has elements and has stepped or could, over several optimizers.
+
+    Groups and unnamed parameters are counted through; names that several optimizers have get their group's number.
+    """
+    found = [pair for optimizer, names in zip(optimizers, _names(optimizers)) for pair in _found(optimizer, *names)]
     numbers = iter(to_host([sums for _, sums in found if sums is not None]))
     return [one if sums is None else one._replace(sums=Sums(*next(numbers))) for one, sums in found]
 
 
-def _found(optimizer: PRM) -> Iterator[tuple[Evidence, Tensor | None]]:
+def _names(optimizers: Sequence[PRM]) -> Iterator[tuple[int, dict[Tensor, str | int]]]:
+    """Yield for each optimizer the number of its first group among all, and the names of its parameters."""
+    names = iter(parameter_names([group for optimizer in optimizers for group in optimizer.param_groups]))
+    first = 0
+    for optimizer in optimizers:
+        groups = optimizer.param_groups
+        yield first, {p: name for group in groups for p, name in zip(group["params"], next(names))}
+        first += len(groups)
+
+
+def _found(
+    optimizer: PRM, first_group: int, names: Mapping[Tensor, str | int]
+) -> Iterator[tuple[Evidence, Tensor | None]]:
     for one in held(optimizer):
         if one.step > 0 or one.param.requires_grad:
-            evidence = Evidence(one.name, one.group, tuple(one.param.shape), one.scalars, one.step, one.hyper, None)
+            name, group = names[one.param], first_group + one.group
+            evidence = Evidence(name, group, tuple(one.param.shape), one.scalars, one.step, one.hyper, None)
             yield evidence, _sums(one) if one.step > 0 else None
 
 

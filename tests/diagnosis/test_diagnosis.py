@@ -380,3 +380,74 @@ def test_sharded_parameters(tmp_path):
     while not failures.empty():
         found.append(failures.get())
     assert not found, "\n".join(found)
+
+
+def test_a_bias_before_a_normalization_is_dead_and_no_fault_of_the_epsilon():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
+    )  # fmt: skip
+    for options in ({}, {"mask_eps": 1e-12}):
+        optimizer = PRM(net.named_parameters(), lr=1e-3, **options)
+        for _ in range(80):
+            x = torch.randn(32, 2, 10, 10)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x), (x.mean((1, 2, 3)) > 0).long()).backward()
+            optimizer.step()
+        found = diagnose(optimizer)
+        dead = {row.name: row for row in found.rows if row.cause == "dead"}
+        assert set(dead) == {"0.bias", "3.bias"}
+        assert "what rounding leaves of 0" in dead["0.bias"].reason
+        assert "bias=False" in dead["0.bias"].advice
+
+
+def test_small_gradients_are_not_dead_for_being_small():
+    # A module whose gradients are all small, and a coherent small one in a module of large ones.
+    optimizer = run({"big.weight": (1, 1), "far.weight": (0, 1e-7), "far.bias": (0, 1e-7), "big.bias": (1e-6, 1e-7)},
+                    eps=1e-12)  # fmt: skip
+    assert causes(optimizer) == {"big.weight": "open", "far.weight": "noise", "far.bias": "noise", "big.bias": "open"}
+
+
+def test_the_advice_names_nothing_that_is_set_already():
+    row = diagnose(run({"body.weight": (1e-9, 1e-9)})).rows[0]
+    assert row.cause == "epsilon"
+    assert "mask_eps=None" not in row.advice
+    assert "a smaller eps: mask_eps is eps**2, of eps=1e-08" in row.advice
+    tensors = {"body.weight": (2, 1), "router.weight": (0.3, 1)}
+    generator = torch.Generator().manual_seed(0)
+    params = {name: nn.Parameter(torch.zeros(64, 64)) for name in tensors}
+    optimizer = PRM(params.items(), variance="given")
+    for _ in range(200):
+        for name, (mean, deviation) in tensors.items():
+            params[name].grad = mean + deviation * torch.randn(64, 64, generator=generator)
+        optimizer.set_variances({p: torch.ones(64, 64) for p in params.values()})
+        optimizer.step()
+    weak = diagnose(optimizer).rows[1]
+    assert weak.cause == "weak"
+    assert "variance='given'" not in weak.advice
+
+
+def test_an_optimizer_for_each_parameter():
+    tensors = {"body.weight": (2, 1), "router.weight": (0.3, 1)}
+    together = diagnose(run(tensors))
+    generator = torch.Generator().manual_seed(0)
+    params = {name: nn.Parameter(torch.zeros(64, 64)) for name in tensors}
+    optimizers = [PRM([(name, p)], lr=1e-3) for name, p in params.items()]
+    for _ in range(200):
+        for (name, p), optimizer in zip(params.items(), optimizers):
+            p.grad = tensors[name][0] + tensors[name][1] * torch.randn(p.shape, generator=generator)
+            optimizer.step()
+    apart = diagnose(optimizers)
+    assert [row._replace(group=0) for row in apart.rows] == together.rows
+    assert [row.group for row in apart.rows] == [0, 1]
+    assert diagnose(iter(optimizers)) == diagnose(tuple(optimizers)) == apart
+    unnamed = [PRM([nn.Parameter(torch.ones(2))]) for _ in range(3)]
+    for optimizer in unnamed:
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
+        optimizer.step()
+    assert [(row.name, row.group) for row in diagnose(unnamed).rows] == [(0, 0), (1, 1), (2, 2)]
+    with pytest.raises(ValueError, match="at least one optimizer, got none"):
+        diagnose([])
+    with pytest.raises(TypeError, match="diagnose needs a popriskmin.PRM, got AdamW"):
+        diagnose([optimizers[0], torch.optim.AdamW([nn.Parameter(torch.ones(1))])])

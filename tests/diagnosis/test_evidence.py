@@ -39,7 +39,7 @@ def test_sums_are_those_of_the_scalars(reduction, amsgrad):
     live = torch.ones(30, 20, dtype=torch.bool)
     live[:5] = False
     step = mean / (root + 1e-8)
-    (found,) = read(optimizer)
+    (found,) = read([optimizer])
     assert (found.name, found.group, found.shape, found.scalars, found.step) == ("w", 0, (30, 20), 600, t)
     expected = {
         "q": q.sum(), "active": (signal > a * noise).sum(), "signal": signal.sum(), "noise": a * noise.sum(),
@@ -60,14 +60,14 @@ def test_over_noise_is_in_units_of_what_noise_gives():
     """With a mean of 0.3 and a variance of 1: `(0.09 + k) / k`, less what the cut at 1 takes off."""
     optimizer, _ = trained(200)
     k = variance_of_mean(0.9, 200)
-    assert read(optimizer)[0].over_noise == pytest.approx((0.09 + k) / k, rel=0.1)
+    assert read([optimizer])[0].over_noise == pytest.approx((0.09 + k) / k, rel=0.1)
 
 
 def test_what_has_not_stepped():
     p, frozen, empty = (nn.Parameter(torch.zeros(n)) for n in (3, 3, 0))
     frozen.requires_grad_(False)
     optimizer = PRM([("p", p), ("frozen", frozen), ("empty", empty)])
-    (found,) = read(optimizer)
+    (found,) = read([optimizer])
     assert (found.name, found.sums, found.zero_fraction) == ("p", None, 1.0)
     assert math.isnan(found.over_noise)
     assert math.isnan(found.decay_ratio())
