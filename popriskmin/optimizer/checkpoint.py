@@ -22,6 +22,10 @@ STATE_FORMAT = 1
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable", "state_dtype")
 
 
+# What AdamW takes tensors for, and PRM numbers.
+NUMBERS = ("eps", "weight_decay")
+
+
 class Prepared:
     """A state tensor that is ready to use: the base class casts tensors, but leaves other objects alone."""
 
@@ -90,7 +94,10 @@ def prepare_groups(
             saved = {name: value for name, value in saved.items() if name != "initial_lr"}
         betas = group["betas"] if "betas" in keep else saved.get("betas", group["betas"])
         betas = tuple(float(beta) for beta in betas)  # AdamW takes tensors, too
-        own = {"params": saved["params"], "betas": betas, "state_format": STATE_FORMAT}
+        tensors = {
+            name: float(saved[name]) for name in NUMBERS if name not in keep and isinstance(saved.get(name), Tensor)
+        }
+        own = {**tensors, "params": saved["params"], "betas": betas, "state_format": STATE_FORMAT}
         prepared.append({**saved, **kept, **own})
     # Groups beyond the shorter list are handed on, for the base class to complain about.
     return prepared + list(saved_groups[len(groups) :])

@@ -357,3 +357,15 @@ def test_bad_names_to_keep_are_refused_and_nothing_is_loaded():
         ours.load_state_dict(theirs.state_dict(), keep=["weigth_decay"])
     assert not ours.state
     assert ours.param_groups[0]["lr"] == 0.01
+
+
+def test_adamws_tensor_options_are_taken_as_numbers():
+    _, theirs = make(torch.optim.AdamW, lr=0.01)
+    run(theirs.param_groups[0]["params"], theirs, 1, seed=1)
+    saved = theirs.state_dict()
+    saved["param_groups"][0].update(eps=torch.tensor(1e-6, dtype=torch.float64), weight_decay=torch.tensor(0.25))
+    for keep, expected in (((), 0.25), (("weight_decay",), 0.5)):
+        params, ours = make(lr=0.01, weight_decay=0.5)
+        ours.load_state_dict(saved, keep=keep)
+        assert (ours.param_groups[0]["eps"], ours.param_groups[0]["weight_decay"]) == (1e-6, expected)
+        run(params, ours, 1, seed=2)
