@@ -39,9 +39,10 @@ class Reference:
             return (1 - beta1) / (1 + beta1) * (1 + beta1**t) / (1 - beta1**t)
 
         given = o["variance"] == "given"
+        unbiased = o["debias"] or o["mask"] == "threshold"
         if given:
             s = rho * s + (1 - rho) * z
-        elif o["debias"]:
+        elif unbiased:
             if t > 1:
                 d = g - m / (1 - beta1 ** (t - 1))
                 s = rho * s + (1 - rho) * d**2 / (1 + k(t - 1))
@@ -56,7 +57,7 @@ class Reference:
         corrected = o["bias_correction"]
         m_hat = m / (1 - beta1**t) if corrected else m
         v_hat = (v_max if o["amsgrad"] else v) / (1 - beta2**t if corrected else 1)
-        if o["debias"] and not given:
+        if unbiased and not given:
             s_hat = s / (1 - rho ** (t - 1)) if t > 1 else s
         else:
             s_hat = s / (1 - rho**t) if corrected else s
@@ -64,11 +65,11 @@ class Reference:
         signal, noise = m_hat**2, s_hat
         if o["reduction"] == "per_tensor":
             signal, noise = np.full_like(w, signal.mean()), np.full_like(w, noise.mean())
-        if o["debias"]:
+        if o["debias"] and o["mask"] != "threshold":
             signal = np.maximum(signal - k(t) * noise, 0)
-        q = self._mask(signal, noise)
+        q = self._mask(signal, noise, k(t))
         q = np.where(q < o["min_q"], o["min_q"], q)
-        if t <= o["warmup_steps"] or (o["debias"] and not given and t == 1):
+        if t <= o["warmup_steps"] or (unbiased and not given and t == 1):
             q = np.ones_like(w)
         self.q[i], self.signal, self.noise = q, signal, noise
 
@@ -76,7 +77,7 @@ class Reference:
             w = w - lr * decay * (q if o["mask_decay"] else 1) * w
         self.w[i] = w - lr * q * m_hat / (np.sqrt(v_hat) + o["eps"])
 
-    def _mask(self, signal, noise):
+    def _mask(self, signal, noise, k):
         o = self.options
         b, n = o["batch_size"], o["n_dataset"]
         a = b / (n - b) if o["boundary"] == "empirical" else 1
@@ -88,6 +89,8 @@ class Reference:
         if o["mask"] == "soft":
             x = np.maximum(signal - a * noise, 0)
             return x / (x + softness * noise + e)
+        if o["mask"] == "threshold":
+            return np.maximum(0, 1 - np.sqrt((softness * a * k * noise + e) / (signal + e)))
         if o["mask"] == "hard":
             return np.where(signal > a * noise, 1.0, 0.0)
         return np.ones_like(signal)

@@ -9,8 +9,8 @@ rates = st.sampled_from([0.0, 0.5, 0.9, 0.99, 0.999])
 @st.composite
 def options(draw):
     """Draw any combination of options that changes the update."""
-    mask = draw(st.sampled_from(["snr", "soft", "hard", "none"]))
-    bias_correction = draw(st.booleans())
+    mask = draw(st.sampled_from(["snr", "soft", "hard", "threshold", "none"]))
+    bias_correction = mask == "threshold" or draw(st.booleans())
     decoupled = draw(st.booleans())
     drawn = {
         "lr": draw(st.sampled_from([1e-3, 1e-2, 0.1])),

@@ -44,9 +44,9 @@ def enough_steps(hyper: Hyperparameters) -> int:
 def weights(t: float, hyper: Hyperparameters) -> Weights:
     """Return the weights after `t` steps, for bias-corrected `m^` and `s^`.
 
-    With `debias`, or a variance that is given, `s^` is unbiased: `leak = 0`, `own = 1`. Else step `j` adds
-    `(g - m(j-1))**2`, whose mean is `z + k(inf) * (1 - b**(j-1)) * z + b**(j-1) * u**2` with `b = beta1**2`: at first
-    `m` is 0 and the squared mean counts as noise. Averaged with the weights `rho**(t-j)`.
+    With `debias`, `mask="threshold"` or a variance that is given, `s^` is unbiased: `leak = 0`, `own = 1`. Else step
+    `j` adds `(g - m(j-1))**2`, whose mean is `z + k(inf) * (1 - b**(j-1)) * z + b**(j-1) * u**2` with `b = beta1**2`:
+    at first `m` is 0 and the squared mean counts as noise. Averaged with the weights `rho**(t-j)`.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def weights(t: float, hyper: Hyperparameters) -> Weights:
     if t < first_step(hyper):
         raise ValueError(f"mean and variance can be told apart from step {first_step(hyper)} on, got t={t:g}")
     k = variance_of_mean(hyper.beta1, t)
-    if hyper.given or hyper.debias:
+    if hyper.given or hyper.unbiased:
         return Weights(k, 0.0, 1.0)
     b, rho = hyper.beta1**2, hyper.rho
     # The sum of rho**(t-j) * b**(j-1) over the steps; its closed form divides 0 by 0 where the two are equal.

@@ -75,6 +75,8 @@ def check_options(options: Mapping[str, Any]) -> None:
         boundary_coefficient("empirical", options["batch_size"], options["n_dataset"])
     if options["debias"] and not options["bias_correction"]:
         raise ValueError("debias=True needs bias_correction=True, got bias_correction=False")
+    if MASKS[options["mask"]].of_mean and not options["bias_correction"]:
+        raise ValueError(f"mask={options['mask']!r} needs bias_correction=True, got bias_correction=False")
     if options["mask_decay"] and not options["decoupled_weight_decay"]:
         raise ValueError(
             "mask_decay=True needs decoupled_weight_decay=True, got decoupled_weight_decay=False, "

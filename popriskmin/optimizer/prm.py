@@ -63,7 +63,8 @@ class PRM(CheckedOptimizer):
     mask
         "snr" as above, never quite shut. "soft": with `x = max(m^**2 - a * s^, 0)`,
         `q = x / (x + softness * s^ + mask_eps)`, zero below the boundary. "hard": 1 where `m^**2 > a * s^`, else 0.
-        "none": 1, which is AdamW; for single groups.
+        "threshold": `m^` less `sqrt(softness)` of its own standard errors, or 0; see `popriskmin.mask.threshold`. With
+        it `s` is estimated as with `debias`. "none": 1, which is AdamW; for single groups.
     reduction
         "per_param": a mask for each scalar. "per_tensor": signal and noise are averaged over each tensor first.
     warmup_steps

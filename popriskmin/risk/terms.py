@@ -194,7 +194,7 @@ def same_pass(beta1: float, pass_steps: float) -> float:
 def gradient_variance(entry: Moments, hyper: Hyperparameters) -> Tensor:
     """Return the minibatch gradient's variance from `s`, of its shape."""
     divisor = corrections(entry.t, hyper._replace(bias_correction=True)).bias_var
-    if not (hyper.given or hyper.debias):
+    if not (hyper.given or hyper.unbiased):
         # Deviations from a mean have the mean's variance too.
         divisor = divisor * (1 + variance_of_mean(hyper.beta1, entry.t - 1))
     variance: Tensor = entry.exp_avg_var / divisor

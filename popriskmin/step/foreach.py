@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from popriskmin.mask import (
+    MASKS,
     Corrections,
     Hyperparameters,
     corrections,
@@ -219,7 +220,7 @@ def _advance_variance(
         return
     if not isinstance(c.blend, Tensor) and c.blend == 0:
         return
-    if hyper.debias:
+    if hyper.unbiased:
         deviations = torch._foreach_div(exp_avgs, _each(c.centre, block))
         torch._foreach_sub_(deviations, grads)
     else:
@@ -249,7 +250,9 @@ def _mask(block: _Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dt
     torch._foreach_clamp_max_(signals, bound)
     noises = list(torch._foreach_div(_widen(block.lists.exp_avg_vars, dtype), _each(c.bias_var, block)))
     torch._foreach_clamp_max_(noises, bound)
-    if hyper.debias:
+    if MASKS[hyper.mask].of_mean:
+        torch._foreach_mul_(noises, _each(c.k, block))
+    elif hyper.debias:
         if isinstance(c.k, Tensor):
             for signal, noise, k in zip(signals, noises, _each(c.k, block)):
                 signal.addcmul_(noise, k, value=-1)

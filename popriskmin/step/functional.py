@@ -249,7 +249,7 @@ def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperpara
 
 def _streaming_variance(s: Tensor, g: Tensor, m: Tensor, c: Corrections, hyper: Hyperparameters) -> Tensor:
     """Return `s` of this step from the gradient and the mean before it."""
-    deviation = g - (m / c.centre if hyper.debias else m)
+    deviation = g - (m / c.centre if hyper.unbiased else m)
     if isinstance(c.blend, Tensor):
         deviation = torch.where(c.blend == 0, torch.zeros_like(deviation), deviation)
         return s * hyper.rho + c.blend * deviation * deviation

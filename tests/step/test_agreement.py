@@ -150,7 +150,7 @@ finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 @settings(max_examples=200)
 @given(
     grads=st.lists(st.lists(finite, min_size=3, max_size=3), min_size=1, max_size=5),
-    mask=st.sampled_from(["snr", "soft", "hard", "none"]),
+    mask=st.sampled_from(["snr", "soft", "hard", "threshold", "none"]),
     reduction=st.sampled_from(["per_param", "per_tensor"]),
     debias=st.booleans(),
     softness=st.sampled_from([0.0, 1.0, 1e6]),
@@ -173,7 +173,7 @@ def test_q_is_finite_and_within_bounds_for_every_finite_gradient(
             assert stats["min_q"] - 1e-6 <= stats["mean_q"] <= stats["max_q"] + 1e-6
 
 
-@pytest.mark.parametrize("mask", ["snr", "soft", "hard", "none"])
+@pytest.mark.parametrize("mask", ["snr", "soft", "hard", "threshold", "none"])
 @pytest.mark.parametrize("debias", [False, True])
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

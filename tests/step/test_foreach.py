@@ -89,7 +89,7 @@ def test_no_value_is_read_back_to_the_host(foreach):
     if foreach and TORCH < (2, 1):
         pytest.skip("torch 2.0 has no foreach operations on the meta device")
     for mask, reduction, debias, amsgrad, decoupled, capturable in itertools.product(
-        ["snr", "soft", "hard", "none"], ["per_param", "per_tensor"], *[[False, True]] * 4
+        ["snr", "soft", "hard", "threshold", "none"], ["per_param", "per_tensor"], *[[False, True]] * 4
     ):
         params = [torch.nn.Parameter(torch.zeros(shape, device="meta")) for shape in [(3, 4), (5,), ()]]
         optimizer = PRM(params, lr=torch.tensor(1e-3), mask=mask, reduction=reduction, debias=debias, amsgrad=amsgrad,

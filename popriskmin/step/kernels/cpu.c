@@ -14,12 +14,13 @@
 #include "cpu_types.h"
 
 /* To be raised, here and in cpu.py, whenever a structure or a meaning below changes. */
-#define ABI 5
+#define ABI 6
 
 #define MASK_NONE 0
 #define MASK_SNR 1
 #define MASK_SOFT 2
 #define MASK_HARD 3
+#define MASK_THRESHOLD 4 /* options.debias is set with it: it needs k and the unbiased variance */
 
 #define ADVANCE 1
 #define MOVE 2

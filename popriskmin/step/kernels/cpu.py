@@ -21,9 +21,9 @@ from popriskmin.step.kernels.fit import State, packed
 from popriskmin.step.lists import Lists
 
 # As in cpu.c.
-ABI = 5
+ABI = 6
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-MASK_CODES = {"none": 0, "snr": 1, "soft": 2, "hard": 3}
+MASK_CODES = {"none": 0, "snr": 1, "soft": 2, "hard": 3, "threshold": 4}
 LEVELS = ("baseline", "AVX2", "AVX-512")
 
 NAME = "_cpu.dll" if sys.platform == "win32" else "_cpu.so"
@@ -180,7 +180,7 @@ def _options(hyper: Hyperparameters) -> _Options:
         bias_correction=hyper.bias_correction,
         decoupled_weight_decay=hyper.decoupled_weight_decay,
         maximize=hyper.maximize,
-        debias=hyper.debias,
+        debias=hyper.unbiased,
         mask_decay=hyper.mask_decay,
         variance_given=hyper.given,
     )

@@ -35,8 +35,9 @@ static NAME(constants) NAME(convert)(const numbers *x) {
     c.inv_bias_var = (REAL)x->inv_bias_var;
     c.k = (REAL)x->k;
     c.coefficient = (REAL)x->coefficient;
-    /* The snr mask multiplies the noise by both. */
-    c.softness = (REAL)(x->mask == MASK_SNR ? x->softness * x->coefficient : x->softness);
+    /* The snr mask multiplies the noise by both, the threshold by the variance of the mean too. */
+    double factor = x->mask == MASK_SNR ? x->coefficient : x->mask == MASK_THRESHOLD ? x->coefficient * x->k : 1;
+    c.softness = (REAL)(x->softness * factor);
     /* As popriskmin.mask.floor and popriskmin.mask.largest. */
     c.mask_eps = (REAL)(x->mask_eps > (double)REAL_TINY ? x->mask_eps : (double)REAL_TINY);
     c.bound = (REAL)(REAL_MAX / 4);
@@ -57,7 +58,7 @@ TARGET INLINE REAL NAME(not_negative)(REAL x) { return x < 0 ? 0 : x; }
 TARGET INLINE REAL NAME(mask)(int mask, int debias, REAL signal, REAL noise, const NAME(constants) *c) {
     signal = NAME(at_most)(signal, c->bound);
     noise = NAME(at_most)(noise, c->bound);
-    if (debias)
+    if (debias && mask != MASK_THRESHOLD)
         signal = NAME(not_negative)(signal - noise * c->k);
     REAL q = 1;
     if (mask == MASK_SNR)
@@ -68,6 +69,8 @@ TARGET INLINE REAL NAME(mask)(int mask, int debias, REAL signal, REAL noise, con
     }
     if (mask == MASK_HARD)
         q = signal > noise * c->coefficient ? 1 : 0;
+    if (mask == MASK_THRESHOLD)
+        q = NAME(not_negative)(1 - SQRT((noise * c->softness + c->mask_eps) / (signal + c->mask_eps)));
     return q < c->min_q ? c->min_q : q;
 }
 
@@ -147,6 +150,7 @@ TARGET static void NAME(move)(int mask, int64_t n, REAL *p, const REAL *m, const
     case MASK_SNR: NAME(move_loop)(MASK_SNR, c->debias, n, p, m, v, s, given, c); break;
     case MASK_SOFT: NAME(move_loop)(MASK_SOFT, c->debias, n, p, m, v, s, given, c); break;
     case MASK_HARD: NAME(move_loop)(MASK_HARD, c->debias, n, p, m, v, s, given, c); break;
+    case MASK_THRESHOLD: NAME(move_loop)(MASK_THRESHOLD, c->debias, n, p, m, v, s, given, c); break;
     default: NAME(move_loop)(MASK_NONE, 0, n, p, m, v, s, given, c);
     }
 }
@@ -206,6 +210,7 @@ TARGET static void NAME(whole)(int mask, int narrow, int64_t n, uint32_t place, 
     case 2 * MASK_SOFT + 1: WHOLE(MASK_SOFT, 1); break;
     case 2 * MASK_HARD: WHOLE(MASK_HARD, 0); break;
     case 2 * MASK_HARD + 1: WHOLE(MASK_HARD, 1); break;
+    case 2 * MASK_THRESHOLD + 1: WHOLE(MASK_THRESHOLD, 1); break;
     case 2 * MASK_NONE: WHOLE(MASK_NONE, 0); break;
     default: WHOLE(MASK_NONE, 1);
     }

@@ -188,7 +188,7 @@ class _Launch(NamedTuple):
             "DECOUPLED": decays and hyper.decoupled_weight_decay,
             "MAXIMIZE": hyper.maximize,
             "BIAS": hyper.bias_correction,
-            "DEBIAS": hyper.debias,
+            "DEBIAS": hyper.unbiased,
             "GIVEN": hyper.given,
             "MASK_DECAY": hyper.mask_decay,
             "FROM_END": 1 - hyper.beta1 >= 0.5,
@@ -302,7 +302,7 @@ def _numbers(known: Corrections | None, hyper: Hyperparameters, dtype: torch.dty
         "mask_eps": floor(hyper.mask_eps, dtype),
         "min_q": hyper.min_q,
         "bound": largest(dtype),
-        "softness": hyper.softness * hyper.coefficient if hyper.mask == "snr" else hyper.softness,
+        "softness": hyper.softness * (hyper.coefficient if hyper.mask in ("snr", "threshold") else 1),
         "coefficient": hyper.coefficient,
         "over_bias1": 1 / known.bias1,
         "over_root2": known.bias2**-0.5,
@@ -315,7 +315,7 @@ def _numbers(known: Corrections | None, hyper: Hyperparameters, dtype: torch.dty
         "log_rho": _log(hyper.rho),
         "ratio": (1 - hyper.beta1) / (1 + hyper.beta1),
         "weight_rho": 1 - hyper.rho,
-        "open_until": max(hyper.warmup_steps, 1 if hyper.debias and not hyper.given else 0),
+        "open_until": max(hyper.warmup_steps, 1 if hyper.unbiased and not hyper.given else 0),
     }
 
 

@@ -190,10 +190,10 @@ def mask(
     DEBIAS: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Return `q`, see `popriskmin.mask`; for "snr" the softness holds the coefficient already."""
+    """Return `q`, see `popriskmin.mask`; for "snr" and "threshold" the softness holds the coefficient already."""
     signal = tl.where(signal > bound, bound, signal)
     noise = tl.where(noise > bound, bound, noise)
-    if DEBIAS:
+    if DEBIAS and MASK != "threshold":
         signal = signal - noise * k
         signal = tl.where(signal < 0, 0.0, signal)
     if MASK == "snr":
@@ -202,6 +202,9 @@ def mask(
         excess = signal - noise * coefficient
         excess = tl.where(excess < 0, 0.0, excess)
         q = divide(excess, noise * softness + mask_eps + excess, C)
+    elif MASK == "threshold":
+        q = 1 - root(divide(noise * k * softness + mask_eps, signal + mask_eps, C), C)
+        q = tl.where(q < 0, 0.0, q)
     else:
         q = (signal > noise * coefficient).to(C)
     return tl.where(q < min_q, min_q, q)

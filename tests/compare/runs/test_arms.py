@@ -26,7 +26,7 @@ def test_the_three_arms_and_further_ones():
         ({"softnes": 1.0}, "PRM has no option 'softnes': did you mean softness?"),
         ({"speed": 1.0}, "PRM has no option 'speed': it has betas, rho"),
         ({"lr": 0.1}, "lr is not an option of one arm or task: all arms share one grid"),
-        ({"mask": "sharp"}, "mask must be one of snr, soft, hard, none, got 'sharp'"),
+        ({"mask": "sharp"}, "mask must be one of snr, soft, hard, threshold, none, got 'sharp'"),
         ({"softness": -1}, "softness must be a finite number >= 0, got -1"),
         ({}, "needs at least one option"),
         ({"foreach": True, "differentiable": True}, "foreach=True does not support differentiable=True"),

@@ -303,7 +303,7 @@ BAD = np.array([1.0, np.nan, np.inf, -np.inf, 3e38, -1e30, 0.0, 1e-30])
 
 
 @interpreted
-@pytest.mark.parametrize("mask", ["snr", "soft", "hard", "none"])
+@pytest.mark.parametrize("mask", ["snr", "soft", "hard", "threshold", "none"])
 @pytest.mark.parametrize("reduction", ["per_param", "per_tensor"])
 @pytest.mark.parametrize("tensor_steps", [False, True])
 def test_nan_and_infinity_pass_as_in_the_single_tensor_form(mask, reduction, tensor_steps):

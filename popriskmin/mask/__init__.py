@@ -1,0 +1,47 @@
+"""The mask of PRM: how far a parameter may move, given its gradient's signal and noise.
+
+Pure functions of tensors and numbers. Every implementation of the step (for-loop, foreach, fused) and the
+statistics compute the mask from here, so that all of them decide alike.
+
+References
+----------
+Litman and Guo, "A Theory of Generalization in Deep Learning", arXiv:2605.01172 (the masks and boundaries).
+Balles and Hennig, "Dissecting Adam", ICML 2018, arXiv:1705.07774 (`variance_of_mean`).
+Donoho and Johnstone, "Ideal spatial adaptation by wavelet shrinkage", Biometrika 1994 (`threshold`).
+"""
+
+from popriskmin.mask.corrections import Corrections, corrections, variance_of_mean
+from popriskmin.mask.evaluate import (
+    evaluate,
+    evaluate_lists,
+    finish_signal_and_noise,
+    floor,
+    largest,
+    signal_and_noise,
+)
+from popriskmin.mask.hyperparameters import BOUNDARIES, REDUCTIONS, VARIANCES, Hyperparameters, boundary_coefficient
+from popriskmin.mask.masks import MASKS, Mask, hard, none, snr, soft, threshold
+
+__all__ = [
+    "BOUNDARIES",
+    "MASKS",
+    "REDUCTIONS",
+    "VARIANCES",
+    "Corrections",
+    "Hyperparameters",
+    "Mask",
+    "boundary_coefficient",
+    "corrections",
+    "evaluate",
+    "evaluate_lists",
+    "finish_signal_and_noise",
+    "floor",
+    "hard",
+    "largest",
+    "none",
+    "signal_and_noise",
+    "snr",
+    "soft",
+    "threshold",
+    "variance_of_mean",
+]

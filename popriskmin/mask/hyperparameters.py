@@ -1,0 +1,119 @@
+"""The numbers of a parameter group that enter the update, and the boundary's coefficient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from popriskmin.mask.masks import MASKS
+
+BOUNDARIES = ("batch", "empirical")
+REDUCTIONS = ("per_param", "per_tensor")
+VARIANCES = ("streaming", "given")
+
+
+class Hyperparameters(NamedTuple):
+    """The numbers of one parameter group that enter the update, resolved for one step."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    rho: float
+    eps: float
+    mask_eps: float
+    weight_decay: float
+    softness: float
+    coefficient: float
+    mask: str
+    reduction: str
+    warmup_steps: int
+    amsgrad: bool
+    bias_correction: bool
+    decoupled_weight_decay: bool
+    maximize: bool
+    debias: bool
+    mask_decay: bool
+    min_q: float
+    variance: str
+
+    @classmethod
+    def of(
+        cls, *, lr: float | Tensor, eps: float, mask_eps: float | None, warmup_steps: int, **others: Any
+    ) -> Hyperparameters:
+        """Return the numbers, with what users may leave out or write in several ways brought to one."""
+        return cls(
+            lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,
+            eps=eps,
+            mask_eps=eps * eps if mask_eps is None else mask_eps,
+            warmup_steps=int(warmup_steps),
+            **others,
+        )
+
+    @classmethod
+    def of_group(cls, group: Mapping[str, Any]) -> Hyperparameters:
+        """Read a parameter group as it stands now, so that a schedule that writes to it takes effect.
+
+        Raises
+        ------
+        ValueError
+            For a mask, reduction, boundary or source of the variance that is none, or an empirical boundary without
+            fitting counts.
+        """
+        for name, known in (("mask", MASKS), ("reduction", REDUCTIONS), ("variance", VARIANCES)):
+            if group[name] not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {group[name]!r}")
+        beta1, beta2 = group["betas"]
+        coefficient = boundary_coefficient(group["boundary"], group["batch_size"], group["n_dataset"])
+        same = {name: group[name] for name in cls._fields if name not in ("beta1", "beta2", "coefficient")}
+        return cls.of(**same, beta1=beta1, beta2=beta2, coefficient=coefficient)
+
+    @property
+    def given(self) -> bool:
+        """Whether the variance of each gradient comes from outside."""
+        return self.variance == "given"
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether `s` is to be an unbiased estimate: with `debias`, and for a mask in units of the mean's variance."""
+        return self.debias or MASKS[self.mask].of_mean
+
+
+def boundary_coefficient(boundary: str, batch_size: int | None, n_dataset: int | None) -> float:
+    """Return `a`, the factor of the noise that the signal must exceed.
+
+    Parameters
+    ----------
+    boundary
+        "batch": every batch is fresh, `a = 1`. "empirical": batches of `batch_size` examples are drawn again
+        and again from `n_dataset` examples, `a = b / (n - b)`.
+    batch_size, n_dataset
+        Counts of examples; both required for "empirical", with `n_dataset > batch_size`.
+
+    Raises
+    ------
+    ValueError
+        For an unknown boundary, or "empirical" without both counts or with `n_dataset <= batch_size`.
+
+    Examples
+    --------
+    >>> boundary_coefficient("batch", None, None)
+    1.0
+    >>> boundary_coefficient("empirical", 100, 1100)
+    0.1
+    """
+    if boundary == "batch":
+        return 1.0
+    if boundary != "empirical":
+        raise ValueError(f"boundary must be one of {', '.join(BOUNDARIES)}, got {boundary!r}")
+    if batch_size is None or n_dataset is None:
+        raise ValueError(
+            "boundary='empirical' needs batch_size and n_dataset, "
+            f"got batch_size={batch_size} and n_dataset={n_dataset}"
+        )
+    if n_dataset <= batch_size:
+        raise ValueError(
+            f"n_dataset must be larger than batch_size, got n_dataset={n_dataset} and batch_size={batch_size}"
+        )
+    return batch_size / (n_dataset - batch_size)
