@@ -14,7 +14,7 @@ from popriskmin.compare.answer.figures import read_run
 from popriskmin.compare.answer.report import write_report
 from popriskmin.compare.answer.results import Results
 from popriskmin.compare.loading import load_task_class, make_task
-from popriskmin.compare.runs.arms import check_common_options, make_arms
+from popriskmin.compare.runs.arms import check_common_options, make_arms, make_rivals
 from popriskmin.compare.runs.digest import source_digest
 from popriskmin.compare.runs.progress import Display, Silent
 from popriskmin.compare.runs.runner import make_jobs, make_runs, prepare_backend
@@ -30,6 +30,8 @@ def compare(
     seeds: int | Sequence[int] = 5,
     prm: Sequence[Mapping[str, Any]] = (),
     match_all: bool = False,
+    arms: Mapping[str, Any] | None = None,
+    arm_lr: Mapping[str, Sequence[float]] | None = None,
     jobs: int = 1,
     backend: str = "loky",
     out: str | Path | None = None,
@@ -54,6 +56,11 @@ def compare(
         Options of further PRM arms, such as `[{"mask": "soft"}]`.
     match_all
         Give each further PRM arm its own AdamW with equal steps.
+    arms
+        Other optimizers as arms, by name: the import path or class of each and its options, such as
+        `{"sgd": ("torch.optim:SGD", {"momentum": 0.9})}`.
+    arm_lr
+        By the name of an arm of `arms`, its own learning rates in place of `lr`.
     jobs
         Runs at a time. Each computes on one thread.
     backend
@@ -94,8 +101,10 @@ def compare(
     seed_list = _seeds(seeds)
     if not (isinstance(jobs, Integral) and int(jobs) >= 1):
         raise ValueError(f"jobs must be a whole number >= 1, got {jobs!r}")
-    arms = make_arms(_options_of_arms(prm), match_all)
-    check_common_options(task.optimizer_options, arms)
+    every_arm = make_arms(_options_of_arms(prm), match_all)
+    own_rates = {name: _numbers(f"the learning rates of {name}", rates) for name, rates in (arm_lr or {}).items()}
+    every_arm += make_rivals(_rivals(arms or {}), own_rates, every_arm)
+    check_common_options(task.optimizer_options, every_arm)
     if out is not None and not str(out).strip():
         raise ValueError(f"out must name a folder, got {out!r}")
     prepare_backend(backend, jobs)
@@ -103,13 +112,13 @@ def compare(
     for path in (folder, folder / "runs"):
         prepare_folder(path)
 
-    all_jobs = make_jobs(arms, learning_rates, weight_decays, seed_list)
+    all_jobs = make_jobs(every_arm, learning_rates, weight_decays, seed_list)
     # Of the task as it is before its code runs, which may change data that it shares.
     source = source_digest(task)
     with Display(Console(stderr=True)) if progress else Silent() as display:
         records = make_runs(task, all_jobs, Store(folder / "runs"), jobs, backend, display, source, keep_going)
     runs = [read_run(job, records[job], task.metrics) for job in all_jobs]
-    results = Results.of_runs(task, arms, learning_rates, weight_decays, seed_list, runs, folder, source)
+    results = Results.of_runs(task, every_arm, learning_rates, weight_decays, seed_list, runs, folder, source)
     note = _replaced(folder / "results.json", results.to_dict()) if progress else None
     if note:
         Console(stderr=True).print(note, highlight=False, markup=False, soft_wrap=True)
@@ -147,6 +156,15 @@ def _options_of_arms(prm: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
     if isinstance(prm, (str, Mapping)) or not all(isinstance(options, Mapping) for options in prm):
         raise ValueError(f'prm must be a list with a dict for each arm, such as [{{"mask": "soft"}}], got {prm!r}')
     return list(prm)
+
+
+def _rivals(arms: Mapping[str, Any]) -> dict[str, tuple[Any, Mapping[str, Any]]]:
+    """Return every arm as a pair; one without options may be given by its optimizer alone."""
+    pairs = {name: (value, {}) if isinstance(value, (str, type)) else value for name, value in arms.items()}
+    for name, pair in pairs.items():
+        if not (isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[1], Mapping)):
+            raise ValueError(f'arms[{name!r}] must be such as ("torch.optim:SGD", {{"momentum": 0.9}}), got {pair!r}')
+    return pairs
 
 
 def _replaced(path: Path, data: Mapping[str, Any]) -> str | None:

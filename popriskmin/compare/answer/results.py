@@ -211,10 +211,10 @@ class Results:
         table: dict[str, list[dict[str, Any]]] = {}
         for arm in self.arms:
             table[arm.name] = []
-            for lr in self.learning_rates:
+            for lr in arm.learning_rates or self.learning_rates:
                 best: dict[str, Any] = {"lr": lr, "weight_decay": None, "mean": None, "interval": None}
                 top = -np.inf
-                for decay in self.weight_decays:
+                for decay in arm.weight_decays or self.weight_decays:
                     pairs = [
                         run.figures["final"][self.metric]
                         for run in chosen_runs(self.runs, arm.name, {"lr": lr, "weight_decay": decay})

@@ -63,6 +63,8 @@ def settings_of(task: Task, arm: Arm, configuration: Configuration, source: str 
             "arm": arm.name,
             "arm_kind": arm.kind,
             "prm_options": arm.options,
+            # Only where there is one: the runs of the other arms keep their names.
+            **({} if arm.optimizer is None else {"optimizer": arm.optimizer}),
             **dataclasses.asdict(configuration),
             "popriskmin": __version__,
             "torch": torch.__version__,

@@ -72,6 +72,7 @@ def _train(
     batch_digests: list[str] = []
     timer = _Timer()
     records.append(evaluate(task, trial, 0))
+    driver.train()
     status, number = "finished", 0
     for number, batch in enumerate(trial.batches, 1):
         if number <= BATCHES_CHECKED:
@@ -105,7 +106,9 @@ def _train(
 
 
 def _observe(task: Task, trial: Trial, driver: Driver, number: int, records: list[Record]) -> None:
+    driver.train(False)
     records.append(evaluate(task, trial, number))
+    driver.train()
     if isinstance(driver, PRMDriver):
         layers = driver.optimizer.get_mask_stats(by="parameter")
         kept = {str(name): {key: row[key] for key in ("mean_q", "active_fraction")} for name, row in layers.items()}
