@@ -150,6 +150,8 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--keep-going", action="store_true", help="make the other runs where one fails, in place of stopping there")
     add("--out", metavar="DIR", help="folder for the results (default: runs/TASK)")
+    add("--export", metavar="FILE", help="pack the comparison's runs into this file, for another machine")
+    add("--import", dest="import_from", metavar="FILE", help="take up the runs of a file that --export has written")
 
 
 def _compare(parser: _CompareParser, known: argparse.Namespace) -> int:
@@ -195,6 +197,8 @@ def _compare(parser: _CompareParser, known: argparse.Namespace) -> int:
             backend=args.backend,
             out=args.out,
             keep_going=args.keep_going,
+            import_from=args.import_from,
+            export_to=args.export,
         )
     except ValueError as error:
         return _wrong(str(error))

@@ -16,9 +16,10 @@ from popriskmin.compare.answer.results import Results
 from popriskmin.compare.loading import load_task_class, make_task
 from popriskmin.compare.runs.arms import check_common_options, make_arms, make_rivals
 from popriskmin.compare.runs.digest import source_digest
+from popriskmin.compare.runs.pack import export_runs, import_runs
 from popriskmin.compare.runs.progress import Display, Silent
 from popriskmin.compare.runs.runner import make_jobs, make_runs, prepare_backend
-from popriskmin.compare.runs.store import Store, prepare_folder
+from popriskmin.compare.runs.store import Store, prepare_folder, settings_of
 from popriskmin.compare.task import Task, check_task
 
 
@@ -35,6 +36,8 @@ def compare(
     jobs: int = 1,
     backend: str = "loky",
     out: str | Path | None = None,
+    import_from: str | Path | None = None,
+    export_to: str | Path | None = None,
     progress: bool = True,
     keep_going: bool = False,
 ) -> Results:
@@ -67,6 +70,10 @@ def compare(
         Joblib's backend: "loky", processes on this machine; "dask" or "ray" for a cluster.
     out
         Folder for `results.json`, `report.html` and `runs/`; None means `runs/<task>`.
+    import_from
+        A file of finished runs, written by `export_to` on any machine, to take up before the others are made.
+    export_to
+        A file into which the comparison's runs are packed at its end.
     progress
         Whether to show progress on standard error.
     keep_going
@@ -111,12 +118,20 @@ def compare(
     folder = Path("runs") / task.name if out is None else Path(out)
     for path in (folder, folder / "runs"):
         prepare_folder(path)
+    if export_to is not None:
+        prepare_folder(Path(export_to).parent)
+        if Path(export_to).is_dir():
+            raise ValueError(f"the file to export to is a folder: {export_to}")
 
     all_jobs = make_jobs(every_arm, learning_rates, weight_decays, seed_list)
     # Of the task as it is before its code runs, which may change data that it shares.
     source = source_digest(task)
+    store = Store(folder / "runs")
+    settings = [settings_of(task, job.arm, job.configuration, source) for job in all_jobs]
+    if import_from is not None:
+        import_runs(store, settings[0], import_from)
     with Display(Console(stderr=True)) if progress else Silent() as display:
-        records = make_runs(task, all_jobs, Store(folder / "runs"), jobs, backend, display, source, keep_going)
+        records = make_runs(task, all_jobs, store, jobs, backend, display, source, keep_going)
     runs = [read_run(job, records[job], task.metrics) for job in all_jobs]
     results = Results.of_runs(task, every_arm, learning_rates, weight_decays, seed_list, runs, folder, source)
     note = _replaced(folder / "results.json", results.to_dict()) if progress else None
@@ -124,6 +139,8 @@ def compare(
         Console(stderr=True).print(note, highlight=False, markup=False, soft_wrap=True)
     results.write()
     write_report(results, records)
+    if export_to is not None:
+        export_runs(store, settings, export_to)
     return results
 
 
