@@ -11,15 +11,17 @@ from typing import Any
 from rich.console import Console
 
 from popriskmin.compare.answer.figures import read_run
+from popriskmin.compare.answer.references import read_references
 from popriskmin.compare.answer.report import write_report
 from popriskmin.compare.answer.results import Results
 from popriskmin.compare.loading import load_task_class, make_task
-from popriskmin.compare.runs.arms import check_common_options, make_arms, make_rivals
+from popriskmin.compare.runs.arms import REFERENCES, check_common_options, make_arms, make_rivals
 from popriskmin.compare.runs.digest import source_digest
 from popriskmin.compare.runs.pack import export_runs, import_runs
 from popriskmin.compare.runs.progress import Display, Silent
-from popriskmin.compare.runs.runner import make_jobs, make_runs, prepare_backend
+from popriskmin.compare.runs.runner import Job, make_jobs, make_runs, prepare_backend
 from popriskmin.compare.runs.store import Store, prepare_folder, settings_of
+from popriskmin.compare.runs.train import Configuration
 from popriskmin.compare.task import Task, check_task
 
 
@@ -124,6 +126,8 @@ def compare(
             raise ValueError(f"the file to export to is a folder: {export_to}")
 
     all_jobs = make_jobs(every_arm, learning_rates, weight_decays, seed_list)
+    if type(task).references is not Task.references:
+        all_jobs += [Job(REFERENCES, Configuration(0.0, 0.0, seed)) for seed in seed_list]
     # Of the task as it is before its code runs, which may change data that it shares.
     source = source_digest(task)
     store = Store(folder / "runs")
@@ -132,8 +136,11 @@ def compare(
         import_runs(store, settings[0], import_from)
     with Display(Console(stderr=True)) if progress else Silent() as display:
         records = make_runs(task, all_jobs, store, jobs, backend, display, source, keep_going)
-    runs = [read_run(job, records[job], task.metrics) for job in all_jobs]
-    results = Results.of_runs(task, every_arm, learning_rates, weight_decays, seed_list, runs, folder, source)
+    runs = [read_run(job, records[job], task.metrics) for job in all_jobs if job.arm != REFERENCES]
+    references = read_references({job.configuration.seed: records[job] for job in all_jobs if job.arm == REFERENCES})
+    results = Results.of_runs(
+        task, every_arm, learning_rates, weight_decays, seed_list, runs, folder, source, references
+    )
     note = _replaced(folder / "results.json", results.to_dict()) if progress else None
     if note:
         Console(stderr=True).print(note, highlight=False, markup=False, soft_wrap=True)

@@ -30,7 +30,7 @@ class Arm:
     name
         What tables and plots call it.
     kind
-        "adamw", "prm", "adamw-matched" or "optimizer".
+        "adamw", "prm", "adamw-matched" or "optimizer"; "references" for what a task gives beside them.
     options
         Options of PRM, beside the learning rate and the weight decay. For "adamw-matched" those of the PRM arm
         that it follows.
@@ -52,6 +52,9 @@ class Arm:
 
 
 ADAMW = Arm("adamw", "adamw")
+
+# Not trained: one run for each seed holds the task's `references`.
+REFERENCES = Arm("references", "references")
 
 
 def make_arms(prm: Sequence[Mapping[str, Any]] = (), match_all: bool = False) -> list[Arm]:
@@ -111,7 +114,7 @@ def make_rivals(
             raise ValueError(f"--arm-lr names the arm {name!r}, but --arm gives {', '.join(given) or 'none'}")
     arms = []
     for name, (optimizer, options) in given.items():
-        if any(arm.name == name for arm in taken) or not name.strip() or name.startswith("prm "):
+        if any(arm.name == name for arm in (*taken, REFERENCES)) or not name.strip() or name.startswith("prm "):
             raise ValueError(f"an arm of yours cannot be called {name!r}: the name is taken")
         path = rivals.path_of(optimizer)
         try:
