@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,4 +122,5 @@ def build(
     given = {name: value for name, value in common.items() if name in named} | dict(options)
     if _takes(optimizer, "weight_decay"):
         given["weight_decay"] = weight_decay
-    return optimizer(params, lr=lr, **given)
+    make: Callable[..., torch.optim.Optimizer] = optimizer
+    return make(params, lr=lr, **given)
