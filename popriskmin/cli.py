@@ -9,7 +9,7 @@ import platform
 import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from popriskmin.version import __version__
 
@@ -124,6 +124,22 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="a further PRM arm with these options, such as --prm mask=soft softness=0.3; may be repeated",
     )
+    add(
+        "--arm",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME=IMPORT.PATH:CLASS", "KEY=VALUE"),
+        help="another optimizer as an arm, such as --arm sgd=torch.optim:SGD momentum=0.9; may be repeated",
+    )
+    add(
+        "--arm-lr",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "LR"),
+        help="learning rates for one arm of --arm in place of --lr; may be repeated",
+    )
     add("--match-all", action="store_true", help="give each further PRM arm its own AdamW with equal steps")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time, each on one thread (default: %(default)s)")
     add(
@@ -134,6 +150,8 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--keep-going", action="store_true", help="make the other runs where one fails, in place of stopping there")
     add("--out", metavar="DIR", help="folder for the results (default: runs/TASK)")
+    add("--export", metavar="FILE", help="pack the comparison's runs into this file, for another machine")
+    add("--import", dest="import_from", metavar="FILE", help="take up the runs of a file that --export has written")
 
 
 def _compare(parser: _CompareParser, known: argparse.Namespace) -> int:
@@ -141,7 +159,7 @@ def _compare(parser: _CompareParser, known: argparse.Namespace) -> int:
         from popriskmin.compare import compare
         from popriskmin.compare.flags import add_task_options, option_fields
         from popriskmin.compare.loading import installed_tasks, load_task_class, make_task
-        from popriskmin.compare.runs.arms import parse_options
+        from popriskmin.compare.runs.arms import parse_arm, parse_arm_lr, parse_options
         from popriskmin.compare.runs.runner import RunError
         from popriskmin.compare.text import brief, last_frame
     except ImportError as error:
@@ -165,6 +183,7 @@ def _compare(parser: _CompareParser, known: argparse.Namespace) -> int:
         args, unknown = parser.parse_known_args(parser.words)
         if unknown:
             parser.refuse_unknown(unknown)
+        rivals = [parse_arm(words) for words in args.arm]
         results = compare(
             make_task(task_class, {field.name: getattr(args, field.name) for field in option_fields(task_class)}),
             lr=args.lr,
@@ -172,10 +191,14 @@ def _compare(parser: _CompareParser, known: argparse.Namespace) -> int:
             seeds=args.seeds if args.seed_list is None else args.seed_list,
             prm=[parse_options(pairs) for pairs in args.prm],
             match_all=args.match_all,
+            arms={name: (optimizer, options) for name, optimizer, options in _once("--arm", rivals)},
+            arm_lr=dict(_once("--arm-lr", [parse_arm_lr(words) for words in args.arm_lr])),
             jobs=args.jobs,
             backend=args.backend,
             out=args.out,
             keep_going=args.keep_going,
+            import_from=args.import_from,
+            export_to=args.export,
         )
     except ValueError as error:
         return _wrong(str(error))
@@ -191,6 +214,15 @@ def _compare(parser: _CompareParser, known: argparse.Namespace) -> int:
     print(f"\nThe page: {results.folder / 'report.html'}\nThe numbers: {results.folder / 'results.json'}")
     failed = any(run.end["status"] == "failed" for run in results.runs)
     return FAILED if failed or not results.has_an_answer else 0
+
+
+def _once(flag: str, given: list[Any]) -> list[Any]:
+    """Refuse a name that is given twice, of which one would be lost."""
+    names = [one[0] for one in given]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{flag} gives {name!r} twice")
+    return given
 
 
 def _wrong(message: str) -> int:

@@ -11,14 +11,17 @@ from typing import Any
 from rich.console import Console
 
 from popriskmin.compare.answer.figures import read_run
+from popriskmin.compare.answer.references import read_references
 from popriskmin.compare.answer.report import write_report
 from popriskmin.compare.answer.results import Results
 from popriskmin.compare.loading import load_task_class, make_task
-from popriskmin.compare.runs.arms import check_common_options, make_arms
+from popriskmin.compare.runs.arms import REFERENCES, check_common_options, make_arms, make_rivals
 from popriskmin.compare.runs.digest import source_digest
+from popriskmin.compare.runs.pack import export_runs, import_runs
 from popriskmin.compare.runs.progress import Display, Silent
-from popriskmin.compare.runs.runner import make_jobs, make_runs, prepare_backend
-from popriskmin.compare.runs.store import Store, prepare_folder
+from popriskmin.compare.runs.runner import Job, make_jobs, make_runs, prepare_backend
+from popriskmin.compare.runs.store import Store, prepare_folder, settings_of
+from popriskmin.compare.runs.train import Configuration
 from popriskmin.compare.task import Task, check_task
 
 
@@ -30,9 +33,13 @@ def compare(
     seeds: int | Sequence[int] = 5,
     prm: Sequence[Mapping[str, Any]] = (),
     match_all: bool = False,
+    arms: Mapping[str, Any] | None = None,
+    arm_lr: Mapping[str, Sequence[float]] | None = None,
     jobs: int = 1,
     backend: str = "loky",
     out: str | Path | None = None,
+    import_from: str | Path | None = None,
+    export_to: str | Path | None = None,
     progress: bool = True,
     keep_going: bool = False,
 ) -> Results:
@@ -54,12 +61,21 @@ def compare(
         Options of further PRM arms, such as `[{"mask": "soft"}]`.
     match_all
         Give each further PRM arm its own AdamW with equal steps.
+    arms
+        Other optimizers as arms, by name: the import path or class of each and its options, such as
+        `{"sgd": ("torch.optim:SGD", {"momentum": 0.9})}`.
+    arm_lr
+        By the name of an arm of `arms`, its own learning rates in place of `lr`.
     jobs
         Runs at a time. Each computes on one thread.
     backend
         Joblib's backend: "loky", processes on this machine; "dask" or "ray" for a cluster.
     out
         Folder for `results.json`, `report.html` and `runs/`; None means `runs/<task>`.
+    import_from
+        A file of finished runs, written by `export_to` on any machine, to take up before the others are made.
+    export_to
+        A file into which the comparison's runs are packed at its end.
     progress
         Whether to show progress on standard error.
     keep_going
@@ -94,27 +110,44 @@ def compare(
     seed_list = _seeds(seeds)
     if not (isinstance(jobs, Integral) and int(jobs) >= 1):
         raise ValueError(f"jobs must be a whole number >= 1, got {jobs!r}")
-    arms = make_arms(_options_of_arms(prm), match_all)
-    check_common_options(task.optimizer_options, arms)
+    every_arm = make_arms(_options_of_arms(prm), match_all)
+    own_rates = {name: _numbers(f"the learning rates of {name}", rates) for name, rates in (arm_lr or {}).items()}
+    every_arm += make_rivals(_rivals(arms or {}), own_rates, every_arm)
+    check_common_options(task.optimizer_options, every_arm)
     if out is not None and not str(out).strip():
         raise ValueError(f"out must name a folder, got {out!r}")
     prepare_backend(backend, jobs)
     folder = Path("runs") / task.name if out is None else Path(out)
     for path in (folder, folder / "runs"):
         prepare_folder(path)
+    if export_to is not None:
+        prepare_folder(Path(export_to).parent)
+        if Path(export_to).is_dir():
+            raise ValueError(f"the file to export to is a folder: {export_to}")
 
-    all_jobs = make_jobs(arms, learning_rates, weight_decays, seed_list)
+    all_jobs = make_jobs(every_arm, learning_rates, weight_decays, seed_list)
+    if type(task).references is not Task.references:
+        all_jobs += [Job(REFERENCES, Configuration(0.0, 0.0, seed)) for seed in seed_list]
     # Of the task as it is before its code runs, which may change data that it shares.
     source = source_digest(task)
+    store = Store(folder / "runs")
+    settings = [settings_of(task, job.arm, job.configuration, source) for job in all_jobs]
+    if import_from is not None:
+        import_runs(store, settings[0], import_from)
     with Display(Console(stderr=True)) if progress else Silent() as display:
-        records = make_runs(task, all_jobs, Store(folder / "runs"), jobs, backend, display, source, keep_going)
-    runs = [read_run(job, records[job], task.metrics) for job in all_jobs]
-    results = Results.of_runs(task, arms, learning_rates, weight_decays, seed_list, runs, folder, source)
+        records = make_runs(task, all_jobs, store, jobs, backend, display, source, keep_going)
+    runs = [read_run(job, records[job], task.metrics) for job in all_jobs if job.arm != REFERENCES]
+    references = read_references({job.configuration.seed: records[job] for job in all_jobs if job.arm == REFERENCES})
+    results = Results.of_runs(
+        task, every_arm, learning_rates, weight_decays, seed_list, runs, folder, source, references
+    )
     note = _replaced(folder / "results.json", results.to_dict()) if progress else None
     if note:
         Console(stderr=True).print(note, highlight=False, markup=False, soft_wrap=True)
     results.write()
     write_report(results, records)
+    if export_to is not None:
+        export_runs(store, settings, export_to)
     return results
 
 
@@ -147,6 +180,15 @@ def _options_of_arms(prm: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
     if isinstance(prm, (str, Mapping)) or not all(isinstance(options, Mapping) for options in prm):
         raise ValueError(f'prm must be a list with a dict for each arm, such as [{{"mask": "soft"}}], got {prm!r}')
     return list(prm)
+
+
+def _rivals(arms: Mapping[str, Any]) -> dict[str, tuple[Any, Mapping[str, Any]]]:
+    """Return every arm as a pair; one without options may be given by its optimizer alone."""
+    pairs = {name: (value, {}) if isinstance(value, (str, type)) else value for name, value in arms.items()}
+    for name, pair in pairs.items():
+        if not (isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[1], Mapping)):
+            raise ValueError(f'arms[{name!r}] must be such as ("torch.optim:SGD", {{"momentum": 0.9}}), got {pair!r}')
+    return pairs
 
 
 def _replaced(path: Path, data: Mapping[str, Any]) -> str | None:

@@ -127,6 +127,14 @@ class Task(abc.ABC):
         them, which is checked.
         """
 
+    def references(self, seed: int) -> Mapping[str, Metrics]:
+        """Return the test metrics of what is no optimizer, by name: a forest, the ceiling with clean labels.
+
+        For a task to override. Each must have the metrics of the task. It is called once for each seed, with random
+        numbers seeded as for `trial`, and shown beside the arms.
+        """
+        return {}
+
     @property
     def options(self) -> dict[str, Any]:
         """The options as a dict."""
@@ -194,6 +202,6 @@ def check_task_class(kind: type[Task]) -> None:
             )
     for field in dataclasses.fields(kind):
         if field.name in vars(Task):
-            own = field.name in ("name", "options", "trial")
+            own = field.name in ("name", "options", "trial", "references")
             cure = "give it another name" if own else "write it without a type, so that it is no option"
             raise ValueError(f"the option {field.name} of {kind.__name__} would hide Task.{field.name}: {cure}")

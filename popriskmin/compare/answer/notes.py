@@ -44,7 +44,11 @@ def edges(
         for arm in arms:
             chosen = selections[figure][arm.name]["chosen"] or {}
             for name, flag, grid in (
-                ("lr", "--lr", learning_rates),
+                (
+                    "lr",
+                    "--lr" if arm.learning_rates is None else f"--arm-lr {arm.name}",
+                    arm.learning_rates or learning_rates,
+                ),
                 # Of two decays each is an edge; and there is no decay below 0.
                 ("weight_decay", "--weight-decay", weight_decays if len(weight_decays) > 2 else []),
             ):

@@ -65,6 +65,7 @@ def learning_curves(results: Results) -> str:
             axes.set_ylabel(f"test {results.metric}")
             if axes.get_lines():
                 axes.legend(fontsize=8, frameon=False)
+            _references(results, axes)
             _zoom(results, choosing, axes)
         panels[-1].set_xlabel("step")
         return _svg(figure)
@@ -79,12 +80,25 @@ def _curve(axes: mpl.axes.Axes, runs: Sequence[Run], metric: str, color: str, la
         axes.fill_between(runs[0].steps, low, high, color=color, alpha=0.18, linewidth=0)
 
 
+def _references(results: Results, axes: mpl.axes.Axes) -> None:
+    """Draw what the task names beside the optimizers, as lines with their names."""
+    for i, (name, metrics) in enumerate(results.references.test.items()):
+        if results.metric in metrics:
+            mean = metrics[results.metric]["mean"]
+            axes.axhline(mean, color="#222222", linewidth=0.9, linestyle=("--", ":", "-.")[i % 3])
+            axes.annotate(name, (1, mean), xycoords=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+
+
 def _zoom(results: Results, choosing: str, axes: mpl.axes.Axes) -> None:
     """Leave the first evaluation, of the untrained network, out of the range if it would dwarf the rest."""
     runs = [run for arm in results.arms for run in results.chosen(arm.name, choosing) if run.finished]
     values = np.array([value for run in runs for value in run.test[results.metric][1:] if np.isfinite(value)])
     if values.size:
         low, high = np.quantile(values, [0.05, 1.0] if results.task.metrics[results.metric] == "max" else [0.0, 0.95])
+        lines = [
+            metrics[results.metric]["mean"] for metrics in results.references.test.values() if results.metric in metrics
+        ]
+        low, high = min([low, *lines]), max([high, *lines])
         margin = 0.08 * (high - low or 1)
         axes.set_ylim(low - margin, high + margin)
 
@@ -130,6 +144,7 @@ def by_learning_rate(results: Results) -> str:
             axes.set_xscale("log")
         axes.set_xlabel("learning rate")
         axes.set_ylabel(f"final test {results.metric}")
+        _references(results, axes)
         return _svg(figure)
 
 

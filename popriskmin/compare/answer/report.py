@@ -86,6 +86,10 @@ def command(results: Results) -> str:
     for arm in results.arms[3:]:
         if arm.kind == "prm":
             words += ["--prm", *arm.name.split(" ")[1:]]
+        elif arm.optimizer is not None:
+            given = (f"{name}={str(value).replace(' ', '')}" for name, value in arm.options.items())
+            words += ["--arm", f"{arm.name}={arm.optimizer}", *given]
+            words += ["--arm-lr", arm.name, *map(exact, arm.learning_rates)] if arm.learning_rates else []
     if _match_all(results):
         words.append("--match-all")
     words += flags_for(options)
@@ -102,6 +106,10 @@ def _call(results: Results) -> str:
     arguments.append(f"seeds={list(results.seeds)!r}")
     further = [dict(arm.options) for arm in results.arms[3:] if arm.kind == "prm"]
     arguments += [f"prm={further!r}"] if further else []
+    rivals = [arm for arm in results.arms if arm.optimizer is not None]
+    arguments += [f"arms={ {arm.name: (arm.optimizer, dict(arm.options)) for arm in rivals}!r}"] if rivals else []
+    own = {arm.name: list(arm.learning_rates) for arm in rivals if arm.learning_rates}
+    arguments += [f"arm_lr={own!r}"] if own else []
     arguments += ["match_all=True"] if _match_all(results) else []
     arguments += [f"out={str(results.folder)!r}"] if results.folder != _default_folder(results) else []
     return f"compare({', '.join(arguments)})"
@@ -136,6 +144,10 @@ def describe(arm: Arm) -> str:
     if arm.kind == "prm":
         options = ", ".join(f"{name}={value!r}" for name, value in arm.options.items())
         return f"{arm.name} is popriskmin.PRM({options})"
+    if arm.optimizer is not None:
+        options = ", ".join(f"{name}={value!r}" for name, value in arm.options.items())
+        rates = f" with learning rates {', '.join(map(exact, arm.learning_rates))}" if arm.learning_rates else ""
+        return f"{arm.name} is {arm.optimizer.replace(':', '.')}({options}){rates}"
     return (
         f"{arm.name} is AdamW with each step multiplied by the mean q of {arm.follows} at the same step of the same run"
     )

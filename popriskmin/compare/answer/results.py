@@ -19,6 +19,7 @@ from popriskmin.compare.answer.budget import by_budget
 from popriskmin.compare.answer.figures import FIGURES, Run, chosen_runs, why_none
 from popriskmin.compare.answer.goals import by_goal
 from popriskmin.compare.answer.notes import edges, warnings_of
+from popriskmin.compare.answer.references import NONE, References
 from popriskmin.compare.answer.statistics import LEVEL, interval
 from popriskmin.compare.answer.terminal import show
 from popriskmin.compare.runs.arms import Arm
@@ -57,6 +58,8 @@ class Results:
         Where `results.json`, `report.html` and the runs are.
     source
         The digest of the task's source.
+    references
+        What the task names beside the optimizers; `references.test[name][metric]` as in `selections`.
     """
 
     task: Task
@@ -73,6 +76,7 @@ class Results:
     warnings: Sequence[str]
     folder: Path
     source: str
+    references: References = NONE
 
     @classmethod
     def of_runs(
@@ -85,6 +89,7 @@ class Results:
         runs: Sequence[Run],
         folder: Path,
         source: str,
+        references: References = NONE,
     ) -> Results:
         """Draw the conclusions from the runs."""
         selections, budget = analyse(runs, arms, task.metrics), by_budget(runs, arms, task.metrics)
@@ -101,9 +106,10 @@ class Results:
             # Of untrained networks there is nothing to say.
             statements=statements(arms, task.metrics, selections, budget) if _any_trained(runs) else [],
             edges=edges(arms, selections, learning_rates, weight_decays),
-            warnings=warnings_of(runs, arms, selections, seeds, task.metrics),
+            warnings=[*warnings_of(runs, arms, selections, seeds, task.metrics), *references.warnings],
             folder=folder,
             source=source,
+            references=references,
         )
 
     def __repr__(self) -> str:
@@ -189,6 +195,7 @@ class Results:
                 "by_budget": self.by_budget,
                 "by_goal": self.by_goal,
                 "edges": self.edges,
+                "references": self.references.test,
                 "warnings": list(self.warnings),
                 "by_learning_rate": self.by_learning_rate(),
                 "state_bytes": {arm.name: self.state_bytes(arm.name) for arm in self.arms},
@@ -211,10 +218,10 @@ class Results:
         table: dict[str, list[dict[str, Any]]] = {}
         for arm in self.arms:
             table[arm.name] = []
-            for lr in self.learning_rates:
+            for lr in arm.learning_rates or self.learning_rates:
                 best: dict[str, Any] = {"lr": lr, "weight_decay": None, "mean": None, "interval": None}
                 top = -np.inf
-                for decay in self.weight_decays:
+                for decay in arm.weight_decays or self.weight_decays:
                     pairs = [
                         run.figures["final"][self.metric]
                         for run in chosen_runs(self.runs, arm.name, {"lr": lr, "weight_decay": decay})

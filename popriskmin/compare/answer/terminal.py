@@ -72,6 +72,9 @@ def _table(results: Results, figure: str) -> Table:
         found = summary["against"].get("adamw", {}).get(figure, {}).get(results.metric)
         against = format_estimate(found, signed=True) if found else ""
         table.add_row(Text(arm.name), *chosen, format_estimate(summary["test"][figure][results.metric]), against)
+    for name, metrics in results.references.test.items():
+        shown = format_estimate(metrics[results.metric]) if results.metric in metrics else "-"
+        table.add_row(Text(name), "-", "-", shown, "")
     return table
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from popriskmin.compare.runs import rivals
 from popriskmin.compare.task import Trial
 from popriskmin.compare.text import exact
 from popriskmin.optimizer.prm import PRM
@@ -29,21 +30,31 @@ class Arm:
     name
         What tables and plots call it.
     kind
-        "adamw", "prm" or "adamw-matched".
+        "adamw", "prm", "adamw-matched" or "optimizer"; "references" for what a task gives beside them.
     options
         Options of PRM, beside the learning rate and the weight decay. For "adamw-matched" those of the PRM arm
         that it follows.
     follows
         For "adamw-matched", the name of the PRM arm whose mean `q` multiplies its step.
+    optimizer
+        For "optimizer", the import path of its class.
+    learning_rates, weight_decays
+        A grid of its own; None takes the comparison's.
     """
 
     name: str
     kind: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     follows: str | None = None
+    optimizer: str | None = None
+    learning_rates: tuple[float, ...] | None = None
+    weight_decays: tuple[float, ...] | None = None
 
 
 ADAMW = Arm("adamw", "adamw")
+
+# Not trained: one run for each seed holds the task's `references`.
+REFERENCES = Arm("references", "references")
 
 
 def make_arms(prm: Sequence[Mapping[str, Any]] = (), match_all: bool = False) -> list[Arm]:
@@ -76,6 +87,46 @@ def make_arms(prm: Sequence[Mapping[str, Any]] = (), match_all: bool = False) ->
     return arms
 
 
+def make_rivals(
+    given: Mapping[str, tuple[str | type[torch.optim.Optimizer], Mapping[str, Any]]],
+    learning_rates: Mapping[str, Sequence[float]],
+    taken: Sequence[Arm],
+) -> list[Arm]:
+    """Return an arm for each optimizer of torch or another package.
+
+    Parameters
+    ----------
+    given
+        By the arm's name, the import path or the class of the optimizer, and its options.
+    learning_rates
+        By the arm's name, its own grid.
+    taken
+        The other arms, whose names are not free.
+
+    Raises
+    ------
+    ValueError
+        For an optimizer that cannot be imported or does not accept its options, a name that is taken, or a grid for an
+        arm that is not given.
+    """
+    for name in learning_rates:
+        if name not in given:
+            raise ValueError(f"--arm-lr names the arm {name!r}, but --arm gives {', '.join(given) or 'none'}")
+    arms = []
+    for name, (optimizer, options) in given.items():
+        if any(arm.name == name for arm in (*taken, REFERENCES)) or not name.strip() or name.startswith("prm "):
+            raise ValueError(f"an arm of yours cannot be called {name!r}: the name is taken")
+        path = rivals.path_of(optimizer)
+        try:
+            rivals.check_optimizer(path, options)
+        except ValueError as error:
+            raise ValueError(f"the arm {name}: {error}") from error
+        own = tuple(learning_rates[name]) if name in learning_rates else None
+        decays = None if rivals.has_weight_decay(path) else (0.0,)
+        arms.append(Arm(name, "optimizer", dict(options), None, path, own, decays))
+    return arms
+
+
 def _plain(value: Any) -> str:
     return exact(value) if isinstance(value, float) else str(value).replace(" ", "")
 
@@ -95,7 +146,8 @@ def check_common_options(common: Mapping[str, Any], arms: Sequence[Arm]) -> None
     try:
         _check_names(common)
         for arm in arms:
-            _try({**common, **arm.options})
+            if arm.kind != "optimizer":
+                _try({**common, **arm.options})
     except ValueError as error:
         raise ValueError(f"optimizer_options of the task: {error}") from error
 
@@ -135,7 +187,34 @@ WORDS = {"true": True, "on": True, "yes": True, "false": False, "off": False, "n
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
 
-def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+def parse_arm(words: Sequence[str]) -> tuple[str, str, dict[str, Any]]:
+    """Read an arm given as NAME=IMPORT.PATH:CLASS key=value ...
+
+    Examples
+    --------
+    >>> parse_arm(["sgd=torch.optim:SGD", "momentum=0.9"])
+    ('sgd', 'torch.optim:SGD', {'momentum': 0.9})
+    """
+    name, equals, path = words[0].partition("=")
+    if not equals or not name or not path:
+        raise ValueError(
+            f"an arm is given as NAME=IMPORT.PATH:CLASS, such as sgd=torch.optim:SGD momentum=0.9, got {words[0]!r}"
+        )
+    return name, path, parse_options(words[1:], what=f"the arm {name}")
+
+
+def parse_arm_lr(words: Sequence[str]) -> tuple[str, list[float]]:
+    """Read a grid given as NAME LR ..."""
+    try:
+        rates = [float(word) for word in words[1:]]
+    except ValueError:
+        rates = []
+    if not rates:
+        raise ValueError(f"--arm-lr takes the arm's name and its learning rates, such as sgd 0.01 0.1, got {words!r}")
+    return words[0], rates
+
+
+def parse_options(pairs: Sequence[str], what: str = "PRM") -> dict[str, Any]:
     """Read options given as NAME=VALUE: numbers, tuples, true, false, none, dtypes, or text.
 
     For true and false also on and off, yes and no. Options that are text by default take text alone.
@@ -149,10 +228,10 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name or not text:
-            raise ValueError(f"options of PRM are given as NAME=VALUE, such as mask=soft, got {pair!r}")
+            raise ValueError(f"options of {what} are given as NAME=VALUE, such as mask=soft, got {pair!r}")
         if name in options:
             raise ValueError(f"the option {name!r} is given twice in one arm")
-        options[name] = text if isinstance(_defaults().get(name), str) else _value(text)
+        options[name] = text if what == "PRM" and isinstance(_defaults().get(name), str) else _value(text)
     return options
 
 
@@ -177,6 +256,12 @@ class Driver:
     def step(self, number: int) -> None:
         """Take step `number`, counted from 1."""
         self.optimizer.step()
+
+    def train(self, mode: bool = True) -> None:
+        """Switch an optimizer that holds other weights for evaluation, such as schedule-free ones."""
+        switch = getattr(self.optimizer, "train" if mode else "eval", None)
+        if callable(switch):
+            switch()
 
     def factor(self, number: int) -> float | None:
         """Return the mean `q` of the step just taken, or what multiplied the step in its place."""
@@ -253,6 +338,8 @@ def make_driver(
         For "adamw-matched", PRM's mean `q` of every step.
     """
     params = list(trial.model.named_parameters() if trial.parameters is None else trial.parameters)
+    if arm.optimizer is not None:
+        return Driver(rivals.build(arm.optimizer, _unnamed(params), lr, weight_decay, common, arm.options))
     options = {"lr": lr, "weight_decay": weight_decay, **common, **arm.options}
     if arm.kind == "prm":
         if options.get("boundary") == "empirical":

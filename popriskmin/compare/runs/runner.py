@@ -66,9 +66,10 @@ def make_jobs(
     return [
         Job(arm, Configuration(lr, decay, seed))
         for seed in seeds
-        for lr in learning_rates
-        for decay in weight_decays
+        for lr in dict.fromkeys([*learning_rates, *(lr for arm in arms for lr in arm.learning_rates or ())])
+        for decay in dict.fromkeys([*weight_decays, *(decay for arm in arms for decay in arm.weight_decays or ())])
         for arm in arms
+        if lr in (arm.learning_rates or learning_rates) and decay in (arm.weight_decays or weight_decays)
     ]
 
 

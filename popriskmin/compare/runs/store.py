@@ -63,6 +63,8 @@ def settings_of(task: Task, arm: Arm, configuration: Configuration, source: str 
             "arm": arm.name,
             "arm_kind": arm.kind,
             "prm_options": arm.options,
+            # Only where there is one: the runs of the other arms keep their names.
+            **({} if arm.optimizer is None else {"optimizer": arm.optimizer}),
             **dataclasses.asdict(configuration),
             "popriskmin": __version__,
             "torch": torch.__version__,
@@ -132,13 +134,13 @@ def prepare_folder(folder: Path) -> None:
         raise ValueError(f"out must be a folder that can be written to, but {folder} is not: {error}") from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file in one piece: to a temporary name, to the disk, and only then to its own name."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8, in one piece: to a temporary name, to the disk, and only then to its own name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from popriskmin.compare.runs.arms import Arm, Driver, PRMDriver, make_driver
+from popriskmin.compare.runs.arms import REFERENCES, Arm, Driver, PRMDriver, make_driver
 from popriskmin.compare.runs.digest import content_digest
 from popriskmin.compare.task import Task, Trial
 
@@ -48,11 +48,26 @@ def run(task: Task, arm: Arm, configuration: Configuration, trace: Sequence[floa
     start = time.perf_counter()
     with _isolated():
         try:
-            end |= _train(task, arm, configuration, trace, records)
+            if arm == REFERENCES:
+                end |= _refer(task, configuration.seed, records)
+            else:
+                end |= _train(task, arm, configuration, trace, records)
         except (Exception, SystemExit):  # one bad run must not stop the others
             end |= {"status": "failed", "error": traceback.format_exc()}
     end["seconds"] = time.perf_counter() - start
     return [*records, end]
+
+
+def _refer(task: Task, seed: int, records: list[Record]) -> Record:
+    """Record the task's references for a seed, each with kind "reference", its name and its test metrics."""
+    seed_everything(seed)
+    found = task.references(seed)
+    if not isinstance(found, Mapping):
+        raise TypeError(f"references(seed) must return a dict of metrics by name, got {found!r}")
+    for name, values in found.items():
+        metrics = _metrics(task, f"references(seed)[{name!r}]", values)
+        records.append({"kind": "reference", "name": str(name), "test": metrics})
+    return {"status": "finished"}
 
 
 def _train(
@@ -72,6 +87,7 @@ def _train(
     batch_digests: list[str] = []
     timer = _Timer()
     records.append(evaluate(task, trial, 0))
+    driver.train()
     status, number = "finished", 0
     for number, batch in enumerate(trial.batches, 1):
         if number <= BATCHES_CHECKED:
@@ -105,7 +121,9 @@ def _train(
 
 
 def _observe(task: Task, trial: Trial, driver: Driver, number: int, records: list[Record]) -> None:
+    driver.train(False)
     records.append(evaluate(task, trial, number))
+    driver.train()
     if isinstance(driver, PRMDriver):
         layers = driver.optimizer.get_mask_stats(by="parameter")
         kept = {str(name): {key: row[key] for key in ("mean_q", "active_fraction")} for name, row in layers.items()}
@@ -121,18 +139,21 @@ def evaluate(task: Task, trial: Trial, step: int) -> Record:
             found = {"validation": trial.validation(trial.model), "test": trial.test(trial.model)}
     finally:
         trial.model.train(training)
-    metrics = {}
-    for name, values in found.items():
-        if not isinstance(values, Mapping):
-            raise TypeError(f"{name}(model) must return a dict of {', '.join(task.metrics)}, got {values!r}")
-        missing = [metric for metric in task.metrics if metric not in values]
-        if missing:
-            raise ValueError(
-                f"{name}(model) must return {', '.join(task.metrics)}, as {type(task).__name__}.metrics says, "
-                f"but returned {', '.join(values) or 'nothing'}"
-            )
-        metrics[name] = {metric: _number(values[metric], f"{name}(model)[{metric!r}]") for metric in task.metrics}
+    metrics = {name: _metrics(task, f"{name}(model)", values) for name, values in found.items()}
     return {"kind": "evaluation", "step": step, **metrics}
+
+
+def _metrics(task: Task, source: str, values: Any) -> dict[str, float]:
+    """Return the task's metrics of what its code has returned."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{source} must return a dict of {', '.join(task.metrics)}, got {values!r}")
+    missing = [metric for metric in task.metrics if metric not in values]
+    if missing:
+        raise ValueError(
+            f"{source} must return {', '.join(task.metrics)}, as {type(task).__name__}.metrics says, "
+            f"but returned {', '.join(values) or 'nothing'}"
+        )
+    return {metric: _number(values[metric], f"{source}[{metric!r}]") for metric in task.metrics}
 
 
 def _number(value: Any, name: str) -> float:
