@@ -11,8 +11,12 @@ import torch
 from torch.nn import Parameter
 
 from popriskmin import PRM
+from popriskmin.step.kernels import cpu
 
 common = pytest.importorskip("torch.testing._internal.common_optimizers", reason="torch before 2.3 does not ship it")
+
+
+FUSED = cpu.unusable() is None
 
 
 def inputs(device, dtype=None):
@@ -37,7 +41,8 @@ INFO = common.OptimizerInfo(
     optim_inputs_func=inputs,
     optim_error_inputs_func=error_inputs,
     scheduler_inputs=next(i for i in common.optim_db if i.name == "AdamW").scheduler_inputs,
-    supported_impls=("foreach", "differentiable"),
+    supported_impls=("foreach", "differentiable", *(["fused"] if FUSED else [])),
+    supports_fused_on=("cpu",) if FUSED else (),
     has_capturable_arg=True,
 )
 ALL = common._get_optim_inputs_including_global_cliquey_kwargs("cpu", torch.float32, INFO)

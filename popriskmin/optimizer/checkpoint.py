@@ -51,8 +51,11 @@ def dtype_of_state(name: str, param: Tensor, state_dtype: torch.dtype | None) ->
 def new_step(param: Tensor, group: Mapping[str, Any], value: float = 0.0) -> Tensor:
     """Return a step counter: on the host, where reading it costs nothing, or beside a capturable parameter."""
     device = param.device if group["capturable"] else "cpu"
+    # As torch's optimizers do, which count in float32 where a kernel counts: that is here unless one is ruled out.
+    kernel = group["fused"] is not False and group["foreach"] is None and not group["differentiable"]
+    double = torch.get_default_dtype() == torch.float64 and not kernel
     # Filled on the device: a tensor made of a Python number is copied there, and waited for.
-    return torch.full((), value, dtype=torch.float32, device=device)
+    return torch.full((), value, dtype=torch.float64 if double else torch.float32, device=device)
 
 
 def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -78,18 +78,14 @@ class Source:
     def __init__(self, optimizer: TakesVariances, ddp: DistributedDataParallel | None = None) -> None:
         found = unwrapped(optimizer)
         optimizer = found.optimizer
-        if not hasattr(optimizer, "set_variances"):
-            raise TypeError(
-                f"{type(self).__name__} needs a popriskmin.PRM with variance='given', got {described(found)}, which "
-                "takes no variances"
-            )
         if optimizer in _TAKEN:
             raise RuntimeError("this optimizer has a source of variances already: call its remove() first")
         groups = optimizer.param_groups
         given = [group.get("variance") == "given" for group in groups]
         if not any(given):
             raise ValueError(
-                f"{type(self).__name__} needs an optimizer with a parameter group with variance='given', got none: "
+                f"{type(self).__name__} needs an optimizer with a parameter group with variance='given', got "
+                f"{described(found)} with none: "
                 "build it as PRM(..., variance='given')"
             )
         self._optimizer = optimizer
