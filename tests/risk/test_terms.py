@@ -80,7 +80,7 @@ def test_adam_against_the_definition(kind, options):
 
 
 @given(
-    mask=st.sampled_from(["snr", "soft", "none"]),
+    mask=st.sampled_from(["snr", "soft", "threshold", "none"]),
     reduction=st.sampled_from(["per_param", "per_tensor"]),
     debias=st.booleans(),
     min_q=st.sampled_from([0.0, 0.2]),
@@ -99,12 +99,15 @@ def test_the_slope_is_the_derivative_of_what_moves(mask, reduction, debias, min_
     step = 1e-6 * entry.exp_avg.abs().max()
     for i in range(6):
         moved = []
-        for sign in (1, -1):
+        for sign in (1, 0, -1):
             m = entry.exp_avg.clone()
             m[i] += sign * step
             q, _ = mask_and_derivative(entry._replace(exp_avg=m), hyper)
             moved.append((q * m)[i])
-        expected = (moved[0] - moved[1]).item() / (2 * step)
+        ahead, behind = ((a - b).item() / step for a, b in itertools.pairwise(moved))
+        if abs(ahead - behind) > 1e-3 * (1 + abs(ahead)):
+            continue  # a mask that just opens has a kink there, and no derivative
+        expected = (ahead + behind) / 2
         assert expected == pytest.approx(torch.as_tensor(slope).expand(6)[i].item(), rel=1e-4, abs=1e-4)
 
 
