@@ -4,8 +4,8 @@
     python benchmarks/risk.py --runs digits diabetes --seeds 1
 
 Each run is cut into windows. For each, the fall of the held-out loss is measured, and the monitor's samples say what
-fall they expect, from the training gradients alone. The table gives their correlation, the step after which the
-held-out loss no longer falls and where each estimate puts it, and the step at which `overfitting` became true.
+fall they expect, from the training gradients alone. The tables give their correlation, the step after which the
+held-out loss no longer falls and where each end of the estimate puts it, and the steps at which verdicts came.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from popriskmin import PRM, RiskMonitor
 
 WINDOWS = 30
 EVERY = 2
+LOOK = 10
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "PRM": PRM}
-ESTIMATES = ("fresh", "estimate", "reused")
+ENDS = ("fresh", "reused")
 
 
 def observe(name: str, optimizer_name: str, seed: int) -> dict[str, Any]:
@@ -38,14 +38,14 @@ def observe(name: str, optimizer_name: str, seed: int) -> dict[str, Any]:
     counts = {"n_dataset": run.n_dataset, "batch_size": run.batch_size} if run.n_dataset else {}
     monitor = RiskMonitor(optimizer, every=EVERY, **counts)
     ends = [round(len(run.batches) * i / WINDOWS) for i in range(WINDOWS + 1)]
-    held_out, overfitting = [], None
+    held_out, verdicts = [], []
     for step, batch in enumerate([None, *run.batches]):
         if step > 0:
             optimizer.zero_grad()
             run.loss(run.model, batch).backward()
             optimizer.step()
-            if overfitting is None and step % monitor.every == 0 and monitor.overfitting:
-                overfitting = step
+            if step % LOOK == 0:
+                verdicts.append([step, monitor.verdict])
         if step in ends:
             run.model.eval()
             with torch.no_grad():
@@ -58,23 +58,21 @@ def observe(name: str, optimizer_name: str, seed: int) -> dict[str, Any]:
         "options": run.options,
         "batch_size": run.batch_size,
         "n_dataset": run.n_dataset,
-        "unfitted": monitor.unfitted,
         "every": monitor.every,
         "ends": ends,
         "held_out": held_out,
-        "overfitting": overfitting,
+        "verdicts": verdicts,
         "samples": [[sample.step, *(float(f"{x:.6g}") for x in sample[1:])] for sample in monitor.samples],
     }
 
 
-def judge(seen: dict[str, Any], unfitted: float | None = None) -> dict[str, Any]:
+def judge(seen: dict[str, Any]) -> dict[str, Any]:
     """Return falls per window, their correlations with the truth, and the steps at which they change sign."""
     ends = seen["ends"]
-    share = seen["unfitted"] if unfitted is None else unfitted
     samples = np.array(seen["samples"])
     truth = -np.diff(seen["held_out"])
     falls = {}
-    for name, weight in (("fresh", 0.0), ("estimate", share), ("reused", 1.0)):
+    for name, weight in (("fresh", 0.0), ("reused", 1.0)):
         values = samples[:, 1] - weight * samples[:, 2]
         inside = [values[(samples[:, 0] > start) & (samples[:, 0] <= end)] for start, end in itertools.pairwise(ends)]
         falls[name] = np.diff(ends) * np.array([x.mean() for x in inside])
@@ -84,6 +82,7 @@ def judge(seen: dict[str, Any], unfitted: float | None = None) -> dict[str, Any]
         "turn": turn(truth, ends),
         "correlations": {name: float(np.corrcoef(truth, fall)[0, 1]) for name, fall in falls.items()},
         "turns": {name: turn(fall, ends) for name, fall in falls.items()},
+        "totals": {name: float(fall.sum()) for name, fall in falls.items()},
     }
 
 
@@ -94,24 +93,20 @@ def turn(falls: np.ndarray, ends: list[int]) -> int:
     return ends[int(smooth.argmin())]
 
 
-def best_share(found: dict[str, Any]) -> float:
-    """Return the share `unfitted` with which the estimated falls of a run are nearest to the true ones."""
-    noise = found["falls"]["fresh"] - found["falls"]["reused"]
-    excess = found["falls"]["fresh"] - found["truth"]
-    return float((excess * noise).sum() / (noise * noise).sum())
-
-
-def within(turned: int, truth: int, last: int) -> bool:
-    """Return whether a sign change was found within 25% of the true step; one that never came counts as the last."""
-    return abs(turned - truth) <= 0.25 * truth or (truth == last and turned >= 0.75 * last)
+def verdict_steps(seen: dict[str, Any], verdict: str) -> list[int]:
+    """Return the steps at which the monitor was asked and said this."""
+    return [step for step, said in seen["verdicts"] if said == verdict]
 
 
 def tables(results: list[dict[str, Any]]) -> str:
     """Return two tables as Markdown, a row for each run and optimizer, medians over seeds."""
-    correlations = ["| correlation of falls | fresh | estimate | reused |", "| --- | ---: | ---: | ---: |"]
+    falls = [
+        "| | correlation of falls: fresh | reused | whole fall: true | fresh | reused |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
     turns = [
-        "| lowest held-out loss | truth | fresh | estimate | reused | within 25% | `overfitting` from | `unfitted` |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| lowest held-out loss | truth | fresh | reused | last `improving` | first `overfitting` |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in RUNS:
         for optimizer in OPTIMIZERS:
@@ -120,21 +115,23 @@ def tables(results: list[dict[str, Any]]) -> str:
                 continue
             found = [judge(seen) for seen in rows]
             last = rows[0]["ends"][-1]
-            cells = [f"{statistics.median(row['correlations'][e] for row in found):.2f}" for e in ESTIMATES]
-            correlations.append(f"| {name}, {optimizer} | {' | '.join(cells)} |")
+            cells = [f"{statistics.median(row['correlations'][e] for row in found):.2f}" for e in ENDS]
+            cells.append(f"{statistics.median(row['truth'].sum() for row in found):.2f}")
+            cells += [f"{statistics.median(row['totals'][e] for row in found):.2f}" for e in ENDS]
+            falls.append(f"| {name}, {optimizer} | {' | '.join(cells)} |")
             steps = [statistics.median_low([row["turn"] for row in found])]
-            steps += [statistics.median_low([row["turns"][e] for row in found]) for e in ESTIMATES]
+            steps += [statistics.median_low([row["turns"][e] for row in found]) for e in ENDS]
             cells = ["end" if step == last else f"{step:,}" for step in steps]
-            hits = sum(within(row["turns"]["estimate"], row["turn"], last) for row in found)
-            flags = statistics.median_low([seen["overfitting"] or math.inf for seen in rows])
-            cells += [f"{hits} of {len(rows)}", "never" if flags == math.inf else f"{flags:,}"]
-            cells.append(f"{statistics.median(map(best_share, found)):.2f}" if rows[0]["n_dataset"] else "")
+            improving = [max(verdict_steps(seen, "improving"), default=0) for seen in rows]
+            cells.append(f"{statistics.median_low(improving):,}")
+            alarms = [min(verdict_steps(seen, "overfitting")) for seen in rows if verdict_steps(seen, "overfitting")]
+            cells.append(", ".join(f"{step:,}" for step in alarms) or "never")
             turns.append(f"| {name}, {optimizer} | {' | '.join(cells)} |")
-    return "\n".join([*correlations, "", *turns])
+    return "\n".join([*falls, "", *turns])
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Draw the held-out loss of each run's first seed, and what each estimate made of it from its start."""
+    """Draw the held-out loss of each run's first seed, and what each end of the estimate makes of it from its start."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -143,7 +140,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     first = [seen for seen in results if seen["seed"] == min(other["seed"] for other in results)]
     names = [name for name in RUNS if any(seen["run"] == name for seen in first)]
     figure, axes = plt.subplots(len(names), 2, figsize=(9, 2.5 * len(names)), squeeze=False, layout="constrained")
-    colors = {"fresh": "#4c78a8", "estimate": "#e45756", "reused": "#54a24b"}
+    colors = {"fresh": "#4c78a8", "reused": "#54a24b"}
     for row, name in zip(axes, names):
         for ax, optimizer in zip(row, OPTIMIZERS):
             seen = next(s for s in first if (s["run"], s["optimizer"]) == (name, optimizer))

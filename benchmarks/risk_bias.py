@@ -38,8 +38,8 @@ def measure(name: str, lr: float, h: float) -> tuple[float, float, float]:
     falls = {sample.step: sample.fresh for sample in monitor.samples}
     near = next(i for i, risk in enumerate(risks) if risk < 0.1 * risks[0])
     descent = sum(falls[step] for step in range(2, near + 2))
-    last = range(steps - steps // 3 + 1, steps + 1)
-    excess = sum(falls[step] for step in last) - (risks[last[0] - 2] - risks[-1])
+    last = range(steps - steps // 3, steps)  # the last step of all has no next gradient
+    excess = sum(falls[step] for step in last) - (risks[last[0] - 2] - risks[-2])
     return risks[0] - risks[near], descent, excess / len(last)
 
 

@@ -33,16 +33,16 @@ def test_synthetic_regression(monkeypatch, capsys):
     assert all(0 < float(number) < 10 for row in rows for number in row[36:].split())
 
 
-def test_stop_without_validation(monkeypatch, capsys):
-    """One seed of the five of the docs: the monitor alone stops it, within 1 point of its best epoch."""
-    run(monkeypatch, "examples/stop_without_validation.py", "--seeds", "1", "--epochs", "30")
+def test_stop_early(monkeypatch, capsys):
+    """One seed of the five of the docs: fifty held-out examples stop it in time, and their weights are kept."""
+    run(monkeypatch, "examples/stop_early.py", "--seeds", "1", "--epochs", "30")
     lines = capsys.readouterr().out.splitlines()
-    _, stopped, at_stop, best, epoch, last = lines[3].replace("(", " ").replace(")", " ").split()[:6]
+    _, stopped, kept, best, epoch, last = lines[2].replace("(", " ").replace(")", " ").split()
     assert 5 < int(stopped) < 30
     assert 1 <= int(epoch) <= 30
     assert float(last) <= float(best)
-    assert float(best) - float(at_stop) < 0.02
-    assert re.search(r"^averaged weights within 1 point of their best epoch: \d of 1$", "\n".join(lines), re.MULTILINE)
+    assert float(best) - float(kept) < 0.05
+    assert re.search(r"^within 2 points of the best epoch: \d of 1$", "\n".join(lines), re.MULTILINE)
 
 
 def test_the_risk_benchmark_resumes_and_draws(monkeypatch, tmp_path, capsys):

@@ -1,5 +1,6 @@
-"""Does training still generalize? An estimate of the fall of the population risk, read off an optimizer's state."""
+"""Does training still generalize? What held-out examples say, or an estimate read off an optimizer's state."""
 
-from popriskmin.risk.monitor import RiskEstimate, RiskMonitor
+from popriskmin.risk.monitor import RiskMonitor
+from popriskmin.risk.series import RiskEstimate
 
 __all__ = ["RiskEstimate", "RiskMonitor"]

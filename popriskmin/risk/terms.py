@@ -1,22 +1,23 @@
-"""What one optimizer step is expected to take off the population risk, read from the optimizer's state.
+"""What an optimizer step is expected to take off the population risk, from two gradients and the optimizer's state.
 
-The derivation stands in docs/risk.md. In short: a step moves a scalar by `-rate * q(m) * m`, so to first order the risk
-falls by `u * rate * q(m) * m`, where `u` is the gradient of the population risk. Of the mean `m` only `u` is known to
-be right; its noise has variance `k * z`, with `z` the variance of the minibatch gradient. Stein's lemma takes out what
-that noise contributes to the product, mask included: `E[u * q(m) * m] = E[q(m) * m**2 - k * z * (q(m) * m)']`.
+The derivation stands in docs/risk.md. In short: a step moves the weights by `-D(m)`, a function of the mean gradient
+`m`. To second order the risk falls by `D(m)` times the mean of its slopes before and after the step. The slope after it
+is what the next gradient `g'` measures. The slope before it is what the step's own gradient `g` measures, but the step
+was made from `g` and depends on its noise. So that one is multiplied by the step that would have been taken with `g'`
+in the place of `g`: `(g' * D(m) + g * D(m')) / 2`. No gradient meets its own noise there, whatever the mask.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from popriskmin.mask import Hyperparameters, corrections, evaluate, signal_and_noise, variance_of_mean
+from popriskmin.mask import Hyperparameters, corrections, evaluate, signal_and_noise
 from popriskmin.optimizer.prm import PRM
 from popriskmin.step.lists import PLAIN, as_real, compute_dtype, sum_dtype, whole
 
@@ -43,29 +44,11 @@ _ADAM: dict[str, Any] = {
 }
 
 
-class Moments(NamedTuple):
-    """What is read of parameters that have taken `t` steps: real tensors of one shape, in float32 or wider."""
-
-    param: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    exp_avg_var: Tensor
-    t: Any
-
-
 def hyperparameters(optimizer: Optimizer, group: Mapping[str, Any]) -> Hyperparameters:
-    """Return the numbers of a group of PRM, or of Adam or AdamW as those of a PRM without mask.
-
-    Raises
-    ------
-    ValueError
-        For Adam without a mean, `betas[0]` of 0.
-    """
+    """Return the numbers of a group of PRM, or of Adam or AdamW as those of a PRM without mask."""
     if isinstance(optimizer, PRM):
         return Hyperparameters.of_group(group)
     beta1, beta2 = group["betas"]
-    if beta1 == 0:
-        raise ValueError("RiskMonitor needs betas[0] > 0, a mean that tells the gradient from its noise, got 0")
     return Hyperparameters.of(
         lr=group["lr"],
         beta1=beta1,
@@ -80,17 +63,33 @@ def hyperparameters(optimizer: Optimizer, group: Mapping[str, Any]) -> Hyperpara
     )
 
 
-def moments(
-    params: list[Tensor], optimizer: Optimizer, hyper: Hyperparameters, variances: Mapping[Tensor, Tensor]
-) -> Iterator[Moments]:
-    """Yield what is to be read of these parameters of one group, small ones joined.
+class Moments(NamedTuple):
+    """What is read of parameters that have taken `t` steps: real tensors of one shape, in float32 or wider.
 
-    Those are left out that did not move in this step, or have not taken two. Large tensors come in blocks, so that
-    temporaries stay small. `variances` holds that of each parameter's gradient for Adam and AdamW; PRM has its own.
+    `grad` is the gradient of the last step and `next_grad` that of the next, both of the loss to be minimized.
+    """
+
+    param: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    exp_avg_var: Tensor | None  # Adam and AdamW have none
+    grad: Tensor
+    next_grad: Tensor
+    t: Any
+    owners: tuple[tuple[int, int], ...]  # each parameter's place in its group, and its number of scalars
+
+
+def moments(
+    params: list[Tensor], optimizer: Optimizer, hyper: Hyperparameters, gradients: Mapping[Tensor, Tensor]
+) -> Iterator[Moments]:
+    """Yield what is to be read of these parameters of one group between two steps, small ones joined.
+
+    Large tensors come in blocks, so that temporaries stay small. `gradients` holds those of the step before; a
+    parameter that has none there, or now, is left out.
     """
     waiting: dict[Any, list[Moments]] = {}
-    for param in params:
-        entry = read(param, optimizer, hyper, variances.get(param))
+    for place, param in enumerate(params):
+        entry = read(param, place, optimizer, hyper, gradients.get(param))
         if entry is None:
             continue
         # Where steps are counted on the device they are not compared, which would need them on the host.
@@ -106,114 +105,121 @@ def moments(
         yield _join(entries)
 
 
-def read(param: Tensor, optimizer: Optimizer, hyper: Hyperparameters, variance: Tensor | None = None) -> Moments | None:
-    """Return what is to be read of one parameter, or None where it has not moved now, or has not taken two steps yet.
-
-    The first step has no mean before it, from which the gradient could deviate.
-    """
+def read(
+    param: Tensor, place: int, optimizer: Optimizer, hyper: Hyperparameters, gradient: Tensor | None
+) -> Moments | None:
+    """Return what is to be read of one parameter, or None where it has no state or not both gradients."""
     state = optimizer.state.get(param)
-    if not state or param.numel() == 0 or param.grad is None:
+    if not state or param.numel() == 0 or param.grad is None or gradient is None:
         return None
     step = state["step"]
     t = step if isinstance(step, Tensor) and step.device.type != "cpu" else int(step)
-    variance = state["exp_avg_var"] if isinstance(optimizer, PRM) else variance
-    if variance is None or (isinstance(t, int) and t < 2):
-        return None
     second = state["max_exp_avg_sq" if hyper.amsgrad else "exp_avg_sq"]
-    held = [as_real(tensor.detach()) for tensor in (param, state["exp_avg"], second, variance)]
+    held = [param, state["exp_avg"], second, gradient, param.grad]
+    if isinstance(optimizer, PRM):
+        held.append(state["exp_avg_var"])
+    held = [as_real(tensor.detach().resolve_conj()) for tensor in held]
     dtype = compute_dtype(*held)
-    w, m, v, s = (tensor.to(dtype) for tensor in held)
-    return Moments(w, m, v, s, t.to(dtype) if isinstance(t, Tensor) else t)
+    w, m, v, g, following, *s = (tensor.to(dtype) for tensor in held)
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is not None:  # a fused step that a loss scaler is about to call divides by it itself
+        following = following / scale.to(following.device)
+    if hyper.maximize:
+        g, following = -g, -following
+    owners = ((place, w.numel()),)
+    return Moments(w, m, v, s[0] if s else None, g, following, t.to(dtype) if isinstance(t, Tensor) else t, owners)
 
 
 def _blocks(entry: Moments) -> Iterator[Moments]:
-    w, m, v, s = (torch.split(tensor.flatten(), BLOCK) for tensor in entry[:4])
-    for parts in zip(w, m, v, s):
-        yield Moments(*parts, entry.t)
+    place = entry.owners[0][0]
+    for columns in zip(*[torch.split(x.flatten(), BLOCK) for x in _tensors(entry)]):
+        yield _with(entry, columns, ((place, len(columns[0])),))
 
 
 def _join(entries: list[Moments]) -> Moments:
     if len(entries) == 1:
         return entries[0]
-    w, m, v, s = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in list(zip(*entries))[:4])
-    return Moments(w, m, v, s, entries[0].t)
+    owners = tuple(owner for entry in entries for owner in entry.owners)
+    columns = [torch.cat([x.flatten() for x in column]) for column in zip(*map(_tensors, entries))]
+    return _with(entries[0], columns, owners)
 
 
-def fall_and_influence(entry: Moments, hyper: Hyperparameters) -> Tensor:
-    """Return the expected fall of the risk in the last step, and the batch's influence on its own examples.
+def _tensors(entry: Moments) -> list[Tensor]:
+    return [x for x in entry[:6] if x is not None]
+
+
+def _with(entry: Moments, tensors: Sequence[Tensor], owners: tuple[tuple[int, int], ...]) -> Moments:
+    """Return the entry with other tensors, in the order of `_tensors`."""
+    w, m, v, *s, g, following = tensors
+    return Moments(w, m, v, s[0] if s else None, g, following, entry.t, owners)
+
+
+def fall_and_influence(entry: Moments, hyper: Hyperparameters) -> tuple[Tensor, Tensor]:
+    """Return the fall of the risk in the last step, and the batch's influence on its own examples, of each scalar.
 
     Returns
     -------
-    Tensor
-        Of shape (2,), in units of the loss, float64 where the device has it. First, the sum over scalars of
-        `rate * (q * m^**2 - k * z * slope)`, where `rate = lr / (sqrt(v^) + eps)` and `slope` is the derivative of
-        `q * m^` with respect to `m^`, 1 where there is no mask; and what the decay of the weights adds. Second, the
-        sum of `rate * z * slope`, with the decay's part in it where that is masked.
+    fall
+        `(g' * D(m) + g * D(m')) / 2`, where `m'` is the mean with `g'` in the place of `g`; in units of the loss.
+    influence
+        `g * (D(m) - D(m'))` over `g`'s weight in the mean; for a step `rate * m` it is `rate` times the variance of the
+        minibatch gradient, expected over batches.
     """
-    w, m, v, _, t = entry
-    c = corrections(t, hyper)
-    mean = m / c.bias1
-    # Without bias correction the step takes a mean that is too small, and so is its variance.
-    shrunk = corrections(t, hyper._replace(bias_correction=True)).bias1 / c.bias1
-    k = variance_of_mean(hyper.beta1, t) * shrunk**2
-    rate = hyper.lr / ((v / c.bias2).sqrt() + hyper.eps)
-    q, dq = mask_and_derivative(entry, hyper)
-    z = gradient_variance(entry, hyper)
-    influence = rate * (q + mean * dq) * z
-    # With coupled decay the mean is that of the loss and its penalty together, and only the loss counts.
-    of_loss = mean if hyper.decoupled_weight_decay else mean - hyper.weight_decay * w
-    fall = rate * q * mean * of_loss
-    if hyper.decoupled_weight_decay and hyper.weight_decay != 0:
-        decay = hyper.lr * hyper.weight_decay * w
-        fall = fall + decay * mean * (q if hyper.mask_decay else 1.0)
-        if hyper.mask_decay:  # the mask that multiplies it depends on the noise too
-            influence = influence + decay * dq * z
-    fall = fall - k * influence
-    return torch.stack([whole(terms.sum(dtype=sum_dtype(m.device))) for terms in (fall, influence)])
+    bias1 = corrections(entry.t, hyper).bias1
+    exchanged = entry.exp_avg + (1 - hyper.beta1) * (entry.next_grad - entry.grad)
+    there, swapped = moved(entry, hyper), moved(entry._replace(exp_avg=exchanged), hyper)
+    fall = (entry.next_grad * there + entry.grad * swapped) / 2
+    return fall, entry.grad * (there - swapped) * (bias1 / (1 - hyper.beta1))
+
+
+def moved(entry: Moments, hyper: Hyperparameters) -> Tensor:
+    """Return `D(m)`, what the last step took off the weights, as a function of the mean alone."""
+    c = corrections(entry.t, hyper)
+    step: Tensor = hyper.lr / ((entry.exp_avg_sq / c.bias2).sqrt() + hyper.eps) * (entry.exp_avg / c.bias1)
+    decay = hyper.lr * hyper.weight_decay * entry.param if hyper.decoupled_weight_decay else None
+    if entry.exp_avg_var is not None:
+        q = evaluate(*signal_and_noise(entry.exp_avg, entry.exp_avg_var, c, hyper), c, hyper)
+        step = q * step
+        if decay is not None and hyper.mask_decay:
+            decay = q * decay
+    return step if decay is None else step + decay
+
+
+def sums(terms: tuple[Tensor, ...], entry: Moments, count: int | None) -> Tensor:
+    """Return the sums over the scalars of each term: of shape (1, terms), or with `count` a row for each parameter."""
+    dtype = sum_dtype(terms[0].device)
+    if count is None:
+        return torch.stack([whole(term.sum(dtype=dtype)) for term in terms])[None]
+    rows = torch.zeros(count, len(terms), dtype=dtype, device=terms[0].device)
+    if len(entry.owners) == 1:
+        rows[entry.owners[0][0]] = torch.stack([whole(term.sum(dtype=dtype)) for term in terms])
+        return rows
+    sizes = [size for _, size in entry.owners]
+    pieces = [piece.sum(1, dtype=dtype) for piece in torch.split(torch.stack(terms), sizes, dim=1)]
+    rows[[place for place, _ in entry.owners]] = torch.stack(pieces)
+    return rows
 
 
 def same_pass(beta1: float, pass_steps: float) -> float:
-    """Return the sum of the products of the mean's weights on two different batches of one pass over the data.
+    """Return how much of the two products consists of noise of different batches of one pass over the data.
 
     Batches of one shuffled pass have no example in common, so the products of their noise have the mean `-a * z` and
-    not 0. Two batches `d` steps apart belong to one pass with probability `1 - d / pass_steps`.
+    not 0. Two batches `d` steps apart belong to one pass with probability `1 - d / pass_steps`. The next gradient meets
+    all gradients of the mean, the step's own the next and those before; the two halves are averaged.
 
     Examples
     --------
-    >>> round(same_pass(0.9, 1e9), 4) == round(1 - variance_of_mean(0.9, 1000), 4)
-    True
+    >>> round(same_pass(0.9, 1e9), 4)
+    1.0
     >>> same_pass(0.9, 1)
     0.0
     """
-    weights = 2 * (1 - beta1) / (1 + beta1)
     # Beyond that distance weights are below rounding.
     farthest = math.ceil(pass_steps) if beta1 == 0 else min(math.ceil(pass_steps), math.ceil(40 / -math.log(beta1)) + 1)
-    return weights * math.fsum(beta1**d * (1 - d / pass_steps) for d in range(1, farthest))
 
+    def share(distance: int) -> float:
+        return max(0.0, 1 - distance / pass_steps)
 
-def gradient_variance(entry: Moments, hyper: Hyperparameters) -> Tensor:
-    """Return the minibatch gradient's variance from `s`, of its shape."""
-    divisor = corrections(entry.t, hyper._replace(bias_correction=True)).bias_var
-    if not (hyper.given or hyper.unbiased):
-        # Deviations from a mean have the mean's variance too.
-        divisor = divisor * (1 + variance_of_mean(hyper.beta1, entry.t - 1))
-    variance: Tensor = entry.exp_avg_var / divisor
-    return variance
-
-
-def mask_and_derivative(entry: Moments, hyper: Hyperparameters) -> tuple[Any, Any]:
-    """Return `q`, of the shape of `m` or of shape (), and its derivative with respect to `m^`; numbers without a mask.
-
-    The mask depends on the very noise that it judges: where `m` is large by chance, so is `q`. The derivative says by
-    how much. A hard mask has none at its step; 0 stands for it.
-    """
-    if hyper.mask == "none":
-        return 1.0, 0.0
-    c = corrections(entry.t, hyper)
-    with torch.enable_grad():
-        m = entry.exp_avg.detach().requires_grad_()
-        q = evaluate(*signal_and_noise(m, entry.exp_avg_var, c, hyper), c, hyper)
-        if not q.requires_grad:
-            return q, 0.0
-        (dq,) = torch.autograd.grad(q.sum(), m)
-    return q.detach(), dq * c.bias1
+    following = math.fsum(beta1**i * share(i + 1) for i in range(farthest))
+    own = share(1) + math.fsum(beta1**i * share(i) for i in range(1, farthest))
+    return (1 - beta1) * (following + own) / 2

@@ -8,12 +8,12 @@ import pytest
 from popriskmin.risk.smoothing import Smoothed
 
 
-def test_the_means_are_weighted_by_age():
+def test_the_mean_is_weighted_by_age():
     smoothed = Smoothed(fewest=1)
     for value in (4.0, 1.0):
-        smoothed.add(0.5, 0.0, value, 10 * value)
+        smoothed.add(0.5, 0.0, value)
     weight = math.exp(-0.5)
-    assert smoothed.means == pytest.approx([(4 * weight + 1) / (weight + 1), 10 * (4 * weight + 1) / (weight + 1)])
+    assert smoothed.mean == pytest.approx((4 * weight + 1) / (weight + 1))
     assert smoothed.count == 2
 
 
@@ -21,7 +21,7 @@ def test_long_gaps_still_leave_the_fewest_samples():
     smoothed = Smoothed(fewest=5)
     for value in range(1000):
         smoothed.add(1e9, 0.0, float(value))
-    assert 999 - smoothed.means[0] == pytest.approx(1 / (math.exp(1 / 5) - 1), rel=1e-6)
+    assert 999 - smoothed.mean == pytest.approx(1 / (math.exp(1 / 5) - 1), rel=1e-6)
 
 
 @pytest.mark.parametrize("trend", [0.0, 0.05])
@@ -32,21 +32,22 @@ def test_the_standard_error_is_that_of_the_mean(trend):
         smoothed = Smoothed(fewest=1)
         for i in range(100):
             smoothed.add(0.1, 0.0, trend * i + rng.normal())
-        means.append(smoothed.means[0])
+        means.append(smoothed.mean)
         errors.append(smoothed.stderr)
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.15)
 
 
-@pytest.mark.parametrize("correlation", [0.4, 0.8])
-def test_the_standard_error_of_samples_that_are_alike(correlation):
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_the_standard_error_of_neighbours_that_are_alike(share):
+    """Neighbours share a part of their noise, and those further apart nothing."""
     rng = np.random.default_rng(0)
     means, errors = [], []
+    correlation = share / (1 + share**2)
     for _ in range(300):
-        smoothed, value = Smoothed(fewest=1), rng.normal()
-        for _ in range(300):
-            value = correlation * value + np.sqrt(1 - correlation**2) * rng.normal()
+        smoothed, noise = Smoothed(fewest=1), rng.normal(size=301)
+        for value in noise[1:] + share * noise[:-1]:
             smoothed.add(0.02, correlation, value)
-        means.append(smoothed.means[0])
+        means.append(smoothed.mean)
         errors.append(smoothed.stderr)
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.15)
 
@@ -55,3 +56,4 @@ def test_one_sample_has_no_standard_error():
     smoothed = Smoothed(fewest=3)
     smoothed.add(1.0, 0.0, 2.0)
     assert math.isnan(smoothed.stderr)
+    assert math.isnan(Smoothed(fewest=3).mean)
