@@ -162,7 +162,8 @@ def load_and_go_on(rank, folder):
     monitor.load_state_dict(saved)
     before = len(monitor.samples)
     train(model, optimizer, range(STEPS, 2 * STEPS), rows=mine(rank, dist.get_world_size()))
-    assert len(monitor.samples) == before + STEPS
+    # Each sample ends with the next step's gradients, and the one under way is not saved where it lies on many ranks.
+    assert len(monitor.samples) == before + STEPS - 1
     assert_equal(whole(model), one_process(range(2 * STEPS), debias=True)[0])
 
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from popriskmin.mask import Hyperparameters
 from popriskmin.risk.terms import fall_and_influence, hyperparameters, moments, sums
-from popriskmin.step.lists import sum_dtype
+from popriskmin.step.lists import are_plain, sum_dtype
 
 
 class Reuse(NamedTuple):
@@ -77,8 +77,11 @@ def compare(kept: Kept, optimizer: Optimizer, by: str | None) -> Tensor | None:
 
 
 def state_of(kept: Kept | None, optimizer: Optimizer) -> dict[str, Any] | None:
-    """Return what a checkpoint between the two steps of a sample needs; tensors and plain numbers."""
-    if kept is None:
+    """Return what a checkpoint between the two steps of a sample needs; tensors and plain numbers.
+
+    Gradients that are sharded over ranks are left out, and with them the sample: what is loaded need not be on as many.
+    """
+    if kept is None or not are_plain(list(kept.gradients.values())):
         return None
     return {
         "step": kept.step,

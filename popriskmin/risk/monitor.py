@@ -306,8 +306,9 @@ class RiskMonitor:
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs, so that a run that goes on from it gives the same numbers.
 
-        Tensors and plain numbers: `torch.load(..., weights_only=True)` reads it. With `keep_best` the kept weights are
-        part of it.
+        Tensors and plain numbers: `torch.load(..., weights_only=True)` reads it. Where parameters are sharded over
+        ranks (FSDP2) the sample under way is left out, so that a run on another number of ranks can load it. With
+        `keep_best` the kept weights are part of it.
         """
         held_out = None if self._held_out is None else self._held_out.state_dict()
         return {"format": STATE_FORMAT, **self._sampler.state_dict(), "held_out": held_out}
