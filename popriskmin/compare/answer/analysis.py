@@ -148,32 +148,34 @@ class Statement:
         Examples
         --------
         >>> Statement("", "final", "a", "b", "accuracy", "max", 0.934, 0.925, 0.009, (0.001, 0.017), 5, 0.03).sentence
-        'a is better than b: test accuracy 0.934 against 0.925 (higher is better), +0.009 [+0.001, +0.017], p = 0.03'
+        'a is better than b: test accuracy 0.934 against 0.925 (higher is better), +0.0090 [+0.0010, +0.0170], p = 0.03'
         """
         better = "higher" if self.direction == "max" else "lower"
         values = f"test {self.metric} {number(self.value)} against {number(self.rival_value)} ({better} is better)"
-        found = f"{values}, {number(self.difference, signed=True)}"
+        # As many places behind the point for the difference and both ends of its interval.
+        style = "+.4f" if max(abs(self.value), abs(self.rival_value)) >= 0.0995 else "+.3g"
+        found = f"{values}, {self.difference:{style}}"
         if self.interval is not None:
-            found += f" [{', '.join(number(end, signed=True) for end in self.interval)}]"
+            found += f" [{', '.join(format(end, style) for end in self.interval)}]"
         if self.p is None:
             lack = f"{self.seeds} seed{'s are' if self.seeds != 1 else ' is'} too few for a verdict"
             return f"{self.arm} and {self.rival}: {found}; {lack}, {FEWEST_SEEDS} would do"
-        chance = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.2g}"
+        # With a digit more near the level, so that no p of 0.05 is called clear.
+        chance = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.{3 if 0.04 < self.p < 0.06 else 2}g}"
         if self.verdict == "unclear":
             return f"no clear difference between {self.arm} and {self.rival}: {found}, {chance}"
         return f"{self.arm} is {self.verdict} than {self.rival}: {found}, {chance}"
 
 
-def number(value: float, signed: bool = False) -> str:
-    """Write a number with four digits, or three behind the point where that is shorter.
+def number(value: float) -> str:
+    """Write a number with three places behind the point, or three digits where it is small.
 
     Examples
     --------
-    >>> number(0.93426), number(0.000123), number(12.3456), number(0.009, signed=True)
-    ('0.934', '0.000123', '12.346', '+0.009')
+    >>> number(0.93426), number(0.000123), number(12.3456)
+    ('0.934', '0.000123', '12.346')
     """
-    sign = "+" if signed else ""
-    return format(value, f"{sign}.3f") if value == 0 or abs(value) >= 0.0095 else format(value, f"{sign}.3g")
+    return format(value, ".3f" if value == 0 or abs(value) >= 0.0995 else ".3g")
 
 
 def statements(

@@ -38,11 +38,11 @@ def test_differences_are_paired_by_seed():
     first = said(runs)[0]
     assert (first.arm, first.rival, first.figure, first.verdict) == ("prm", "adamw", "final", "better")
     assert first.sentence.startswith(
-        "prm is better than adamw: test accuracy 0.710 against 0.700 (higher is better), +0.010"
+        "prm is better than adamw: test accuracy 0.710 against 0.700 (higher is better), +0.0100"
     )
     swapped = said(runs, metrics={"loss": "min", "accuracy": "max"})[0]
     assert swapped.sentence.startswith(
-        "prm is better than adamw: test loss 0.290 against 0.300 (lower is better), -0.010"
+        "prm is better than adamw: test loss 0.290 against 0.300 (lower is better), -0.0100"
     )
 
 
@@ -83,7 +83,7 @@ def test_fewer_than_five_seeds_get_no_verdict():
     found = said(runs)
     assert {one.verdict for one in found} == {None}
     assert found[0].sentence == (
-        "prm and adamw: test accuracy 0.600 against 0.500 (higher is better), +0.100 [+0.100, +0.100]; "
+        "prm and adamw: test accuracy 0.600 against 0.500 (higher is better), +0.1000 [+0.1000, +0.1000]; "
         "4 seeds are too few for a verdict, 5 would do"
     )
 
@@ -104,11 +104,11 @@ def test_prm_is_compared_with_the_best_rival():
 @pytest.mark.parametrize(
     ("difference", "direction", "p", "expected"),
     [
-        (0.02, "max", 0.01, "a is better than b: test x 0.520 against 0.500 (higher is better), +0.020, p = 0.01"),
-        (-0.02, "max", 0.01, "a is worse than b: test x 0.480 against 0.500 (higher is better), -0.020, p = 0.01"),
-        (-0.02, "min", 1e-5, "a is better than b: test x 0.480 against 0.500 (lower is better), -0.020, p < 0.001"),
+        (0.02, "max", 0.01, "a is better than b: test x 0.520 against 0.500 (higher is better), +0.0200, p = 0.01"),
+        (-0.02, "max", 0.01, "a is worse than b: test x 0.480 against 0.500 (higher is better), -0.0200, p = 0.01"),
+        (-0.02, "min", 1e-5, "a is better than b: test x 0.480 against 0.500 (lower is better), -0.0200, p < 0.001"),
         (0.02, "max", 0.05,
-         "no clear difference between a and b: test x 0.520 against 0.500 (higher is better), +0.020, p = 0.05"),
+         "no clear difference between a and b: test x 0.520 against 0.500 (higher is better), +0.0200, p = 0.05"),
     ],
 )  # fmt: skip
 def test_sentences(difference, direction, p, expected):
