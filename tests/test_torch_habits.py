@@ -123,3 +123,73 @@ def test_a_model_built_on_meta_is_optimized_once_it_has_values():
     net(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     assert (net.weight < 1).all()
+
+
+def with_tensors(kind, **options):
+    """Return an optimizer built with tensors where AdamW takes them."""
+    w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    betas = (torch.tensor(0.8), torch.tensor(0.95))
+    return w, kind([w], lr=0.1, betas=betas, weight_decay=0.1, **options)
+
+
+def test_betas_may_be_tensors_as_in_adamw():
+    weights = []
+    for kind, options in ((torch.optim.AdamW, {"foreach": False}), (PRM, {"mask": "none"})):
+        w, optimizer = with_tensors(kind, **options)
+        for g in (1.0, -0.5, 2.0):
+            w.grad = torch.tensor([g, 1.0])
+            optimizer.step()
+        weights.append(w.detach())
+    torch.testing.assert_close(*weights)
+
+
+def test_tensors_give_what_their_numbers_give():
+    results = []
+    for make in (float, torch.tensor, lambda x: torch.tensor([x])):
+        w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        optimizer = PRM([w], betas=(make(0.75), make(0.5)), eps=make(0.125), weight_decay=make(0.5))
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "eps": make(0.25)})
+        w.grad = torch.tensor([0.3, 1.0])
+        optimizer.step()
+        results.append((w.detach(), optimizer.state_dict()["param_groups"]))
+    for w, groups in results[1:]:
+        assert torch.equal(w, results[0][0])
+        assert groups == results[0][1]
+
+
+@pytest.mark.parametrize("name", ["betas", "eps", "weight_decay"])
+def test_tensors_of_several_elements_are_refused(name):
+    many = torch.tensor([0.5, 0.5])
+    value = (many, 0.9) if name == "betas" else many
+    with pytest.raises(ValueError, match=rf"Tensor {name} must be 1-element, got shape \(2,\)"):
+        PRM([torch.nn.Parameter(torch.ones(1))], **{name: value})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"debias": True},
+        {"mask": "soft"},
+        {"mask": "threshold"},
+        {"decoupled_weight_decay": False},
+        {"mask_decay": True},
+    ],
+    ids=str,
+)
+def test_gradients_reach_tensors_where_it_is_differentiable(options):
+    """Against differences, in float64: of the weights after three steps, by each of the four numbers."""
+
+    def loss(beta1, beta2, eps, decay):
+        w = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True).clone()
+        optimizer = PRM([w], lr=0.1, betas=(beta1, beta2), eps=eps, weight_decay=decay, mask_eps=1e-12,
+                        differentiable=True, **options)  # fmt: skip
+        for g in ([1.0, 0.5], [1.2, 0.4], [0.9, 0.7]):
+            w.grad = torch.tensor(g, dtype=torch.float64)
+            optimizer.step()
+        optimizer.get_mask_stats()
+        return w.square().sum()
+
+    at = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.8, 0.95, 0.1, 0.3)]
+    assert torch.autograd.gradcheck(loss, at)
+    assert all(g.abs() > 0 for g in torch.autograd.grad(loss(*at), at))

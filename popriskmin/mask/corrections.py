@@ -36,9 +36,9 @@ def variance_of_mean(beta1: float, t: Any) -> Any:
     return (1 - beta1) / (1 + beta1) * (2 - one_minus_power) / one_minus_power
 
 
-def _one_minus_power(beta: float, t: Any) -> Any:
+def _one_minus_power(beta: Any, t: Any) -> Any:
     """Return `1 - beta**t`, exact to rounding for a float32 tensor `t` too, where plain powers lose digits."""
-    if not isinstance(t, Tensor):
+    if not isinstance(t, Tensor) or isinstance(beta, Tensor):
         return 1 - beta**t
     return -torch.expm1(t * math.log(beta)) if beta > 0 else torch.ones_like(t)
 

@@ -69,6 +69,13 @@ class Hyperparameters(NamedTuple):
         same = {name: group[name] for name in cls._fields if name not in ("beta1", "beta2", "coefficient")}
         return cls.of(**same, beta1=beta1, beta2=beta2, coefficient=coefficient)
 
+    def plain(self) -> Hyperparameters:
+        """Return them with numbers for tensors, but for `lr`: what the statistics read, without a graph behind it."""
+        held: dict[str, Any] = {
+            name: x.item() for name, x in self._asdict().items() if isinstance(x, Tensor) and name != "lr"
+        }
+        return self._replace(**held) if held else self
+
     @property
     def given(self) -> bool:
         """Whether the variance of each gradient comes from outside."""

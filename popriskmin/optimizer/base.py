@@ -16,7 +16,7 @@ from popriskmin.optimizer.checkpoint import (
     prepare_state,
     replaced_lr,
 )
-from popriskmin.optimizer.options import check_keep, check_options, check_spelling, plain
+from popriskmin.optimizer.options import check_keep, check_options, check_spelling, plain, with_numbers
 from popriskmin.step.compat import split_names
 
 
@@ -41,7 +41,8 @@ class CheckedOptimizer(Optimizer):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         param_group = split_names(param_group)
         check_spelling(param_group, self.defaults)
-        param_group.update({name: plain(param_group[name]) for name in self.defaults if name in param_group})
+        given = {name: plain(param_group[name]) for name in self.defaults if name in param_group}
+        param_group.update(with_numbers(given, {**self.defaults, **given}["differentiable"]))
         check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
 

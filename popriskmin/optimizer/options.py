@@ -45,6 +45,39 @@ def plain(value: Any) -> Any:
     return value.item() if is_numpy and getattr(value, "ndim", 0) == 0 else value
 
 
+# What torch's AdamW takes tensors for, beside lr, and through which gradients are asked for.
+FOLLOWED = ("betas", "eps", "weight_decay")
+
+
+def with_numbers(options: Mapping[str, Any], differentiable: bool) -> dict[str, Any]:
+    """Return the options with tensors of one element turned into numbers, but for lr.
+
+    Read once, so that no step waits for a device. With `differentiable` those of `FOLLOWED` stay tensors, for gradients
+    to reach them.
+
+    Raises
+    ------
+    ValueError
+        For a tensor with more elements or none.
+    """
+
+    def number(name: str, value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(number(name, item) for item in value)
+        if not isinstance(value, Tensor):
+            return value
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+        return value.reshape(()) if differentiable and name in FOLLOWED else value.item()
+
+    return {name: value if name == "lr" else number(name, value) for name, value in options.items()}
+
+
+def _number(value: Any) -> Any:
+    """Return the number that a tensor of one element holds; anything else as it is."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() else value
+
+
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for the first option of a group that is out of range, naming it and showing its value."""
     _check_lr(options["lr"])
@@ -52,17 +85,17 @@ def check_options(options: Mapping[str, Any]) -> None:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
     for name, value in (("betas[0]", betas[0]), ("betas[1]", betas[1]), ("rho", options["rho"])):
-        if not (isinstance(value, Real) and 0 <= float(value) < 1):
+        if not (isinstance(_number(value), Real) and 0 <= float(_number(value)) < 1):
             raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
     for name in ("eps", "mask_eps", "softness", "weight_decay"):
         value = options[name]
         if name == "mask_eps" and value is None:
             continue
-        if not (isinstance(value, Real) and 0 <= float(value) < float("inf")):
+        if not (isinstance(_number(value), Real) and 0 <= float(_number(value)) < float("inf")):
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
     if not (isinstance(options["min_q"], Real) and 0 <= float(options["min_q"]) <= 1):
         raise ValueError(f"min_q must be a number in [0, 1], got {options['min_q']!r}")
-    eps = float(options["eps"])
+    eps = float(_number(options["eps"]))
     if options["mask_eps"] is None and eps * eps == float("inf"):
         raise ValueError(f"eps must be so small that its square is finite, or mask_eps be given, got eps={eps!r}")
     check_counts(options)

@@ -14,7 +14,7 @@ from popriskmin.mask import Hyperparameters
 from popriskmin.optimizer.base import CheckedOptimizer
 from popriskmin.optimizer.checkpoint import STATE_FORMAT, new_state
 from popriskmin.optimizer.initializing import makes_state_alone
-from popriskmin.optimizer.options import check_options, check_variances, name_of, plain
+from popriskmin.optimizer.options import check_options, check_variances, name_of, plain, with_numbers
 from popriskmin.optimizer.stats import Row, mask_stats
 from popriskmin.step.compat import check_graph_capture
 from popriskmin.step.functional import dispatch
@@ -44,6 +44,8 @@ class PRM(CheckedOptimizer):
         Parameters, named parameters, or dicts that define groups. Complex parameters count as two reals.
     lr
         Learning rate; a number, or a tensor with one element (then it can be scheduled under a captured graph).
+        `betas`, `eps` and `weight_decay` may be tensors too: they are read once, and followed by gradients with
+        `differentiable`.
     betas
         Decay rates of `m` and `v`, in [0, 1).
     rho
@@ -138,10 +140,10 @@ class PRM(CheckedOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         rho: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
+        eps: float | Tensor = 1e-8,
+        weight_decay: float | Tensor = 0.01,
         softness: float = 1.0,
         batch_size: int | None = None,
         boundary: str = "batch",
@@ -194,7 +196,7 @@ class PRM(CheckedOptimizer):
             "fused": fused,
             "state_format": STATE_FORMAT,
         }
-        defaults = {name: plain(value) for name, value in defaults.items()}
+        defaults = with_numbers({name: plain(value) for name, value in defaults.items()}, differentiable)
         check_options(defaults)
         # What each group's last step was taken with, for the statistics; a schedule may have moved on since.
         self._applied: list[Hyperparameters] = []
@@ -278,13 +280,11 @@ class PRM(CheckedOptimizer):
         for group in self.param_groups:
             gathered.append((Lists([], [], [], [], [], [], []), []))
             self._init_group(group, *gathered[-1][0], gathered[-1][1])
-        self._applied = applied
+        self._applied = [hyper.plain() for hyper in applied]
         if self._variances:
             self._variances = {}
         self._memories.extend({} for _ in self.param_groups[len(self._memories) :])
-        for group, hyper, memory, (lists, state_steps) in zip(
-            self.param_groups, self._applied, self._memories, gathered
-        ):
+        for group, hyper, memory, (lists, state_steps) in zip(self.param_groups, applied, self._memories, gathered):
             dispatch(
                 lists,
                 state_steps,

@@ -217,14 +217,14 @@ def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperpara
         g = held_g.to(dtype)
         g = -g if hyper.maximize else g
         if hyper.weight_decay != 0 and not hyper.decoupled_weight_decay:
-            g = g.add(w, alpha=hyper.weight_decay)
+            coupled = hyper.weight_decay
+            g = g + coupled * w if isinstance(coupled, Tensor) else g.add(w, alpha=coupled)
 
         if hyper.given:
             s = s.mul(hyper.rho).add(as_real(lists.grad_vars[i].resolve_conj()).to(dtype), alpha=c.blend)
         else:
             s = _streaming_variance(s, g, m, c, hyper)
-        m = m.lerp(g, 1 - hyper.beta1)
-        v = v.mul(hyper.beta2).addcmul(g, g, value=1 - hyper.beta2)
+        m, v = _moments(m, v, g, hyper)
         # The mask and the step use the moments as they are stored, rounded where the state is narrower.
         if held[3].dtype == torch.bfloat16:
             bits = random_bits(held[3], c.t)
@@ -245,6 +245,14 @@ def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperpara
             w = w.addcdiv(q * m, denominator, value=-step_size)
         for tensor, value in zip(held, [w, *new]):
             tensor.copy_(value)
+
+
+def _moments(m: Tensor, v: Tensor, g: Tensor, hyper: Hyperparameters) -> tuple[Tensor, Tensor]:
+    """Return `m` and `v` of this step."""
+    if isinstance(hyper.beta1, Tensor) or isinstance(hyper.beta2, Tensor):
+        # A tensor is no factor of addcmul; and gradients are to reach it.
+        return m + (1 - hyper.beta1) * (g - m), v * hyper.beta2 + (1 - hyper.beta2) * g * g
+    return m.lerp(g, 1 - hyper.beta1), v.mul(hyper.beta2).addcmul(g, g, value=1 - hyper.beta2)
 
 
 def _streaming_variance(s: Tensor, g: Tensor, m: Tensor, c: Corrections, hyper: Hyperparameters) -> Tensor:

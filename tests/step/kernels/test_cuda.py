@@ -1,4 +1,4 @@
-"""The Triton step: in Triton's interpreter on the CPU, compiled for devices that are not here, and on real ones.
+"""The Triton step in Triton's interpreter on the CPU, and its tables.
 
 The interpreter must be chosen before Triton is imported, and it changes Triton for the whole process; so the tests
 marked `interpreted` are run by `test_in_the_interpreter`, in a process of their own.
@@ -8,8 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,205 +16,35 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Reference
+from step.kernels.triton_problems import (
+    INTERPRETED,
+    SHAPES,
+    TYPES,
+    Problem,
+    assert_agree,
+    bf16,
+    both,
+    boundary_step,
+    f16,
+    f32,
+    f64,
+    gradients,
+    hyperparameters,
+    interpreted,
+    needs_triton,
+)
 from strategies import made_up_variances, options, problems
 
-from popriskmin.mask import Hyperparameters, boundary_coefficient
-from popriskmin.step.functional import prm
 from popriskmin.step.kernels import cuda
 from popriskmin.step.lists import Lists
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = find_spec("triton") is not None and int(version("triton").split(".")[0]) >= 3
 HERE = Path(__file__)
-
-needs_triton = pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton, not interpreting")
-interpreted = pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="run by test_in_the_interpreter")
-hardware = pytest.mark.skipif(
-    INTERPRETED or not HAS_TRITON or not torch.cuda.is_available(), reason="needs Triton and a CUDA device"
-)
-
-f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-# Types of p, g, m, and v with s.
-TYPES = [
-    (f32, f32, f32, f32),
-    (f64, f64, f64, f64),
-    (bf16, bf16, f32, f32),
-    (f16, f16, f32, f32),
-    (f32, f32, f32, bf16),
-    (bf16, bf16, f32, bf16),
-    (f32, bf16, f32, f32),
-    (f16, f32, f64, f64),
-    (f64, f32, f32, f32),
-    (f32, f64, f32, f64),
-]
-# With blocks of 64: one element, one that fills its blocks and ones that do not, and two dimensions in either order.
-SHAPES = [(), (3, 5), (128,), (33, 2), (65,), (1,)]
-DEFAULTS = {
-    "lr": 0.01,
-    "betas": (0.9, 0.999),
-    "rho": 0.99,
-    "eps": 1e-8,
-    "weight_decay": 0.1,
-    "softness": 1.0,
-    "mask": "snr",
-    "reduction": "per_param",
-    "warmup_steps": 0,
-    "amsgrad": False,
-    "bias_correction": True,
-    "decoupled_weight_decay": True,
-    "mask_eps": None,
-    "debias": False,
-    "mask_decay": False,
-    "maximize": False,
-    "min_q": 0.0,
-    "variance": "streaming",
-}
-NEEDED_BY_PRM = set(DEFAULTS) - {"betas", "variance"}
 
 
 @pytest.fixture(autouse=INTERPRETED)
 def _small_blocks(monkeypatch):
     monkeypatch.setattr(cuda, "BLOCK", 64)
     monkeypatch.setattr(cuda, "CHUNK", 2)
-
-
-def arguments(drawn):
-    """Return the options as `prm` takes them."""
-    drawn = {**DEFAULTS, **drawn}
-    a = boundary_coefficient(drawn.get("boundary", "batch"), drawn.get("batch_size"), drawn.get("n_dataset"))
-    beta1, beta2 = drawn["betas"]
-    return {**{name: drawn[name] for name in NEEDED_BY_PRM}, "beta1": beta1, "beta2": beta2, "coefficient": a}
-
-
-def hyperparameters(drawn):
-    return Hyperparameters.of(**arguments(drawn), variance={**DEFAULTS, **drawn}["variance"])
-
-
-class Guarded:
-    """A tensor with elements around its memory that nothing may touch, perhaps off any alignment."""
-
-    def __init__(self, values, dtype, offset, device="cpu"):
-        values = torch.as_tensor(values).to(dtype)
-        self.dtype, self.offset, self.n = dtype, offset, values.numel()
-        self.memory = torch.full((self.n + 2 * offset,), 7.0, dtype=dtype, device=device)
-        self.tensor = self.memory[offset : offset + self.n].view(values.shape)
-        self.tensor.copy_(values)
-
-    def is_intact(self):
-        rest = torch.cat([self.memory[: self.offset], self.memory[self.offset + self.n :]])
-        return bool((rest == 7.0).all())
-
-
-class Problem:
-    """Parameters and state, in guarded memory, and the steps they have taken."""
-
-    def __init__(self, shapes, types, amsgrad, offset=16, transposed=False, device="cpu", steps_on=None, start=None,
-                 given=None):  # fmt: skip
-        """`given` is the type of the variances, None where they come from the gradients."""
-        self.given = given
-        rng = np.random.default_rng(1)
-        p, g, m, v = types
-        self.transposed, self.offset, self.device, self.grad_type = transposed, offset, device, g
-        values = [rng.normal(size=shape) for shape in shapes]
-        self.columns = [
-            [Guarded(self._in_memory(value), dtype, offset, device) for value in values] for dtype in (p, m, v, v, v)
-        ]
-        for column in self.columns[1:]:
-            for guarded in column:
-                guarded.tensor.zero_()
-        if not amsgrad:
-            self.columns.pop()
-        self.amsgrad = amsgrad
-        start = start or [0.0] * len(shapes)
-        self.steps = [torch.tensor(t, dtype=f32, device=steps_on or "cpu") for t in start]
-
-    def _in_memory(self, value):
-        return value.T.copy() if self.transposed and value.ndim == 2 else value
-
-    def _seen(self, tensor):
-        return tensor.T if self.transposed and tensor.dim() == 2 else tensor
-
-    def lists(self, grads):
-        self.grads = [Guarded(self._in_memory(g), self.grad_type, self.offset, self.device) for g in grads]
-        values = made_up_variances(grads) if self.given else []
-        self.variances = [Guarded(self._in_memory(z), self.given, self.offset, self.device) for z in values]
-        variances = [self._seen(z.tensor) for z in self.variances]
-        p, *state = [[self._seen(guarded.tensor) for guarded in column] for column in self.columns]
-        maxima = state.pop() if self.amsgrad else []
-        return Lists(p, [self._seen(g.tensor) for g in self.grads], *state, maxima, variances)
-
-    def check_memory(self, grads):
-        for column in [*self.columns, self.grads, self.variances]:
-            assert all(guarded.is_intact() for guarded in column)
-        for guarded, g in zip(self.grads, grads):
-            expected = torch.as_tensor(self._in_memory(g)).to(self.grad_type)
-            torch.testing.assert_close(guarded.tensor.cpu(), expected, rtol=0, atol=0, equal_nan=True)
-
-    def results(self):
-        return [[self._seen(guarded.tensor).cpu() for guarded in column] for column in self.columns]
-
-
-def gradients(problem, shapes):
-    rng = np.random.default_rng(problem["seed"])
-    means = [rng.normal(size=shape) for shape in shapes]
-    return [
-        [np.asarray(problem["scale"] * (u + rng.normal(size=u.shape))) for u in means] for _ in range(problem["steps"])
-    ]
-
-
-def single(made, grads, drawn, capturable):
-    """Take a step of a problem with the single-tensor form."""
-    *lists, variances = made.lists(grads)
-    prm(*lists, made.steps, foreach=False, capturable=capturable, grad_vars=variances or None, **arguments(drawn))
-
-
-def both(drawn, all_grads, types, shapes=SHAPES, tensor_steps=False, tensor_lr=None, device="cpu", start=None,
-         given=f32, **how):  # fmt: skip
-    """Take the steps with the kernel and with the single-tensor form; return the results of both."""
-    amsgrad = {**DEFAULTS, **drawn}["amsgrad"]
-    how |= {"device": device, "steps_on": device if tensor_steps else "cpu", "start": start}
-    how["given"] = given if {**DEFAULTS, **drawn}["variance"] == "given" else None
-    made = [Problem(shapes, types, amsgrad, **how) for _ in range(2)]
-    if tensor_lr is not None:
-        lr = torch.tensor({**DEFAULTS, **drawn}["lr"], dtype=tensor_lr, device=how["steps_on"])
-        drawn = {**drawn, "lr": lr}
-    ours, theirs = made
-    for grads in all_grads:
-        cuda.step(ours.lists(grads), ours.steps, hyperparameters(drawn), tensor_steps)
-        single(theirs, grads, drawn, tensor_steps)
-        ours.check_memory(grads)
-    assert [t.item() for t in ours.steps] == [t.item() for t in theirs.steps]
-    return ours.results(), theirs.results()
-
-
-NAMES = ["p", "m", "v", "s", "max"]
-# Units of the type's resolution, of the largest number: the state is a chain of few operations.
-UNITS = {f64: 64, f32: 16, f16: 1.1, bf16: 1.1}
-
-
-def assert_agree(ours, theirs, types, drawn, steps, moved=None):
-    """Compare all tensors; those of 16 bits may have been rounded to the neighbour."""
-    wide = f64 if f64 in types[:1] + types[2:3] else f32
-    lr = float({**DEFAULTS, **drawn}["lr"])
-    # Differences of gradients lose digits, of `s` above all, and pass that on to the step.
-    share = max({f64: 1e-10, f32: 1e-4, bf16: 2e-2}[t] for t in (wide, *types[2:]))
-    largest_gradient = max(float(a.abs().max()) for a in theirs[1]) / (1 - {**DEFAULTS, **drawn}["betas"][0])
-    hard = {**DEFAULTS, **drawn}["mask"] == "hard"
-    for name, mine, other in zip(NAMES, ours, theirs):
-        for a, b in zip(mine, other):
-            assert a.dtype == b.dtype
-            unit = max(torch.finfo(a.dtype).eps * UNITS[a.dtype], torch.finfo(wide).eps * UNITS[wide])
-            size = float(b.abs().max())
-            atol = unit * (largest_gradient**2 if name == "s" else size)
-            if name == "p":
-                # A step is about lr, as exact as the state is stored; without bias correction it can be much more.
-                atol += share * steps * lr * (moved or 1)
-            off = (a.double() - b.double()).abs() > atol + unit * b.double().abs()
-            if hard and name == "p":
-                # A number on the boundary may fall to either side, a whole tensor of numbers in a pooled mask.
-                assert off.double().mean() <= 0.1 or {**DEFAULTS, **drawn}["reduction"] == "per_tensor" or wide == f32
-            else:
-                assert not off.any(), (name, a[off], b[off])
 
 
 @interpreted
@@ -324,18 +152,6 @@ def test_a_gradient_whose_square_overflows_leaves_the_noise_a_number_at_the_firs
     grads = [np.array([1e38, -3e38, 1.0])]
     cuda.step(made.lists(grads), made.steps, hyperparameters({"debias": True}), tensor_steps)
     assert torch.equal(made.results()[3][0], torch.zeros(3))
-
-
-def boundary_step(mask, device="cpu", reduction="per_param", n=1000):
-    """Take a step whose signal and noise are the same numbers; return the parameters before and after."""
-    # rho = beta1 = 0 without bias correction: s = (g - 0)**2 and m = g.
-    drawn = {"mask": mask, "betas": (0.0, 0.9), "rho": 0.0, "bias_correction": False, "weight_decay": 0.0,
-             "reduction": reduction}  # fmt: skip
-    made = Problem([(n,)], (f32,) * 4, False, device=device)
-    before = made.results()[0][0].clone()
-    grads = [np.random.default_rng(0).normal(size=n)]
-    cuda.step(made.lists(grads), made.steps, hyperparameters(drawn))
-    return before, made.results()[0][0]
 
 
 @interpreted
@@ -520,196 +336,3 @@ def test_a_graph_gets_a_table_that_nobody_else_uses(monkeypatch):
     assert source[0] == 1
     streams.capturing = False
     assert streams.table(1) is eager
-
-
-def compiled(kernel, types, **flags):
-    """Return the assembly that Triton makes of a kernel for an A100."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    from popriskmin.step.kernels import cuda_step
-
-    wide = f64 if f64 in (types[0], types[2]) else f32
-    flags = {"PHASE": "all", "MASK": "snr", "DECOUPLED": True, "BIAS": True, "COLUMNS": 11, "BLOCK": 1024} | flags
-    off = ["AMSGRAD", "COUPLED", "MAXIMIZE", "DEBIAS", "GIVEN", "MASK_DECAY", "FROM_END", "TENSOR_STEPS", "TENSOR_LR"]
-    constants = {**dict.fromkeys(off, False), "CHUNK": 4096, "C": cuda_step.TYPES[wide], **flags}
-    constants |= {name: cuda_step.TYPES[t] for name, t in zip("PGMVSXZ", [*types, types[3], types[3], types[1]])}
-    function = getattr(cuda_step, kernel)
-    kinds = {"table": "*i64", "lr_at": "*fp64", "partials": "*fp64" if wide == f64 else "*fp32", "tensors": "i32",
-             "blocks": "i32"}  # fmt: skip
-    number = "i64" if wide == f64 else "i32"
-    names = function.arg_names
-    signature = {name: "constexpr" if name in constants else kinds.get(name, number) for name in names}
-    places = {(names.index(name),): value for name, value in constants.items() if name in names}
-    source = ASTSource(fn=function, signature=signature, constexprs=places, attrs={})
-    options = {"num_warps": 4, "enable_fp_fusion": False}
-    return compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ptx"]
-
-
-@needs_triton
-@pytest.mark.parametrize(
-    ("kernel", "types", "flags"),
-    [
-        ("update", TYPES[0], {}),
-        ("update", TYPES[1], {"MASK": "soft", "AMSGRAD": True, "COUPLED": True, "DECOUPLED": False}),
-        ("update", TYPES[3], {"MASK": "hard", "MAXIMIZE": True}),
-        ("update", TYPES[4], {"FROM_END": True, "MASK": "none"}),
-        ("update", TYPES[5], {"DEBIAS": True, "TENSOR_STEPS": True, "TENSOR_LR": True, "MASK_DECAY": True}),
-        ("update", TYPES[0], {"PHASE": "advance"}),
-        ("update", TYPES[3], {"GIVEN": True, "DEBIAS": True, "TENSOR_STEPS": True}),
-        ("update", TYPES[0], {"PHASE": "move", "AMSGRAD": True}),
-        ("pool", TYPES[0], {"DEBIAS": True, "TENSOR_STEPS": True}),
-        ("pool", TYPES[1], {}),
-    ],
-)
-def test_it_compiles_for_devices_without_fusing_products_and_sums(kernel, types, flags, monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    try:
-        assembly = compiled(kernel, types, **flags)
-    except (ImportError, TypeError) as error:
-        pytest.skip(f"this version of Triton is asked otherwise: {error}")
-    assert not re.search(r"\bfma\.", assembly)
-    assert not re.search(r"\b(div|sqrt)\.(approx|full)", assembly)
-    # These return the other number where one is NaN.
-    assert not re.search(r"\b(min|max)\.f(32|64)", assembly)
-    if kernel == "update":
-        # Sixteen bytes at a time.
-        assert re.search(r"ld\.global\S*\.v[24]\.b(32|64)", assembly)
-        assert re.search(r"st\.global\S*\.v[24]\.b(32|64)", assembly)
-
-
-# On real devices.
-
-GRID = [
-    {},
-    {"mask": "soft", "amsgrad": True, "warmup_steps": 1},
-    {"mask": "hard", "warmup_steps": 1, "boundary": "empirical", "batch_size": 10, "n_dataset": 100},
-    {"mask": "none", "decoupled_weight_decay": False, "maximize": True},
-    {"reduction": "per_tensor", "mask_decay": True},
-    {"reduction": "per_tensor", "mask": "soft", "debias": True, "amsgrad": True},
-    {"debias": True, "softness": 3.0, "betas": (0.4, 0.9)},
-    {"bias_correction": False, "mask_eps": 1e-8},
-    {"variance": "given", "debias": True, "min_q": 0.1},
-    {"variance": "given", "reduction": "per_tensor", "mask": "soft"},
-]
-
-
-def given_in(drawn):
-    """Return the type of the variances where they are given."""
-    return f32 if drawn.get("variance") == "given" else None
-
-
-LARGE = [(1000, 333), (4096,), (), (7,), (64, 3, 3, 3), (1_000_003,)]
-
-
-@pytest.fixture
-def sync_is_an_error():
-    def check():
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-
-    yield check
-    torch.cuda.set_sync_debug_mode("default")
-
-
-@hardware
-@pytest.mark.parametrize("drawn", GRID)
-@pytest.mark.parametrize("types", TYPES)
-@pytest.mark.parametrize("tensor_steps", [False, True])
-def test_on_a_device(drawn, types, tensor_steps):
-    assert cuda.unusable() is None
-    grads = gradients({"seed": 1, "scale": 1.0, "steps": 3}, LARGE)
-    how = {"device": "cuda", "tensor_steps": tensor_steps, "tensor_lr": f32 if tensor_steps else None}
-    ours, theirs = both(drawn, grads, types, LARGE, **how, offset=16 if types[0] == f32 else 3)
-    assert_agree(ours, theirs, types, drawn, 3, moved=10)
-
-
-@hardware
-@pytest.mark.parametrize("mask", ["soft", "hard"])
-def test_masks_are_shut_on_the_boundary_of_a_device(mask):
-    before, after = boundary_step(mask, device="cuda", n=100_000)
-    assert torch.equal(before, after)
-
-
-@hardware
-@pytest.mark.parametrize("drawn", GRID)
-@pytest.mark.parametrize("tensor_steps", [False, True])
-def test_nothing_waits_for_the_device_and_steps_are_deterministic(drawn, tensor_steps, sync_is_an_error):
-    grads = gradients({"seed": 1, "scale": 1.0, "steps": 1}, LARGE)[0]
-    results = []
-    for _ in range(2):
-        made = Problem(LARGE, (f32,) * 4, {**DEFAULTS, **drawn}["amsgrad"], device="cuda",
-                       steps_on="cuda" if tensor_steps else "cpu", given=given_in(drawn))  # fmt: skip
-        lists = made.lists(grads)
-        hyper = hyperparameters({**drawn, "lr": torch.tensor(0.01, device="cuda")})
-        cuda.step(lists, made.steps, hyper)
-        sync_is_an_error()
-        for _ in range(3):
-            cuda.step(lists, made.steps, hyper)
-        torch.cuda.set_sync_debug_mode("default")
-        made.check_memory(grads)
-        results.append(made.results())
-    assert all(torch.equal(a, b) for x, y in zip(*results) for a, b in zip(x, y))
-
-
-@hardware
-@pytest.mark.parametrize("drawn", GRID)
-def test_a_captured_graph_steps_like_the_loop(drawn):
-    """Captured with gradients at new addresses, and replayed while other work uses the memory that is free."""
-    shapes, amsgrad = LARGE, {**DEFAULTS, **drawn}["amsgrad"]
-    grads = gradients({"seed": 1, "scale": 1.0, "steps": 6}, shapes)
-    lr = torch.tensor(0.01, device="cuda")
-    how = {"device": "cuda", "steps_on": "cuda", "given": given_in(drawn)}
-    ours, theirs = (Problem(shapes, (f32,) * 4, amsgrad, **how) for _ in range(2))
-    hyper = hyperparameters({**drawn, "lr": lr})
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        cuda.step(ours.lists(grads[0]), ours.steps, hyper)
-    torch.cuda.current_stream().wait_stream(stream)
-    static = ours.lists(grads[1])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        cuda.step(static, ours.steps, hyper)
-    for g in grads[1:]:
-        for target, value in zip(static.grads + static.grad_vars, [*g, *made_up_variances(g)]):
-            target.copy_(torch.as_tensor(value))
-        lr.mul_(0.5)
-        graph.replay()
-        cuda._tables.clear()
-        _ = [torch.full((4096,), -1, device="cuda") for _ in range(50)]
-    lr.fill_(0.01)
-    for i, g in enumerate(grads):
-        if i:
-            lr.mul_(0.5)
-        single(theirs, g, {**drawn, "lr": lr}, capturable=True)
-    assert_agree(ours.results(), theirs.results(), (f32,) * 4, {**drawn, "lr": 0.01}, 6, moved=10)
-
-
-@hardware
-def test_another_stream_gets_a_table_of_its_own():
-    grads = gradients({"seed": 1, "scale": 1.0, "steps": 1}, LARGE)[0]
-    made = Problem(LARGE, (f32,) * 4, False, device="cuda")
-    lists = made.lists(grads)
-    cuda._tables.clear()
-    cuda.step(lists, made.steps, hyperparameters({}))
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        cuda.step(lists, made.steps, hyperparameters({}))
-    torch.cuda.synchronize()
-    assert len(cuda._tables) == 2
-
-
-@hardware
-def test_a_tensor_of_more_than_two_to_the_31_elements():
-    n = 2**31 + 1000
-    if torch.cuda.mem_get_info()[0] < 20 * n:
-        pytest.skip("needs 43 GB of free device memory")
-    w, g = torch.ones(n, dtype=bf16, device="cuda"), torch.ones(n, dtype=bf16, device="cuda")
-    m = torch.zeros(n, dtype=f32, device="cuda")
-    v, s = torch.zeros(n, dtype=bf16, device="cuda"), torch.zeros(n, dtype=bf16, device="cuda")
-    hyper = hyperparameters({"mask": "none", "lr": 0.5, "weight_decay": 0.0})
-    cuda.step(Lists([w], [g], [m], [v], [s], [], []), [torch.tensor(0.0)], hyper)
-    assert bool(((w - 0.5).abs_() < 0.05).all())
