@@ -173,7 +173,7 @@ def tables(results: list[dict[str, Any]]) -> str:
     pages = []
     for count in HELD_OUT:
         lines = [f"| {count} held out | | {' | '.join(RULES)} |", f"| --- | --- |{' ---: |' * len(RULES)}"]
-        for chosen, title in ((True, "constants chosen on these"), (False, "never seen before")):
+        for chosen, title in ((True, "constants chosen on these"), (False, "not chosen on")):
             means: dict[str, list[float]] = {rule: [] for rule in RULES}
             shares: dict[str, list[float]] = {rule: [] for rule in RULES}
             for name in TRAININGS:
