@@ -1,6 +1,6 @@
 """What PRM adds on several ranks: messages, bytes and time of a training step beside AdamW's, under each wrapper.
 
-    python benchmarks/ranks.py [--ranks 4] [--repeat 5] [--json FILE]
+    python benchmarks/over_ranks.py [--ranks 4] [--repeat 5] [--json FILE]
 
 Processes talk over gloo on this machine's CPU, so the times say little about a cluster; messages and bytes are those of
 any backend. A message is one collective of torch.distributed, its bytes those of the tensors that this rank hands in.
