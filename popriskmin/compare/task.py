@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -134,6 +134,11 @@ class Task(abc.ABC):
         numbers seeded as for `trial`, and shown beside the arms.
         """
         return {}
+
+    @property
+    def files(self) -> Sequence[str]:
+        """The data files that `trial` reads: a run belongs to their content, and a changed one makes new runs."""
+        return ()
 
     @property
     def options(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -67,6 +68,11 @@ class Table(Task):
     def columns(self) -> Columns:
         """The table as it was read; read again only when the file has changed."""
         return read_table(self.data, self.target, self.drop, self.kind)
+
+    @property
+    def files(self) -> list[str]:
+        """The user's file, where the data is in one."""
+        return [self.data] if Path(self.data).is_file() else []
 
     @property
     def metrics(self) -> dict[str, str]:  # type: ignore[override]

@@ -154,3 +154,16 @@ def test_the_command_on_a_file(tmp_path):
     # Before anything is trained, and as a sentence.
     with pytest.raises(ValueError, match=r"people.csv has no column 'lef'; did you mean left\?$"):
         make_task(Table, {"data": str(tmp_path / "people.csv"), "target": "lef"})
+
+
+def test_an_edited_file_makes_new_runs(tmp_path):
+    from popriskmin.compare.runs.digest import source_digest
+
+    path = tmp_path / "mine.csv"
+    path.write_text("x,y\n" + "\n".join(f"{i},{i % 2}" for i in range(60)))
+    task = Table(data=str(path), target="y", kind="classification")
+    assert task.files == [str(path)]
+    before = source_digest(task)
+    path.write_text(path.read_text() + "\n60,1")
+    assert source_digest(task) != before
+    assert Table(data="wine").files == []

@@ -31,8 +31,17 @@ def source_digest(task: Task) -> str:
 
     It is part of what identifies a run, so that results of an older version of the task are not taken for this one's.
     Of a task in a file that is the file's text. A task from a notebook, a prompt or standard input has no file: there
-    it is the code of the class with all that it uses of the same place, functions and data included.
+    it is the code of the class with all that it uses of the same place, functions and data included. The content of the
+    task's data files belongs to it.
     """
+    code = _code_digest(task)
+    if not task.files:
+        return code
+    parts = [code, *(hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in task.files)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
+def _code_digest(task: Task) -> str:
     file = getattr(sys.modules.get(type(task).__module__), "__file__", None)
     try:
         source = Path(file).read_text(encoding="utf-8", errors="surrogateescape") if file else None

@@ -85,3 +85,22 @@ def test_a_task_from_standard_input_has_the_same_digest_in_another_process():
         for _ in range(2)
     ]
     assert found[0] == found[1] != ""
+
+
+def test_the_content_of_data_files_belongs_to_the_source(tmp_path):
+    class Reads(Task):
+        metrics = {"error": "min"}
+        path = str(tmp_path / "data.csv")
+
+        @property
+        def files(self):
+            return [self.path]
+
+        def trial(self, seed):
+            raise AssertionError
+
+    (tmp_path / "data.csv").write_text("a,b\n1,2\n")
+    first = source_digest(Reads())
+    assert source_digest(Reads()) == first
+    (tmp_path / "data.csv").write_text("a,b\n1,3\n")
+    assert source_digest(Reads()) != first
