@@ -2,7 +2,7 @@
 
 The task `popriskmin compare starved` describes: a router learns by REINFORCE, from gradients that are right on average
 and mostly noise, beside a network that learns easily. Every line of the table trains the same networks on the same
-batches, at the same learning rate unless it says otherwise. Needs `pip install 'popriskmin[compare]'`.
+batches, at the same learning rate unless it says otherwise. Needs `pip install -e '.[compare]'`.
 
     python examples/starved_module.py
 """

@@ -146,7 +146,8 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         default="loky",
         metavar="NAME",
-        help="joblib's backend: loky for processes here, dask or ray for a cluster (default: %(default)s)",
+        help="joblib's backend: loky or multiprocessing for processes here, threading, sequential, dask or ray for a "
+        "cluster (default: %(default)s)",
     )
     add("--keep-going", action="store_true", help="make the other runs where one fails, in place of stopping there")
     add("--out", metavar="DIR", help="folder for the results (default: runs/TASK)")
@@ -159,16 +160,18 @@ def _compare(parser: _CompareParser, known: argparse.Namespace) -> int:
         from popriskmin.compare import compare
         from popriskmin.compare.flags import add_task_options, option_fields
         from popriskmin.compare.loading import installed_tasks, load_task_class, make_task
-        from popriskmin.compare.runs.arms import parse_arm, parse_arm_lr, parse_options
+        from popriskmin.compare.runs.arms import describe_options, parse_arm, parse_arm_lr, parse_options
         from popriskmin.compare.runs.runner import RunError
         from popriskmin.compare.text import brief, last_frame
     except ImportError as error:
         needed = f"popriskmin compare needs a package that is not installed: {error.name}"
         print(f"{needed}; {GET_COMPARE}", file=sys.stderr)
         return FAILED
+    parser.epilog = f"Options of PRM, for --prm: {describe_options()}."
     if known.task is None:
         if known.help:
-            parser.epilog = f"installed tasks: {', '.join(installed_tasks())}; TASK --help shows a task's options"
+            tasks = f"Installed tasks: {', '.join(installed_tasks())}; TASK --help shows a task's options."
+            parser.epilog = f"{tasks} {parser.epilog}"
             parser.print_help()
             return 0
         meant = next((word for word in parser.words if word.endswith(".py") or word in installed_tasks()), "TASK")

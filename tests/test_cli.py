@@ -49,11 +49,17 @@ def test_help_of_compare_with_and_without_a_task(capsys):
     assert status == 0
     assert "--weight-decay" in out
     assert "--noise" not in out
+    told = " ".join(out.split())
+    assert "Installed tasks: digits, " in told
+    assert "mask=snr|soft" in told
+    assert "debias=on|off" in told
+    assert "sequential, dask or ray" in told
     status, out, _ = run(capsys, "compare", "digits", "--help")
     assert status == 0
     assert "options of Digits" in out
     assert "--noise FLOAT" in out
     assert "replaced at random (default: 0.4)" in out
+    assert "reduction=per_param|per_tensor" in " ".join(out.split())
     assert "--noise" in run(capsys, "compare", TINY, "-h")[1]
 
 
@@ -64,6 +70,7 @@ def test_help_of_compare_with_and_without_a_task(capsys):
         (["compare", "digit"], "there is no task 'digit'"),
         (["compare", "missing.py"], "there is no file missing.py"),
         (["compare", TINY, "--prm", "softnes=1"], "PRM has no option 'softnes': did you mean softness?"),
+        (["compare", TINY, "--prm", "variance=given"], "variance must be streaming"),
         (["compare", TINY, "--prm", "soft"], "given as NAME=VALUE, such as mask=soft, got 'soft'"),
         (["compare", TINY, "--seeds", "0"], "seeds must be a number of seeds >= 1"),
         (["compare", TINY, "--lr", "-1"], "lr must be one or more finite numbers >= 0"),

@@ -1,4 +1,7 @@
-"""A fair comparison of PRM with AdamW on a task of your own. Needs `pip install 'popriskmin[compare]'`."""
+"""A fair comparison of PRM with AdamW on a task of your own.
+
+Needs, in a clone of the repository, `pip install -e '.[compare]'`.
+"""
 
 from popriskmin.compare.answer.results import Results
 from popriskmin.compare.experiment import compare

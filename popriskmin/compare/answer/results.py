@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from popriskmin.compare.answer.analysis import Statement, analyse, number, statements
-from popriskmin.compare.answer.budget import by_budget
+from popriskmin.compare.answer.analysis import Statement, analyse, best_rival, number, statements
+from popriskmin.compare.answer.budget import by_budget, untuned
 from popriskmin.compare.answer.figures import FIGURES, Run, chosen_runs, why_none
 from popriskmin.compare.answer.goals import by_goal
 from popriskmin.compare.answer.notes import edges, warnings_of
@@ -93,6 +93,9 @@ class Results:
     ) -> Results:
         """Draw the conclusions from the runs."""
         selections, budget = analyse(runs, arms, task.metrics), by_budget(runs, arms, task.metrics)
+        best_untuned = best_rival(arms, untuned(runs, arms, task.metrics))
+        # Of untrained networks there is nothing to say.
+        said = statements(arms, task.metrics, selections, budget, best_untuned) if _any_trained(runs) else []
         return cls(
             task=task,
             arms=arms,
@@ -103,8 +106,7 @@ class Results:
             selections=selections,
             by_budget=budget,
             by_goal=by_goal(runs, arms, task.metrics, task.goals),
-            # Of untrained networks there is nothing to say.
-            statements=statements(arms, task.metrics, selections, budget) if _any_trained(runs) else [],
+            statements=said,
             edges=edges(arms, selections, learning_rates, weight_decays),
             warnings=[*warnings_of(runs, arms, selections, seeds, task.metrics), *references.warnings],
             folder=folder,

@@ -51,7 +51,8 @@ def show(results: Results, console: Console | None = None) -> None:
             # Padding indents the lines that a sentence goes on to, too, but would break it where none should be.
             line = Padding(Text(sentence), (0, 0, 0, 2)) if console.is_terminal else f"  {sentence}"
             console.print(line, **style)
-    for line in (*results.warnings, *by_arm(results.edges)):
+    # Edges are those of what the tables say was chosen.
+    for line in (*results.warnings, *(by_arm(results.edges) if results.has_an_answer else ())):
         console.print(f"Note: {line}", style="yellow", **style)
 
 

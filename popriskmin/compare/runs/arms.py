@@ -15,6 +15,7 @@ from torch import nn
 from popriskmin.compare.runs import rivals
 from popriskmin.compare.task import Trial
 from popriskmin.compare.text import exact
+from popriskmin.mask import BOUNDARIES, MASKS, REDUCTIONS
 from popriskmin.optimizer.prm import PRM
 
 # Options of PRM that torch's AdamW and Adam have too; the matched arm takes them over.
@@ -136,6 +137,8 @@ def check_prm_options(options: Mapping[str, Any]) -> None:
     if not options:
         raise ValueError("a further PRM arm needs at least one option, such as mask=soft")
     _check_names(options)
+    if options.get("variance", "streaming") != "streaming":
+        raise ValueError("a comparison measures no variances of its own: variance must be streaming")
     _try(options)
 
 
@@ -180,6 +183,17 @@ def _defaults() -> dict[str, Any]:
     """Return the options of PRM with their defaults."""
     parameters = inspect.signature(PRM).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.name != "params"}
+
+
+def describe_options() -> str:
+    """Return the options that a PRM arm may have, with the choices of those that have some."""
+    choices = {"mask": MASKS, "boundary": BOUNDARIES, "reduction": REDUCTIONS}
+    shown = []
+    for name, default in _defaults().items():
+        if name not in ("lr", "weight_decay", "variance"):
+            values = ("on", "off") if isinstance(default, bool) else choices.get(name, ())
+            shown.append(f"{name}={'|'.join(values)}" if values else name)
+    return ", ".join(shown)
 
 
 # Words for values, in any case of letters. "on" and its like are what configuration files and shells use.

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from compare.made_up import ARMS, METRICS, made_up
 
-from popriskmin.compare.answer.analysis import Statement, analyse, rivals_of, statements
-from popriskmin.compare.answer.budget import by_budget
+from popriskmin.compare.answer.analysis import Statement, analyse, best_rival, rivals_of, statements
+from popriskmin.compare.answer.budget import by_budget, untuned
 from popriskmin.compare.runs.arms import Arm, make_arms
 
 
 def said(runs, arms=ARMS, metrics=METRICS):
-    return statements(arms, metrics, analyse(runs, arms, metrics), by_budget(runs, arms, metrics))
+    best_untuned = best_rival(arms, untuned(runs, arms, metrics))
+    return statements(arms, metrics, analyse(runs, arms, metrics), by_budget(runs, arms, metrics), best_untuned)
 
 
 def test_each_figure_chooses_for_itself():
@@ -98,7 +99,25 @@ def test_prm_is_compared_with_the_best_rival():
     selections = analyse(runs, arms, METRICS)
     assert list(selections["final"]["prm"]["against"]) == ["adamw", "sgd", "adamw-matched"]
     assert rivals_of(sgd) == ["adamw"]
-    assert ("prm", "sgd") in {(one.arm, one.rival) for one in said(runs, arms)}
+    rivals = {(one.figure, one.rival) for one in said(runs, arms)}
+    assert {figure for figure, rival in rivals if rival == "sgd"} == {"final", "best", "area", "budget 1"}
+    assert "lion" not in {rival for _, rival in rivals}
+
+
+def test_the_best_rival_without_tuning_may_be_another_than_the_tuned_one():
+    """SGD is best at one rate and lost at the other; lion is good at both, but for validation data alone."""
+    sgd, lion = Arm("sgd", "optimizer"), Arm("lion", "optimizer")
+    arms = [*make_arms(), sgd, lion]
+    level = {"adamw": (0.5, 0.5), "prm": (0.6, 0.6), "adamw-matched": (0.6, 0.6), "sgd": (0.8, 0.1), "lion": (0.7, 0.7)}
+    runs = [made_up(arm, seed, lr, [0, value], [0, 0.6 if arm is lion else value])
+            for arm in arms for seed in range(5) for lr, value in zip((0.1, 0.2), level[arm.name])]  # fmt: skip
+    found = {(one.figure, one.rival) for one in said(runs, arms)}
+    assert ("final", "sgd") in found
+    assert ("budget 1", "lion") in found
+    assert not {("final", "lion"), ("budget 1", "sgd")} & found
+    assert untuned(runs, arms, {"loss": "min", "accuracy": "max"})["lion"] == pytest.approx(-0.3)
+    runs.append(made_up(lion, 5, 0.1, [0, 0.7], [0, 0.7], status="diverged"))
+    assert untuned(runs, arms, METRICS)["lion"] == float("-inf")
 
 
 @pytest.mark.parametrize(
@@ -114,3 +133,10 @@ def test_prm_is_compared_with_the_best_rival():
 def test_sentences(difference, direction, p, expected):
     one = Statement("", "final", "a", "b", "x", direction, 0.5 + difference, 0.5, difference, None, 5, p)
     assert one.sentence == expected
+
+
+def test_a_difference_that_is_rounding_is_not_shown_as_zero_or_less():
+    one = Statement("", "final", "a", "b", "x", "max", 0.5, 0.5 + 2e-9, -2e-9, (-3e-9, -1e-9), 5, 0.01)
+    assert "-2e-09 [-3e-09, -1e-09], p" in one.sentence
+    same = Statement("", "final", "a", "b", "x", "max", 0.5, 0.5, 0.0, (0.0, 0.0), 5, 1.0)
+    assert "+0.0000 [+0.0000, +0.0000], p = 1" in same.sentence

@@ -197,6 +197,11 @@ def test_in_a_real_browser(results, browser, width, scheme):
     ink, paper = page.evaluate(f"[{style}.color, {style}.backgroundColor]")
     brightness = [sum(map(int, re.findall(r"\d+", color)[:3])) for color in (ink, paper)]
     assert (brightness[0] > brightness[1] + 300) == (scheme == "dark")
+    # The mask's picture keeps a size at which the names of layers can be read.
+    heights = page.evaluate("Array.from(document.querySelectorAll('.wide svg text, .wide svg g[id^=text_]'), "
+                            "text => text.getBoundingClientRect().height)")  # fmt: skip
+    assert len(heights) > 5
+    assert min(heights) > 5
     # Where tables go on beyond a narrow screen it is said.
     assert page.locator(".cue").first.is_visible() == (width < 640)
     page.close()

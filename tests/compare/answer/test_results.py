@@ -1,5 +1,6 @@
 """What is printed."""
 
+import html
 import io
 
 import pytest
@@ -56,3 +57,27 @@ def test_a_terminal_breaks_sentences_between_words(tmp_path, width):
     assert set(results.warnings[0].split()) <= words
     # Elsewhere each stays on one line, for whoever searches it.
     assert {*sentences} <= {line.strip() for line in printed(results).splitlines()}
+
+
+def test_short_in_a_prompt_and_the_answer_in_a_notebook(tmp_path):
+    results = compare(Tiny(), lr=[0.1, 0.01], seeds=5, out=tmp_path, progress=False)
+    assert repr(results) == f"<Results of tiny: adamw, prm, adamw-matched; 30 runs, 5 seeds; {tmp_path}>"
+    shown = html.unescape(results._repr_html_())
+    assert repr(results) in shown
+    answer = results.answer
+    assert len(answer) == 8
+    assert {"arm", "rival", "figure", "metric", "value", "rival_value", "difference", "interval", "p"} <= {*answer}
+    assert answer["difference"].to_numpy() == pytest.approx((answer["value"] - answer["rival_value"]).to_numpy())
+    assert [s for found in results.answers().values() for s in found] == list(answer["sentence"])
+    assert all(sentence in shown for sentence in answer["sentence"])
+    assert [dict(row, interval=tuple(row["interval"])) for row in results.to_dict()["answer"]] == [
+        {**row, "interval": tuple(row["interval"])} for row in answer.to_dict("records")
+    ]
+
+
+def test_where_nothing_was_trained_no_edge_is_named(tmp_path):
+    """The untrained network has a best step, at every learning rate the same."""
+    results = compare(Tiny(trouble="lost"), seeds=1, out=tmp_path, progress=False)
+    assert not results.has_an_answer
+    assert "There is nothing to compare" in printed(results)
+    assert "of the grid" not in printed(results)
