@@ -128,6 +128,21 @@ def test_scaling_draws_both_curves(monkeypatch, tmp_path):
     assert (tmp_path / "step-time.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_false_claims_are_counted(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import false_claims
+
+    monkeypatch.setattr(sys, "argv", ["false_claims.py", "--draws", "100"])
+    false_claims.main()
+    rows = [line.split()[-3:] for line in capsys.readouterr().out.splitlines() if line.endswith("%")]
+    assert len(rows) == 12
+    shares = {(i, int(row[0])): [float(cell.rstrip("%")) for cell in row[1:]] for i, row in enumerate(rows)}
+    bootstrap, student = shares[0, 3]
+    assert bootstrap > 15 > student
+    uncorrected, corrected = shares[8, 5]
+    assert uncorrected > 20 > 12 > corrected
+
+
 def test_the_shapes_of_the_benchmark():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import step_time

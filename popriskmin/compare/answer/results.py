@@ -269,9 +269,9 @@ class Results:
         if not any(one.p is not None for one in self.statements):
             return ""
         return (
-            f"p is corrected for all {len(self.statements)} statements (Holm): where nothing differs, one comparison "
-            f"in twenty makes a false claim. A difference is called clear where p is below {LEVEL:g}. Brackets hold "
-            "the 95% interval of each difference by itself."
+            f"p is corrected for all {len(self.statements)} statements (Holm): where nothing differs, at most one "
+            f"comparison in twenty makes a false claim. A difference is called clear where p is below {LEVEL:g}. "
+            "Brackets hold the 95% interval of each difference by itself."
         )
 
     def goal_lines(self) -> list[str]:
