@@ -124,7 +124,7 @@ def test_agrees_with_the_loop_and_touches_nothing_else(
     if state_dtype == torch.bfloat16 or (dtype == torch.float64 and state_dtype == torch.float32):
         rtol = max(rtol, 1e-2)  # one step of the narrow type more or less in the state
     for a, b in zip(ours, theirs):
-        close = torch.isclose(a, b, rtol=rtol, atol=(rtol if narrow else 10 * rtol) * options["lr"])
+        close = torch.isclose(a, b, rtol=rtol, equal_nan=True, atol=(rtol if narrow else 10 * rtol) * options["lr"])
         # A scalar on the boundary of the hard mask, or of a type's rounding, may fall to either side.
         hard = options["mask"] == "hard"
         pooled = options["reduction"] == "per_tensor"
@@ -133,7 +133,7 @@ def test_agrees_with_the_loop_and_touches_nothing_else(
         assert a["step"] == b["step"] == len(steps)
         for name in ("exp_avg", "exp_avg_sq", "exp_avg_var"):
             assert a[name].dtype == b[name].dtype
-            torch.testing.assert_close(a[name], b[name], rtol=max(rtol, 1e-5), atol=1e-6)
+            torch.testing.assert_close(a[name], b[name], rtol=max(rtol, 1e-5), atol=1e-6, equal_nan=True)
 
 
 @needs_kernel
