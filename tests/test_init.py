@@ -20,7 +20,7 @@ FLOORS = [
     ["step"],
     ["optimizer"],
     ["variance", "risk", "diagnosis", "compare"],
-    ["tasks", "cli"],
+    ["tasks", "integrations", "cli"],
     ["__main__"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

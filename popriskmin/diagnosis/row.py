@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 # What is said of a mask that is shut without a fault in it, and of one that is not shut.
 FINE = ("open", "warmup", "early", "noise", "slowed")
+# What is a fault.
+FAULTS = ("weak", "epsilon", "strict", "decay", "dead", "not finite")
 # What to do about causes that are no faults.
 SLOWED = "none is needed; a larger lr makes up for it, or a smaller softness"
 NOISE = (

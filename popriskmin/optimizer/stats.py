@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -120,6 +120,16 @@ def _row(parts: list[tuple[int, list[float]]]) -> Row:
         "signal_sq": signal,
         "snr": signal / noise if noise > 0 else without_noise,
     }
+
+
+def combined(rows: Iterable[Row]) -> Row:
+    """Return the row of all the scalars that several rows, one at least and of different scalars, are of."""
+    parts = []
+    for row in rows:
+        n = int(row["parameter_count"])
+        sums = [n * row["mean_q"], n * row["active_fraction"], row["signal_sq"], row["noise_scale"]]
+        parts.append((n, [*sums, row["min_q"], row["max_q"]]))
+    return _row(parts)
 
 
 def _nan_min(values: Iterator[float]) -> float:

@@ -1,0 +1,116 @@
+"""PRM in Lightning: `lightning` or `pytorch_lightning`, whichever the program has imported."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from popriskmin.diagnosis import diagnose
+from popriskmin.integrations import log
+from popriskmin.optimizer.prm import PRM
+from popriskmin.optimizer.unwrap import described, unwrapped
+from popriskmin.risk import RiskMonitor
+
+# Both may be installed, and one's Trainer does not know the other's callbacks.
+if not TYPE_CHECKING and "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
+    from pytorch_lightning import Callback, LightningModule, Trainer
+else:
+    try:
+        from lightning.pytorch import Callback, LightningModule, Trainer
+    except ImportError:
+        from pytorch_lightning import Callback, LightningModule, Trainer
+
+_logger = logging.getLogger("popriskmin")
+
+
+class PRMCallback(Callback):  # type: ignore[misc]
+    """Put the mask's statistics, the risk monitor's verdict and the diagnosis into what Lightning logs.
+
+    They come every `log_every_n_steps` steps of the optimizer, to every logger and into `trainer.callback_metrics`. The
+    monitor's state goes into Lightning's checkpoints. What the mask holds shut by a fault (`popriskmin.diagnose`) is
+    said at the end of training.
+
+    Parameters
+    ----------
+    monitor
+        Makes the risk monitor for the module's PRM, as `RiskMonitor` itself does, or
+        `lambda optimizer: RiskMonitor(optimizer, held_out=losses)`. None makes none.
+    stop
+        End training where the verdict is "overfitting" on any rank, looked at where it is logged. With `keep_best`
+        among the monitor's options `callback.monitor.restore_best()` then brings the best weights back.
+    diagnosis
+        Log how many tensors `diagnose` finds in which condition.
+
+    Raises
+    ------
+    ValueError
+        For `stop` without `monitor`, or where nothing is logged.
+    TypeError
+        When training begins, where the module's optimizers are not one PRM, beside others if need be.
+
+    Examples
+    --------
+    A training with it: examples/with_lightning.py.
+    """
+
+    def __init__(
+        self, monitor: Callable[[Any], RiskMonitor] | None = None, stop: bool = False, diagnosis: bool = True
+    ) -> None:
+        if stop and monitor is None:
+            raise ValueError("stop=True needs a monitor, such as monitor=RiskMonitor")
+        self.stop = stop
+        self.diagnosis = diagnosis
+        self.monitor: RiskMonitor | None = None
+        self._make_monitor = monitor
+        self._optimizer: PRM | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._logged = 0  # at how many steps it was logged last
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the optimizer, attach the monitor to it, and give it the state of the checkpoint."""
+        found = [unwrapped(optimizer) for optimizer in trainer.optimizers]
+        prms = [one.optimizer for one in found if isinstance(one.optimizer, PRM)]
+        if len(prms) != 1:
+            given = ", ".join(map(described, found)) or "none"
+            raise TypeError(f"PRMCallback needs a module with one popriskmin.PRM among its optimizers, got {given}")
+        if prms[0] is not self._optimizer:
+            if self.monitor is not None:
+                self.monitor.detach()
+            self._optimizer = prms[0]
+            self.monitor = None if self._make_monitor is None else self._make_monitor(prms[0])
+        if self.monitor is not None and self._loaded is not None:
+            self.monitor.load_state_dict(self._loaded)
+        self._loaded = None
+        if self.stop and trainer.log_every_n_steps == 0:
+            raise ValueError("stop=True looks at the verdict where Lightning logs, and log_every_n_steps is 0")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, and stop on the verdict, after the batch with which the optimizer has taken a step."""
+        automatic = pl_module.automatic_optimization  # without it Lightning counts batches, as each may step anything
+        steps = trainer.global_step if automatic else trainer.fit_loop.total_batch_idx + 1
+        if steps == self._logged or trainer.log_every_n_steps == 0 or steps % trainer.log_every_n_steps:
+            return
+        self._logged = steps
+        pl_module.log_dict(log(self._optimizer, self.monitor, diagnosis=self.diagnosis), on_step=True, on_epoch=False)
+        if self.stop and self.monitor is not None:
+            stops = trainer.strategy.reduce_boolean_decision(self.monitor.overfitting, all=False)
+            trainer.should_stop = trainer.should_stop or stops
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what the mask holds shut by a fault."""
+        if self.diagnosis and self._optimizer is not None:
+            found = diagnose(self._optimizer)
+            if found.problems and trainer.is_global_zero:
+                _logger.warning("%s", found)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the monitor's state, for Lightning's checkpoints."""
+        return {} if self.monitor is None else {"monitor": self.monitor.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the monitor's state until there is an optimizer to attach one to."""
+        self._loaded = state_dict.get("monitor")

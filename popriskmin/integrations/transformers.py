@@ -1,0 +1,229 @@
+"""PRM in transformers' `Trainer`, and in TRL's trainers, which are built on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from popriskmin.diagnosis import diagnose
+from popriskmin.integrations import log
+from popriskmin.optimizer.prm import PRM
+from popriskmin.optimizer.unwrap import unwrapped_prm
+from popriskmin.risk import RiskMonitor
+
+# The monitor's state, beside the Trainer's own files in the folder of a checkpoint.
+FILE = "prm_monitor.pt"
+
+_logger = logging.getLogger("popriskmin")
+
+
+def prm_cls_and_kwargs(args: TrainingArguments, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Return what a `Trainer` takes as `optimizer_cls_and_kwargs`, so that it builds a `PRM` itself when it needs one.
+
+    That is the way to hand over PRM where the trainer changes the model first (`peft_config`, FSDP), or makes it
+    (`model_init`). A trainer that does not take the argument, as TRL's `DPOTrainer`, takes it as an attribute, before
+    `train()`: `trainer.optimizer_cls_and_kwargs = prm_cls_and_kwargs(args)`.
+
+    Parameters
+    ----------
+    args
+        Gives the learning rate, both betas, epsilon and the weight decay.
+    options
+        Arguments of `PRM`, instead of these and beside them.
+
+    Examples
+    --------
+    >>> cls, kwargs = prm_cls_and_kwargs(TrainingArguments(learning_rate=1e-3, report_to="none"), softness=3.0)
+    >>> kwargs["lr"], kwargs["softness"], kwargs["betas"]
+    (0.001, 3.0, (0.9, 0.999))
+    """
+    return _Factory, _options(args, options)
+
+
+def prm_optimizer(model: nn.Module, args: TrainingArguments, **options: Any) -> PRM:
+    """Return a `PRM` for a model, for a `Trainer`'s `optimizers=(prm_optimizer(model, args), None)`.
+
+    Its groups are those of the Trainer's own optimizer, so that a checkpoint of its AdamW goes on; its parameters have
+    their names.
+
+    Parameters
+    ----------
+    model
+        As it will be trained: what the trainer itself adds to it, as with `peft_config`, this optimizer does not have.
+        `prm_cls_and_kwargs` does.
+    args, options
+        As in `prm_cls_and_kwargs`.
+    """
+    return _Factory()(model, **_options(args, options))
+
+
+def _options(args: TrainingArguments, options: dict[str, Any]) -> dict[str, Any]:
+    own = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    return {**own, "weight_decay": args.weight_decay, **options}
+
+
+class _Factory:
+    """What the Trainer makes and then calls with the model, where it is given something that is no optimizer class."""
+
+    def __call__(self, model: nn.Module, weight_decay: float, **options: Any) -> PRM:
+        # The Trainer's rule has changed with its versions; the method needs no Trainer.
+        decaying = set(Trainer.get_decay_parameter_names(None, model))
+        named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        return PRM(
+            [
+                {"params": [(n, p) for n, p in named if n in decaying], "weight_decay": weight_decay},
+                {"params": [(n, p) for n, p in named if n not in decaying], "weight_decay": 0.0},
+            ],
+            **options,
+        )
+
+
+class PRMCallback(TrainerCallback):  # type: ignore[misc]
+    """Put the mask's statistics, the risk monitor's verdict and the diagnosis into what a `Trainer` logs.
+
+    They are then in `log_history` and wherever `report_to` leads. The monitor's state goes into the Trainer's
+    checkpoints. What the mask holds shut by a fault (`popriskmin.diagnose`) is said at the end of training.
+
+    Parameters
+    ----------
+    trainer
+        Add the callback to it: `trainer.add_callback(PRMCallback(trainer))`. It has to know the trainer, because
+        transformers tells its trackers before the callbacks of a user may add to the logs.
+    monitor
+        Makes the risk monitor for the optimizer that the trainer has when training begins, as `RiskMonitor` itself
+        does, or `lambda optimizer: RiskMonitor(optimizer, held_out=losses)`. None makes none.
+    stop
+        End training where the verdict is "overfitting", which is looked at whenever the Trainer logs. On several
+        ranks the first decides. With `keep_best` among the monitor's options `callback.monitor.restore_best()` then
+        brings the best weights back.
+    diagnosis
+        Log how many tensors `diagnose` finds in which condition.
+    resume_from
+        The folder of the checkpoint that training goes on from, where that is not `checkpoint-STEP` in `output_dir`
+        nor `args.resume_from_checkpoint`.
+
+    Raises
+    ------
+    ValueError
+        For `stop` without `monitor`, or where nothing is logged; when training begins, where the optimizer holds
+        nothing of what is trainable.
+    TypeError
+        When training begins, for another optimizer than `PRM`.
+
+    Examples
+    --------
+    A training with it: examples/with_trainer.py.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        monitor: Callable[[Any], RiskMonitor] | None = None,
+        stop: bool = False,
+        diagnosis: bool = True,
+        resume_from: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"PRMCallback needs its trainer, got {type(trainer).__name__}: build the trainer first, then "
+                "trainer.add_callback(PRMCallback(trainer))"
+            )
+        if stop and monitor is None:
+            raise ValueError("stop=True needs a monitor, such as monitor=RiskMonitor")
+        self.trainer = trainer
+        self.stop = stop
+        self.diagnosis = diagnosis
+        self.resume_from = resume_from
+        self.monitor: RiskMonitor | None = None
+        self._make_monitor = monitor
+        self._optimizer: Any = None
+        self._log_of_trainer = trainer.log
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the optimizer, attach the monitor to it, and take its state from the checkpoint."""
+        prm = unwrapped_prm(kwargs["optimizer"], "PRMCallback").optimizer
+        if not self.trainer.is_deepspeed_enabled:  # which trains on copies of its own
+            _check_trains(prm, kwargs["model"])
+        if self.stop and args.logging_strategy == "no":
+            raise ValueError("stop=True looks at the verdict where the Trainer logs, and logging_strategy is 'no'")
+        self.trainer.log = self._log
+        if prm is not self._optimizer:
+            if self.monitor is not None:
+                self.monitor.detach()
+            self._optimizer = prm
+            self.monitor = None if self._make_monitor is None else self._make_monitor(prm)
+            if self.monitor is not None and state.global_step > 0:
+                self._resume(self.monitor, args, state)
+
+    def _log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Stand in the place of the trainer's `log`; only what it logs of training itself is added to."""
+        if "loss" in logs:
+            logs.update(log(self._optimizer, self.monitor, diagnosis=self.diagnosis))
+        self._log_of_trainer(logs, *args, **kwargs)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Stop on the verdict. Every rank logs, and so every rank is here at the same step."""
+        if self.stop and self.monitor is not None and logs is not None and "loss" in logs:
+            decision = [self.monitor.overfitting]
+            broadcast_object_list(decision)
+            if decision[0]:
+                control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the monitor's state into the checkpoint that was just written."""
+        resumable = not args.save_only_model and not state.is_hyper_param_search
+        if self.monitor is not None and resumable and args.should_save:
+            path = _checkpoint(args, state) / FILE
+            unfinished = path.with_suffix(".part")
+            torch.save(self.monitor.state_dict(), unfinished)
+            os.replace(unfinished, path)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say what the mask holds shut by a fault."""
+        if self.diagnosis:
+            found = diagnose(self._optimizer)
+            if found.problems and state.is_world_process_zero:
+                _logger.warning("%s", found)
+
+    def _resume(self, monitor: RiskMonitor, args: TrainingArguments, state: TrainerState) -> None:
+        given = self.resume_from or args.resume_from_checkpoint
+        folder = pathlib.Path(given) if isinstance(given, (str, os.PathLike)) else _checkpoint(args, state)
+        if (folder / FILE).exists():
+            monitor.load_state_dict(torch.load(folder / FILE, map_location="cpu", weights_only=True))
+        else:
+            warnings.warn(
+                f"training goes on from step {state.global_step}, and there is no {FILE} in {folder}: the risk monitor "
+                "begins anew. If the checkpoint is elsewhere, say so: PRMCallback(trainer, resume_from=FOLDER)",
+                stacklevel=2,
+            )
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> pathlib.Path:
+    return pathlib.Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _check_trains(optimizer: PRM, model: nn.Module) -> None:
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    if trainable and not any(id(param) in held for param in trainable.values()):
+        raise ValueError(
+            f"the optimizer holds none of the model's {len(trainable)} trainable tensors, the first of which is "
+            f"{next(iter(trainable))}: it was built before the trainer changed the model, as peft_config does. Let the "
+            "trainer build it, by optimizer_cls_and_kwargs=prm_cls_and_kwargs(args), or set the attribute of that name "
+            "before train() and leave out optimizers"
+        )
