@@ -78,13 +78,12 @@ class _Factory:
         # The Trainer's rule has changed with its versions; the method needs no Trainer.
         decaying = set(Trainer.get_decay_parameter_names(None, model))
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-        return PRM(
-            [
-                {"params": [(n, p) for n, p in named if n in decaying], "weight_decay": weight_decay},
-                {"params": [(n, p) for n, p in named if n not in decaying], "weight_decay": 0.0},
-            ],
-            **options,
-        )
+        groups = []
+        for decays, decay in ((True, weight_decay), (False, 0.0)):
+            members = [(name, param) for name, param in named if (name in decaying) == decays]
+            # The Trainer keeps an empty group, too, of which torch has to be told that it has names.
+            groups.append({"params": members, "weight_decay": decay, **({} if members else {"param_names": []})})
+        return PRM(groups, **options)
 
 
 class PRMCallback(TrainerCallback):  # type: ignore[misc]
