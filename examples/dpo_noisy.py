@@ -18,14 +18,12 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import pathlib
 import random
 import sys
 import tempfile
 from pydoc_data.topics import topics
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed

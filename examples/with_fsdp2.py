@@ -1,4 +1,4 @@
-"""PRM with parameters sharded by FSDP2: figures of all ranks in TensorBoard, and a run that goes on where it was killed.
+"""PRM with parameters sharded by FSDP2: figures of all ranks, and a run that goes on where it was killed.
 
     torchrun --standalone --nproc-per-node 2 examples/with_fsdp2.py --out runs/fsdp2
     tensorboard --logdir runs/fsdp2
