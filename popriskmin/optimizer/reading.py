@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from popriskmin.mask import Corrections, Hyperparameters, corrections, evaluate, signal_and_noise
-from popriskmin.step.lists import are_plain
+from popriskmin.step.lists import are_plain, as_real
 
 if TYPE_CHECKING:
     from popriskmin.optimizer.prm import PRM
+
+
+SMALL = 2**16  # scalars of a tensor whose launches take longer than its arithmetic
 
 
 class Held(NamedTuple):
@@ -54,6 +57,33 @@ def held(optimizer: PRM) -> Iterator[Held]:
         for param, name, t in zip(group["params"], names[i], steps[i]):
             if param.numel() > 0:
                 yield Held(i, name, param, optimizer.state.get(param, {}), t, hyper)
+
+
+def joined(several: Sequence[Held]) -> list[Held]:
+    """Put small tensors of one group, step and type together, to be read as one.
+
+    Each costs as many launches as a large one. Left as they are: pooled masks, which are of one tensor each, and
+    tensors that are sharded over ranks.
+    """
+    kept: list[Held] = []
+    alike: dict[Any, list[Held]] = {}
+    for one in several:
+        m, s = one.state["exp_avg"], one.state["exp_avg_var"]
+        small = one.param.numel() <= SMALL and one.hyper.reduction == "per_param"
+        if small and are_plain([m, s]):
+            alike.setdefault((one.group, one.step, m.dtype, s.dtype, m.device), []).append(one)
+        else:
+            kept.append(one)
+    for ones in alike.values():
+        if len(ones) == 1:
+            kept.append(ones[0])
+            continue
+        state = {
+            name: torch.cat([as_real(one.state[name].detach()).reshape(-1) for one in ones])
+            for name in ("exp_avg", "exp_avg_var")
+        }
+        kept.append(ones[0]._replace(param=state["exp_avg"], state=state))
+    return kept
 
 
 def applied(optimizer: PRM, group: int) -> Hyperparameters:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from popriskmin.mask import corrections, evaluate, finish_signal_and_noise
-from popriskmin.optimizer.reading import Held, as_wide_reals, held, recompute, to_host
+from popriskmin.optimizer.reading import Held, as_wide_reals, held, joined, recompute, to_host
 from popriskmin.step.lists import sum_dtype
 from popriskmin.step.shards import local_part, over_ranks
 
@@ -33,7 +33,7 @@ def mask_stats(optimizer: PRM, by: str | None = None, local: bool = False) -> An
     if by not in BY:
         raise ValueError(f"by must be None, 'group' or 'parameter', got {by!r}")
     gathered: dict[Any, list[tuple[int, list[float]]]] = {}
-    for one, count, weight, values in _measured(optimizer, local):
+    for one, count, weight, values in _measured(optimizer, local, apart=by == "parameter"):
         key = {None: None, "group": one.group, "parameter": one.name}[by]
         gathered.setdefault(key, []).append((count, [*(weight * value for value in values[:4]), *values[4:]]))
     rows = {key: _row(parts) for key, parts in gathered.items()}
@@ -41,12 +41,15 @@ def mask_stats(optimizer: PRM, by: str | None = None, local: bool = False) -> An
 
 
 @torch.no_grad()
-def _measured(optimizer: PRM, local: bool) -> Iterator[tuple[Held, int, int, list[float]]]:
+def _measured(optimizer: PRM, local: bool, apart: bool) -> Iterator[tuple[Held, int, int, list[float]]]:
     """Yield each tensor that has moved, its scalars, the weight of its sums, and six numbers; one transfer a device.
 
-    Those are the sums of `q`, of active scalars, signal and noise, and the least and the largest `q`.
+    Those are the sums of `q`, of active scalars, signal and noise, and the least and the largest `q`. Unless they are
+    to be kept apart, small tensors of a group come together as one.
     """
     stepped = [one for one in held(optimizer) if one.step > 0]
+    if not apart:
+        stepped = joined(stepped)
     if local:
         stepped = [one for one in stepped if local_part(one.param).numel() > 0]
     pooled = [one.hyper.reduction == "per_tensor" for one in stepped]

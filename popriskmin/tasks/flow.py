@@ -45,7 +45,7 @@ class Flow(Task):
 
     metrics: ClassVar[dict[str, str]] = {"loss": "min", "distance": "min", "copies": "min"}
     learning_rates = (1e-3, 3e-3, 1e-2, 3e-2)
-    weight_decays = (0.01, 0.1)
+    weight_decays = (0.01,)
 
     def __post_init__(self) -> None:
         """Take what was left out from the scale, and check the options."""

@@ -51,7 +51,7 @@ class Pinn(Task):
     metrics: ClassVar[dict[str, str]] = {"error": "min"}
     goals: ClassVar[dict[str, float]] = {"error": 0.4}
     learning_rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-    weight_decays = (0.0, 0.01)
+    weight_decays = (0.01,)
 
     def __post_init__(self) -> None:
         """Take what was left out from the scale, and check the options."""

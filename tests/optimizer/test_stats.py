@@ -8,6 +8,7 @@ import torch
 from conftest import HOW
 
 from popriskmin import PRM
+from popriskmin.optimizer.stats import combined
 
 KEYS = ["mean_q", "active_fraction", "min_q", "max_q", "parameter_count", "noise_scale", "signal_sq", "snr"]
 
@@ -249,3 +250,26 @@ def test_nan_is_not_hidden():
     assert math.isnan(stats["min_q"])
     assert math.isnan(stats["max_q"])
     assert not math.isnan(optimizer.get_mask_stats(by="parameter")["b"]["mean_q"])
+
+
+def test_small_tensors_that_are_read_together_give_what_they_give_apart():
+    torch.manual_seed(0)
+    shapes, dtypes = [(3, 4), (5,), (300, 300), (2, 3)], [torch.float32, torch.float32, torch.float32, torch.bfloat16]
+    params = [torch.randn(shape).to(dtype).requires_grad_() for shape, dtype in zip(shapes, dtypes)]
+    params.append(torch.randn(4, dtype=torch.complex64).requires_grad_())
+    late = torch.randn(6, requires_grad=True)
+    groups = [{"params": [*params, late]}, {"params": [torch.randn(7, requires_grad=True)], "softness": 9.0}]
+    optimizer = PRM(groups, reduction="per_param")
+    for step in range(3):
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.randn_like(param) + 0.3 if step > 0 or param is not late else None
+        optimizer.step()
+    apart = optimizer.get_mask_stats(by="parameter")
+    assert len(apart) == 7
+    for together, rows in (
+        (optimizer.get_mask_stats(), apart.values()),
+        (optimizer.get_mask_stats(by="group")[0], list(apart.values())[:6]),
+        (optimizer.get_mask_stats(by="group")[1], list(apart.values())[6:]),
+    ):
+        assert together == pytest.approx(combined(rows), rel=1e-6)
