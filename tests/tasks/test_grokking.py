@@ -4,7 +4,8 @@ import pytest
 import torch
 from tasks.every import check_task
 
-from popriskmin.tasks.grokking import Grokking, pairs
+from popriskmin.tasks.grokking import Grokking, LastPlace, pairs
+from popriskmin.tasks.text import Layer
 
 
 @pytest.mark.parametrize("p", [3, 7, 31])
@@ -32,6 +33,13 @@ def test_training_pairs_are_not_held_out():
     assert len(held) == 2
     assert seen | held[0] | held[1] == set(range(42))
     assert len(seen) + len(held[0]) + len(held[1]) == 42
+
+
+def test_the_last_layer_at_the_last_place_is_a_layer_at_all_places():
+    torch.manual_seed(0)
+    everywhere, last, x = Layer(16), LastPlace(16), torch.randn(5, 4, 16)
+    last.load_state_dict(everywhere.state_dict())
+    torch.testing.assert_close(last(x), everywhere(x)[:, -1])
 
 
 def test_a_network_learns_the_training_pairs():
@@ -64,4 +72,4 @@ def test_wrong_options(options, message):
 def test_options_that_are_given_beat_the_scale():
     task = Grokking(scale="paper", steps=7)
     assert (task.prime, task.share, task.layers, task.width, task.batch_size, task.steps) == (97, 0.25, 2, 128, 512, 7)
-    assert Grokking().steps == 3000
+    assert Grokking().steps == 2400
