@@ -18,6 +18,7 @@ from popriskmin.mask import MASKS, variance_of_mean
 
 RIVALS = ("adamw", "sgd", "adamw, L1 on the first layer", "adamw, averaged")
 BASE = "adamw"
+Z_2 = "threshold z=2"
 REFERENCES = "references"
 RESULTS = "results.json"
 MARKS = ("<!-- tables: made by benchmarks/tables.py report -->", "<!-- end of the tables -->")
@@ -168,7 +169,9 @@ def rules(cells: dict[Key, dict[str, Cell]]) -> dict[str, Any]:
     for name in names:
         _judge(found, cells, f"always {name}", [name], _take(name))
     for feature, value in FEATURES.items():
-        for low, high in [(BASE, "soft"), *(("snr", name) for name in names if name not in ("snr", "debias"))]:
+        pairs = [(BASE, "soft"), *(("snr", name) for name in names if name not in ("snr", "debias"))]
+        pairs += [(Z_2, name) for name in ("threshold z=3", "soft", "hard") if name in names and Z_2 in names]
+        for low, high in pairs:
             chosen = _cases(cells, [low, high, "snr"], True)
             values = sorted(value(arms) for arms in chosen)
             edges = [-math.inf, *((one + other) / 2 for one, other in itertools.pairwise(values)), math.inf]
