@@ -72,4 +72,4 @@ def test_wrong_options(options, message):
 def test_options_that_are_given_beat_the_scale():
     task = Grokking(scale="paper", steps=7)
     assert (task.prime, task.share, task.layers, task.width, task.batch_size, task.steps) == (97, 0.25, 2, 128, 512, 7)
-    assert Grokking().steps == 2400
+    assert Grokking().steps == 1600
