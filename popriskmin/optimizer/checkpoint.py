@@ -14,16 +14,13 @@ import torch
 from torch import Tensor
 
 from popriskmin.mask import Hyperparameters, corrections
+from popriskmin.optimizer.options import FOLLOWED, with_numbers
 
 # Raised when a checkpoint's state can no longer be read by older versions.
 STATE_FORMAT = 1
 
 # How the step is computed, as against what: these stay as the optimizer was built.
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable", "state_dtype")
-
-
-# What AdamW takes tensors for, and PRM numbers.
-NUMBERS = ("eps", "weight_decay")
 
 
 class Prepared:
@@ -95,13 +92,9 @@ def prepare_groups(
         kept = {name: value for name, value in group.items() if name in stays or name not in saved}
         if "lr" in keep and "initial_lr" not in group:  # a scheduler would start from that of the checkpoint
             saved = {name: value for name, value in saved.items() if name != "initial_lr"}
-        betas = group["betas"] if "betas" in keep else saved.get("betas", group["betas"])
-        betas = tuple(float(beta) for beta in betas)  # AdamW takes tensors, too
-        tensors = {
-            name: float(saved[name]) for name in NUMBERS if name not in keep and isinstance(saved.get(name), Tensor)
-        }
-        own = {**tensors, "params": saved["params"], "betas": betas, "state_format": STATE_FORMAT}
-        prepared.append({**saved, **kept, **own})
+        taken = {name: saved[name] for name in FOLLOWED if name in saved and name not in keep}
+        own = {"params": saved["params"], "state_format": STATE_FORMAT}
+        prepared.append({**saved, **kept, **with_numbers(taken, differentiable=False), **own})
     # Groups beyond the shorter list are handed on, for the base class to complain about.
     return prepared + list(saved_groups[len(groups) :])
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from popriskmin.mask import BOUNDARIES, MASKS, REDUCTIONS, VARIANCES, boundary_coefficient
 from popriskmin.optimizer.reading import parameter_names
 from popriskmin.step.functional import choose_implementation
+from popriskmin.step.shards import is_sharded
 
 
 def check_spelling(group: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -194,7 +195,7 @@ def _mismatch(variance: Tensor, param: Tensor) -> str | None:
         return f"must be complex, with the variances of the real and imaginary parts, got {variance.dtype}"
     if not param.is_complex() and not variance.is_floating_point():
         return f"must be of a floating type, got {variance.dtype}"
-    if hasattr(param, "to_local") != hasattr(variance, "to_local"):
+    if is_sharded(param) != is_sharded(variance):
         return f"must be sharded as the parameter is, a {type(param).__name__}, got a {type(variance).__name__}"
     return None
 

@@ -280,7 +280,9 @@ class PRM(CheckedOptimizer):
         for group in self.param_groups:
             gathered.append((Lists([], [], [], [], [], [], []), []))
             self._init_group(group, *gathered[-1][0], gathered[-1][1])
-        self._applied = [hyper.plain() for hyper in applied]
+        self._applied = [
+            hyper.plain() if group["differentiable"] else hyper for group, hyper in zip(self.param_groups, applied)
+        ]
         if self._variances:
             self._variances = {}
         self._memories.extend({} for _ in self.param_groups[len(self._memories) :])

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from popriskmin.step.shards import is_sharded
+
 PLAIN = {Tensor, torch.nn.Parameter}
 
 
@@ -70,7 +72,7 @@ def local_parts(lists: Lists) -> Lists:
     parts = Lists(*[list(tensors) for tensors in lists])
     for i in range(len(lists.params)):
         held: list[Any] = [tensors[i] for tensors in lists if tensors]
-        if all(hasattr(x, "to_local") for x in held) and len({(x.device_mesh, x.placements) for x in held}) == 1:
+        if all(map(is_sharded, held)) and len({(x.device_mesh, x.placements) for x in held}) == 1:
             for tensors in parts:
                 if tensors:
                     sharded: Any = tensors[i]

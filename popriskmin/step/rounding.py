@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from popriskmin.step.lists import is_dense
+from popriskmin.step.shards import is_sharded, local_part
 
 _WORD = 0xFFFFFFFF
 
@@ -46,7 +47,7 @@ def random_bits(like: Tensor, t: Any) -> Tensor:
     t
         The step count, a number or a tensor of shape `()`.
     """
-    like = _local(like)
+    like = local_part(like)
     key = hash32(t.long() if isinstance(t, Tensor) else int(t))
     places = torch.arange(like.numel(), device=like.device)
     if is_dense(like):
@@ -54,12 +55,6 @@ def random_bits(like: Tensor, t: Any) -> Tensor:
     else:
         places = places.view(like.shape)
     return torch.as_tensor(hash32(places + key))
-
-
-def _local(tensor: Any) -> Tensor:
-    """Return this rank's part of a tensor that is sharded over ranks, else the tensor itself."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
@@ -78,8 +73,8 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     >>> round_stochastically(x, torch.tensor([0, 16384, 32768, 49152])).tolist()
     [1.0, 1.0, 1.0, 1.0078125]
     """
-    if hasattr(x, "to_local"):
-        rounded = round_stochastically(x.to_local(), bits)
+    if is_sharded(x):
+        rounded = round_stochastically(local_part(x), bits)
         # `x` is of a tensor type that ordinary processes do not have.
         sharded: Any = x
         return torch.as_tensor(

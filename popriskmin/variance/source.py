@@ -17,6 +17,7 @@ from popriskmin.optimizer.initializing import makes_state_alone
 from popriskmin.optimizer.reading import parameter_names
 from popriskmin.optimizer.unwrap import described, unwrapped
 from popriskmin.step.lists import as_real, compute_dtype, sum_dtype
+from popriskmin.step.shards import is_sharded
 
 Hook = Callable[..., Any]
 
@@ -97,7 +98,7 @@ class Source:
             if wanted
         }
         for record in self._records.values():
-            if hasattr(record.param, "to_local"):
+            if is_sharded(record.param):
                 raise ValueError(f"{record.name} is sharded over ranks, which {type(self).__name__} does not support")
         self._reached: list[Record] = []  # since gradients were last measured
         self._syncs = False  # whether gradients are averaged over ranks at the end of this backward pass
