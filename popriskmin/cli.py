@@ -141,6 +141,18 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         help="learning rates for one arm of --arm in place of --lr; may be repeated",
     )
     add("--match-all", action="store_true", help="give each further PRM arm its own AdamW with equal steps")
+    add(
+        "--average",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="measure beside every arm an exponential average of its weights over about so many steps, such as 50",
+    )
+    add(
+        "--spend-validation",
+        action="store_true",
+        help="train each arm at its best configuration on training and validation data joined, too, and to the end",
+    )
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time, each on one thread (default: %(default)s)")
     add(
         "--backend",
@@ -194,6 +206,8 @@ def _compare(parser: _CompareParser, known: argparse.Namespace) -> int:
             seeds=args.seeds if args.seed_list is None else args.seed_list,
             prm=[parse_options(pairs) for pairs in args.prm],
             match_all=args.match_all,
+            average=args.average,
+            spend_validation=args.spend_validation,
             arms={name: (optimizer, options) for name, optimizer, options in _once("--arm", rivals)},
             arm_lr=dict(_once("--arm-lr", [parse_arm_lr(words) for words in args.arm_lr])),
             jobs=args.jobs,

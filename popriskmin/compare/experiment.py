@@ -10,7 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
+from popriskmin.compare.answer.analysis import analyse
 from popriskmin.compare.answer.figures import read_run
+from popriskmin.compare.answer.joined import jobs_of_joined
 from popriskmin.compare.answer.references import read_references
 from popriskmin.compare.answer.report import write_report
 from popriskmin.compare.answer.results import Results
@@ -20,8 +22,8 @@ from popriskmin.compare.runs.digest import source_digest
 from popriskmin.compare.runs.pack import export_runs, import_runs
 from popriskmin.compare.runs.progress import Display, Silent
 from popriskmin.compare.runs.runner import Job, make_jobs, make_runs, prepare_backend
-from popriskmin.compare.runs.store import Store, prepare_folder, settings_of
-from popriskmin.compare.runs.train import Configuration
+from popriskmin.compare.runs.store import Store, prepare_folder
+from popriskmin.compare.runs.train import Configuration, Record, Variant
 from popriskmin.compare.task import Task, check_task
 
 
@@ -33,6 +35,8 @@ def compare(
     seeds: int | Sequence[int] = 5,
     prm: Sequence[Mapping[str, Any]] = (),
     match_all: bool = False,
+    average: int = 0,
+    spend_validation: bool = False,
     arms: Mapping[str, Any] | None = None,
     arm_lr: Mapping[str, Sequence[float]] | None = None,
     jobs: int = 1,
@@ -61,6 +65,12 @@ def compare(
         Options of further PRM arms, such as `[{"mask": "soft"}]`.
     match_all
         Give each further PRM arm its own AdamW with equal steps.
+    average
+        Over about so many steps keep an exponential average of every arm's weights, and measure it beside them, as an
+        arm of its own; 0 for none.
+    spend_validation
+        Train each arm once more at the configuration with its best final value, on training and validation data
+        joined and to the last step, beside stopping early. The task must have a method `joined`.
     arms
         Other optimizers as arms, by name: the import path or class of each and its options, such as
         `{"sgd": ("torch.optim:SGD", {"momentum": 0.9})}`.
@@ -108,8 +118,13 @@ def compare(
     learning_rates = _numbers("lr", task.learning_rates if lr is None else lr)
     weight_decays = _numbers("weight_decay", task.weight_decays if weight_decay is None else weight_decay)
     seed_list = _seeds(seeds)
-    if not (isinstance(jobs, Integral) and int(jobs) >= 1):
-        raise ValueError(f"jobs must be a whole number >= 1, got {jobs!r}")
+    jobs = _count("jobs", jobs)
+    variant = Variant(average=_count("average", average, least=0))
+    if spend_validation and type(task).joined is Task.joined:
+        raise ValueError(
+            f"{type(task).__name__} does not say how its training and validation data are joined: spend_validation "
+            "needs a method joined(self, seed) that returns a Trial"
+        )
     every_arm = make_arms(_options_of_arms(prm), match_all)
     own_rates = {name: _numbers(f"the learning rates of {name}", rates) for name, rates in (arm_lr or {}).items()}
     every_arm += make_rivals(_rivals(arms or {}), own_rates, every_arm)
@@ -125,21 +140,40 @@ def compare(
         if Path(export_to).is_dir():
             raise ValueError(f"the file to export to is a folder: {export_to}")
 
-    all_jobs = make_jobs(every_arm, learning_rates, weight_decays, seed_list)
+    all_jobs = make_jobs(every_arm, learning_rates, weight_decays, seed_list, variant)
     if type(task).references is not Task.references:
         all_jobs += [Job(REFERENCES, Configuration(0.0, 0.0, seed)) for seed in seed_list]
     # Of the task as it is before its code runs, which may change data that it shares.
     source = source_digest(task)
     store = Store(folder / "runs")
-    settings = [settings_of(task, job.arm, job.configuration, source) for job in all_jobs]
     if import_from is not None:
-        import_runs(store, settings[0], import_from)
-    with Display(Console(stderr=True)) if progress else Silent() as display:
-        records = make_runs(task, all_jobs, store, jobs, backend, display, source, keep_going)
-    runs = [read_run(job, records[job], task.metrics) for job in all_jobs if job.arm != REFERENCES]
-    references = read_references({job.configuration.seed: records[job] for job in all_jobs if job.arm == REFERENCES})
+        import_runs(store, all_jobs[0].settings(task, source), import_from)
+
+    def made(wanted: Sequence[Job]) -> dict[Job, list[Record]]:
+        with Display(Console(stderr=True)) if progress else Silent() as display:
+            return make_runs(task, wanted, store, jobs, backend, display, source, keep_going)
+
+    records = made(all_jobs)
+    trained = [job for job in all_jobs if job.arm != REFERENCES]
+    runs = [read_run(job, records[job], task.metrics) for job in trained]
+    if average:
+        runs += [read_run(job, records[job], task.metrics, averaged=True) for job in trained]
+        every_arm += [arm.of_averages for arm in every_arm]
+    joined: dict[Job, list[Record]] = {}
+    if spend_validation:
+        joined = made(jobs_of_joined(every_arm, analyse(runs, every_arm, task.metrics), seed_list))
     results = Results.of_runs(
-        task, every_arm, learning_rates, weight_decays, seed_list, runs, folder, source, references
+        task,
+        every_arm,
+        learning_rates,
+        weight_decays,
+        seed_list,
+        runs,
+        folder,
+        source,
+        read_references({job.configuration.seed: records[job] for job in all_jobs if job.arm == REFERENCES}),
+        [read_run(job, found, task.metrics) for job, found in joined.items()],
+        int(average),
     )
     note = _replaced(folder / "results.json", results.to_dict()) if progress else None
     if note:
@@ -147,8 +181,15 @@ def compare(
     results.write()
     write_report(results, records)
     if export_to is not None:
-        export_runs(store, settings, export_to)
+        export_runs(store, [job.settings(task, source) for job in (*all_jobs, *joined)], export_to)
     return results
+
+
+def _count(name: str, value: Any, least: int = 1) -> int:
+    """Return a whole number that is at least so large."""
+    if not (isinstance(value, Integral) and int(value) >= least):
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+    return int(value)
 
 
 def _numbers(name: str, values: Sequence[float]) -> list[float]:

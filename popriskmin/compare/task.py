@@ -135,6 +135,14 @@ class Task(abc.ABC):
         """
         return {}
 
+    def joined(self, seed: int) -> Trial:
+        """Make the trial of a seed with training and validation data joined, for `--spend-validation`.
+
+        For a task to override: with the initial weights and the test data of `trial(seed)`, and as many passes over
+        the data that is now for training. Nothing is chosen by its `validation`, which may measure what it likes.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method joined(self, seed)")
+
     @property
     def files(self) -> Sequence[str]:
         """The data files that `trial` reads: a run belongs to their content, and a changed one makes new runs."""
@@ -207,6 +215,6 @@ def check_task_class(kind: type[Task]) -> None:
             )
     for field in dataclasses.fields(kind):
         if field.name in vars(Task):
-            own = field.name in ("name", "options", "trial", "references")
+            own = field.name in ("name", "options", "trial", "references", "joined")
             cure = "give it another name" if own else "write it without a type, so that it is no option"
             raise ValueError(f"the option {field.name} of {kind.__name__} would hide Task.{field.name}: {cure}")

@@ -50,6 +50,13 @@ class Digits(Task):
 
     def trial(self, seed: int) -> Trial:
         """Split, spoil the labels, and build the network, all from the seed."""
+        return self._make(seed, joined=False)
+
+    def joined(self, seed: int) -> Trial:
+        """Train on the images for validation too, whose labels are as bad."""
+        return self._make(seed, joined=True)
+
+    def _make(self, seed: int, joined: bool) -> Trial:
         rng = np.random.default_rng(seed)
         images, labels = load_digits(return_X_y=True)
         order = rng.permutation(len(labels))
@@ -68,6 +75,8 @@ class Digits(Task):
                 (torch.tensor(images[part] / 16, dtype=torch.float32), torch.tensor(part_labels, dtype=torch.long))
             )
         (x, y), validation, test = data
+        if joined:
+            x, y = torch.cat([x, validation[0]]), torch.cat([y, validation[1]])
         generator = torch.Generator().manual_seed(seed)
         orders = [torch.randperm(len(y), generator=generator) for _ in range(self.epochs)]
         batches = [rows[i : i + self.batch_size] for rows in orders for i in range(0, len(y), self.batch_size)]

@@ -55,6 +55,13 @@ class Inr(Task):
 
     def trial(self, seed: int) -> Trial:
         """Draw noise, features, the held-out pixels and the batches from the seed, and build the network."""
+        return self._make(seed, joined=False)
+
+    def joined(self, seed: int) -> Trial:
+        """Train on all noisy pixels, for as many passes."""
+        return self._make(seed, joined=True)
+
+    def _make(self, seed: int, joined: bool) -> Trial:
         generator = torch.Generator().manual_seed(seed)
         clean = photograph(self.image, self.size).flatten()
         noisy = clean + self.noise * torch.randn(clean.shape, generator=generator)
@@ -63,8 +70,11 @@ class Inr(Task):
         frequencies = self.frequency * torch.randn(2, self.features, generator=generator)
         order = torch.randperm(len(clean), generator=generator)
         held_out, training = order.tensor_split([round(HELD_OUT * len(clean))])
+        steps = self.steps
+        if joined:
+            steps, training = round(steps * len(order) / len(training)), order
         batches: list[Tensor] = []
-        while len(batches) < self.steps:
+        while len(batches) < steps:
             batches += torch.split(training[torch.randperm(len(training), generator=generator)], self.batch_size)
         model = nn.Sequential(
             Fourier(frequencies),
@@ -76,7 +86,7 @@ class Inr(Task):
         )
         return Trial(
             model=model,
-            batches=batches[: self.steps],
+            batches=batches[:steps],
             loss=lambda model, rows: (model(places[rows])[:, 0] - noisy[rows]).square().mean(),
             validation=lambda model: psnr(model(places[held_out])[:, 0], noisy[held_out]),
             test=lambda model: psnr(model(places)[:, 0], clean),

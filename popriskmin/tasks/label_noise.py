@@ -66,6 +66,13 @@ class LabelNoise(Task):
 
     def trial(self, seed: int) -> Trial:
         """Split, thin out, spoil the labels, and build the network, all from the seed."""
+        return self._make(seed, joined=False)
+
+    def joined(self, seed: int) -> Trial:
+        """Train on the examples for validation too, whose labels are as bad."""
+        return self._make(seed, joined=True)
+
+    def _make(self, seed: int, joined: bool) -> Trial:
         rng = np.random.default_rng(seed)
         x, y = load(self.data)
         classes = int(y.max()) + 1
@@ -81,6 +88,8 @@ class LabelNoise(Task):
             data.append((torch.tensor(x[rows]), torch.tensor(labels)))
         (inputs, targets), held_out, test = data
         mean, scale = inputs.mean(0), inputs.std(0).clamp(min=0.1 * inputs.std())
+        if joined:
+            inputs, targets = torch.cat([inputs, held_out[0]]), torch.cat([targets, held_out[1]])
         generator = torch.Generator().manual_seed(seed)
         orders = [torch.randperm(len(targets), generator=generator) for _ in range(self.epochs)]
         tail = torch.tensor(rarest_first[: classes // 2])

@@ -103,11 +103,20 @@ class Table(Task):
 
     def trial(self, seed: int) -> Trial:
         """Build the network and the batches, all from the seed."""
+        return self._make(self.prepare(seed), seed, self.steps)
+
+    def joined(self, seed: int) -> Trial:
+        """Train on the rows for validation too, for as many passes."""
         prepared = self.prepare(seed)
+        x, y = (torch.cat(parts) for parts in zip(prepared.training, prepared.validation))
+        steps = round(self.steps * len(y) / len(prepared.training[1]))
+        return self._make(prepared._replace(training=(x, y)), seed, steps)
+
+    def _make(self, prepared: Prepared, seed: int, steps: int) -> Trial:
         x, y = prepared.training
         return Trial(
             model=network(x.shape[1], self.hidden, prepared.outputs),
-            batches=passes(len(y), self.batch_size, self.steps, seed),
+            batches=passes(len(y), self.batch_size, steps, seed),
             loss=lambda model, rows: prepared.loss(model(x[rows]), y[rows]),
             validation=lambda model: prepared.measure(model(prepared.validation[0]), prepared.validation[1]),
             test=lambda model: prepared.measure(model(prepared.test[0]), prepared.test[1]),

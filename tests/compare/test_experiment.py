@@ -212,3 +212,81 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_results(tmp_path,
     assert sorted(p.name for p in (disturbed / "runs").glob("*.jsonl")) == sorted(
         p.name for p in (undisturbed / "runs").iterdir()
     )
+
+
+@pytest.fixture(scope="module")
+def widened(tmp_path_factory):
+    """The same comparison with averages and joined data, in the folder of one without."""
+    folder = tmp_path_factory.mktemp("widened")
+    compare(Tiny(), seeds=5, out=folder, **QUIET)
+    plain = {path.name for path in (folder / "runs").iterdir()}
+    return plain, compare(Tiny(), seeds=5, out=folder, average=5, spend_validation=True, **QUIET)
+
+
+def test_averages_and_joined_data_make_runs_of_their_own(widened):
+    plain, results = widened
+    names = {path.name for path in (results.folder / "runs").iterdir()}
+    assert len(plain) == 30
+    chosen = [results.selections["final"][arm]["chosen"] for arm in ("adamw", "prm", "adamw-matched")]
+    leaders = 5 * (chosen[1] != chosen[2])
+    assert plain < names
+    assert len(names) == 30 + 30 + 15 + leaders
+
+
+def test_averages_are_arms(widened):
+    _, results = widened
+    assert [arm.name for arm in results.arms] == [
+        "adamw", "prm", "adamw-matched", "adamw averaged", "prm averaged", "adamw-matched averaged",
+    ]  # fmt: skip
+    frame = results.frame
+    plain, averaged = (frame[frame.arm == name].reset_index(drop=True) for name in ("adamw", "adamw averaged"))
+    assert (plain[["lr", "seed"]] == averaged[["lr", "seed"]]).all().all()
+    assert (plain["test final error"] != averaged["test final error"]).all()
+    said = {(one.arm, one.rival) for one in results.statements}
+    assert {("prm averaged", "adamw averaged"), ("prm averaged", "prm")} <= said
+    written = json.loads((results.folder / "results.json").read_text())
+    assert written["average"] == 5
+    assert set(written["by_joined"]) == {"adamw", "prm", "adamw-matched"}
+
+
+def test_joined_data_in_page_terminal_and_frame(widened, capsys):
+    _, results = widened
+    rows = results.frame[results.frame.arm == "prm joined"]
+    assert rows["test final error"].mean() == pytest.approx(results.by_joined["prm"]["test"]["error"]["mean"])
+    assert set(rows["steps"]) == {24}
+    results.print()
+    printed = capsys.readouterr().out
+    page = (results.folder / "report.html").read_text()
+    assert "joined: trained on training and validation data, after the last step" in printed
+    assert "prm joined" in printed
+    assert "adamw averaged" in printed
+    assert "What validation data is worth" in page
+    assert "--average 5 --spend-validation" in page
+
+
+def test_the_same_again_makes_no_run_and_the_same_bytes(widened):
+    _, results = widened
+    before = (results.folder / "results.json").read_bytes()
+    times = {path: path.stat().st_mtime_ns for path in (results.folder / "runs").iterdir()}
+    compare(Tiny(), seeds=5, out=results.folder, average=5, spend_validation=True, **QUIET)
+    assert (results.folder / "results.json").read_bytes() == before
+    assert {path: path.stat().st_mtime_ns for path in (results.folder / "runs").iterdir()} == times
+
+
+def test_joined_runs_are_exported_and_taken_up(widened, tmp_path):
+    _, results = widened
+    same = {"average": 5, "spend_validation": True, **QUIET}
+    compare(Tiny(), seeds=5, out=results.folder, export_to=tmp_path / "runs.gz", **same)
+    again = compare(Tiny(), seeds=5, out=tmp_path / "out", import_from=tmp_path / "runs.gz", **same)
+    assert again.to_dict() == results.to_dict()
+
+
+def test_a_task_that_does_not_say_how_to_join(tmp_path):
+    with pytest.raises(ValueError, match=r"Starved does not say how .* joined: .* a method joined\(self, seed\)"):
+        compare("starved", out=tmp_path, spend_validation=True, **QUIET)
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, "50"])
+def test_wrong_averages(value, tmp_path):
+    with pytest.raises(ValueError, match=f"average must be a whole number >= 0, got {value!r}"):
+        compare(Tiny(), out=tmp_path, average=value, **QUIET)

@@ -1,5 +1,6 @@
 """What every task must hold; each task's own tests call it with its smallest size."""
 
+import pytest
 import torch
 
 from popriskmin.compare.runs.arms import make_arms
@@ -28,3 +29,21 @@ def check_task(task, lr=1e-3):
     assert ends["adamw"][0] == ends["prm"][0]
     assert ends["adamw"][-1] != ends["prm"][-1]
     return ends["adamw"][0]["test"], ends["adamw"][-1]["test"]
+
+
+def check_joined(task):
+    """Hold the trial on joined data against the ordinary one: model and test data are the same, training has more."""
+    torch.manual_seed(3)
+    trial = task.trial(3)
+    torch.manual_seed(3)
+    joined = task.joined(3)
+    weights, others = (list(one.model.parameters()) for one in (trial, joined))
+    assert content_digest(weights) == content_digest(others)
+    with torch.no_grad():
+        assert joined.test(joined.model) == trial.test(trial.model)
+    assert joined.n_dataset > trial.n_dataset
+    more = joined.n_dataset / trial.n_dataset
+    assert len(list(joined.batches)) / len(list(trial.batches)) == pytest.approx(more, rel=0.25)
+    seen = {int(row) for rows in joined.batches for row in rows}
+    assert max(seen) < joined.n_dataset
+    assert len(seen) > trial.n_dataset

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from tasks.every import check_joined
 
 from popriskmin.tasks.digits import Digits
 
@@ -88,3 +89,7 @@ def test_imbalance_thins_out_classes_in_training_but_not_in_test():
 def test_without_imbalance_there_is_no_metric_for_rare_classes():
     assert list(Digits().metrics) == ["accuracy", "loss"]
     assert list(Digits().trial(0).test(Digits().trial(0).model)) == ["accuracy", "loss"]
+
+
+def test_training_and_validation_data_joined():
+    check_joined(Digits(epochs=4))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tasks.every import check_task
+from tasks.every import check_joined, check_task
 
 from popriskmin.tasks.inr import Inr, photograph, psnr
 
@@ -48,3 +48,7 @@ def test_a_network_denoises():
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         Inr(**options)
+
+
+def test_training_and_validation_data_joined():
+    check_joined(Inr(scale="test", steps=40))

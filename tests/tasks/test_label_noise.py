@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tasks.every import check_task
+from tasks.every import check_joined, check_task
 
 from popriskmin.tasks import label_noise
 from popriskmin.tasks.label_noise import LabelNoise, load
@@ -80,3 +80,7 @@ def test_without_the_package_fashion_says_where_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(label_noise, "FASHION", tmp_path / "none")
     with pytest.raises(ValueError, match="Fashion-MNIST is in Debian's package dataset-fashion-mnist"):
         LabelNoise(data="fashion")
+
+
+def test_training_and_validation_data_joined():
+    check_joined(LabelNoise(scale="test", epochs=4))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from people import people, written
 from sklearn.datasets import load_wine
+from tasks.every import check_joined
 
 from popriskmin.compare.loading import make_task
 from popriskmin.compare.runs.arms import ADAMW, make_arms
@@ -167,3 +168,7 @@ def test_an_edited_file_makes_new_runs(tmp_path):
     path.write_text(path.read_text() + "\n60,1")
     assert source_digest(task) != before
     assert Table(data="wine").files == []
+
+
+def test_training_and_validation_data_joined():
+    check_joined(Table(data="wine", probes=5, steps=40))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from popriskmin.compare.answer.figures import FIGURES, Run, choose, runs_of
 from popriskmin.compare.answer.statistics import FEWEST_SEEDS, LEVEL, difference, estimate, holm
-from popriskmin.compare.runs.arms import ADAMW, Arm
+from popriskmin.compare.runs.arms import ADAMW, AVERAGED, Arm
 
 OPENINGS = {
     "final": "Trained to the end",
@@ -16,6 +16,7 @@ OPENINGS = {
     "area": "Averaged over the training",
 }
 UNTUNED = "Trained to the end with one configuration, drawn at random from the grid"
+JOINED = "Trained to the end on training and validation data joined, or stopped at the best validation step"
 
 Values = dict[str, dict[str, dict[int, float]]]
 
@@ -88,14 +89,18 @@ def _summary(
 
 
 def rivals_of(arm: Arm, best: str = ADAMW.name) -> list[str]:
-    """Return whom an arm is compared with: AdamW; PRM also with the best rival and the AdamW of equal steps."""
-    if arm.kind == "adamw":
-        return []
-    if arm.kind == "prm":
-        options = arm.name.removeprefix("prm")
-        others = [] if best == ADAMW.name else [best]
-        return [ADAMW.name, *others, f"adamw-matched{options}", *(["prm"] if options else [])]
-    return [ADAMW.name]
+    """Return whom an arm is compared with: AdamW; PRM also with the best rival and the AdamW of equal steps.
+
+    Averaged weights are compared with those of AdamW, and with the arm's plain ones.
+    """
+    if arm.kind != "prm":
+        return [] if arm == ADAMW else [ADAMW.name]
+    base = ADAMW.of_averages.name if arm.averaged else ADAMW.name
+    others = [] if best == base else [best]
+    if arm.averaged:
+        return [base, *others, arm.name.removesuffix(AVERAGED)]
+    options = arm.name.removeprefix("prm")
+    return [base, *others, f"adamw-matched{options}", *(["prm"] if options else [])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +112,8 @@ class Statement:
     opening
         What it is about, in words.
     figure
-        "final", "best" or "area"; "budget 1" for what one configuration gives, drawn at random.
+        "final", "best" or "area"; "budget 1" for what one configuration gives, drawn at random; "joined" for what
+        training on the validation data too gives.
     value, rival_value
         Means over the seeds that both have, on test data.
     difference, interval
@@ -186,6 +192,7 @@ def statements(
     selections: Mapping[str, Any],
     budget: Mapping[str, Any],
     best_untuned: str,
+    joined: Mapping[str, Any],
 ) -> list[Statement]:
     """Return what is said of every PRM arm and each of its rivals, with p-values corrected for all of it.
 
@@ -197,42 +204,68 @@ def statements(
         As of `by_budget`.
     best_untuned
         The best rival of an arm with one configuration, drawn at random.
+    joined
+        As of `by_joined`; empty without runs on joined data.
     """
+    prm = [arm.name for arm in arms if arm.kind == "prm"]
+    rivals = {arm.name: rivals_of(arm, best_untuned) for arm in arms if arm.kind == "prm"}
+    said = [*_tuned(prm, metrics, selections), *_untuned(rivals, metrics, budget), *_joined(prm, metrics, joined)]
+    return [dataclasses.replace(one, p=p) for one, p in zip(said, holm([one.p for one in said]))]
+
+
+def _statement(
+    figure: str,
+    arm: str,
+    rival: str,
+    metrics: Mapping[str, str],
+    values: tuple[Mapping[str, Any], Mapping[str, Any]],
+    apart: Mapping[str, Any],
+) -> Statement:
+    """Return a statement of two means and their paired difference, whose p is not corrected yet."""
     metric, direction = next(iter(metrics.items()))
-    found: list[Statement] = []
-    raw: list[float | None] = []
+    return Statement(
+        opening=OPENINGS.get(figure, UNTUNED if figure == "budget 1" else JOINED),
+        figure=figure,
+        arm=arm,
+        rival=rival,
+        metric=metric,
+        direction=direction,
+        value=values[0]["mean"],
+        rival_value=values[1]["mean"],
+        difference=apart["mean"],
+        interval=apart["interval"],
+        seeds=len(apart["values"]),
+        p=apart["p"],
+    )
 
-    def say(opening: str, figure: str, arm: str, rival: str, pair: tuple[Any, Any], apart: Mapping[str, Any]) -> None:
-        raw.append(apart["p"])
-        found.append(
-            Statement(
-                opening=opening,
-                figure=figure,
-                arm=arm,
-                rival=rival,
-                metric=metric,
-                direction=direction,
-                value=pair[0]["mean"],
-                rival_value=pair[1]["mean"],
-                difference=apart["mean"],
-                interval=apart["interval"],
-                seeds=len(apart["values"]),
-            )
-        )
 
-    prm = [arm for arm in arms if arm.kind == "prm"]
-    for figure, opening in OPENINGS.items():
+def _tuned(prm: Sequence[str], metrics: Mapping[str, str], selections: Mapping[str, Any]) -> Iterator[Statement]:
+    metric = next(iter(metrics))
+    for figure in OPENINGS:
         for arm in prm:
-            summary = selections[figure][arm.name]
-            for rival, by_figure in summary["against"].items():
+            for rival, by_figure in selections[figure][arm]["against"].items():
                 if metric in by_figure[figure]:
-                    pair = [selections[figure][name]["test"][figure][metric] for name in (arm.name, rival)]
-                    say(opening, figure, arm.name, rival, (pair[0], pair[1]), by_figure[figure][metric])
-    names = {arm.name for arm in arms}
-    for arm in prm:
-        for rival in (name for name in rivals_of(arm, best_untuned) if name in names):
-            one, other = budget[arm.name][0]["test"], budget[rival][0]["test"]
+                    one, other = (selections[figure][name]["test"][figure][metric] for name in (arm, rival))
+                    yield _statement(figure, arm, rival, metrics, (one, other), by_figure[figure][metric])
+
+
+def _untuned(
+    rivals: Mapping[str, Sequence[str]], metrics: Mapping[str, str], budget: Mapping[str, Any]
+) -> Iterator[Statement]:
+    for arm, others in rivals.items():
+        for rival in (name for name in others if name in budget):
+            one, other = budget[arm][0]["test"], budget[rival][0]["test"]
             if one is not None and other is not None:
                 apart = difference(*(dict(zip(found["seeds"], found["values"])) for found in (one, other)))
-                say(UNTUNED, "budget 1", arm.name, rival, (one, other), apart)
-    return [dataclasses.replace(one, p=p) for one, p in zip(found, holm(raw))]
+                yield _statement("budget 1", arm, rival, metrics, (one, other), apart)
+
+
+def _joined(prm: Sequence[str], metrics: Mapping[str, str], joined: Mapping[str, Any]) -> Iterator[Statement]:
+    metric = next(iter(metrics))
+    for arm in (name for name in (ADAMW.name, *prm) if name in joined):
+        mine, against = joined[arm]["test"][metric], joined[arm]["against"]
+        pair = (mine, joined[arm]["stopped"][metric])
+        yield _statement("joined", f"{arm} joined", f"{arm} stopped", metrics, pair, against["stopped"][metric])
+        if ADAMW.name in against:
+            pair = (mine, joined[ADAMW.name]["test"][metric])
+            yield _statement("joined", f"{arm} joined", "adamw joined", metrics, pair, against["adamw"][metric])

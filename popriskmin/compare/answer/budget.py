@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from popriskmin.compare.answer.figures import Run, runs_of
+from popriskmin.compare.answer.figures import Run, leading, runs_of
 from popriskmin.compare.answer.statistics import estimate
 from popriskmin.compare.runs.arms import Arm
 
@@ -23,8 +23,7 @@ def by_budget(runs: Sequence[Run], arms: Sequence[Arm], metrics: Mapping[str, st
     Each seed is a comparison of its own, which chooses on its own validation data. A run that diverged is the last to
     be chosen; where it may be all there is, because no more were drawn than diverged, `test` is None.
     """
-    metric, direction = next(iter(metrics.items()))
-    sign = 1 if direction == "max" else -1
+    metric, sign = leading(metrics)
     table = {}
     for arm in arms:
         by_seed: dict[int, list[tuple[float, float]]] = {}
@@ -48,8 +47,7 @@ def untuned(runs: Sequence[Run], arms: Sequence[Arm], metrics: Mapping[str, str]
 
     With its sign turned where the metric is to be small; minus infinity for an arm of which some run diverged.
     """
-    metric, direction = next(iter(metrics.items()))
-    sign = 1 if direction == "max" else -1
+    metric, sign = leading(metrics)
     scores = {}
     for arm in arms:
         pairs = [run.figures["final"][metric] for run in runs_of(runs, arm)]

@@ -52,9 +52,24 @@ class Run:
         return bool(self.end["status"] == "finished")
 
 
-def read_run(job: Job, records: Sequence[Record], metrics: Mapping[str, str]) -> Run:
-    """Collect the evaluations of a run and its figures."""
+def leading(metrics: Mapping[str, str]) -> tuple[str, int]:
+    """Return the metric that chooses, and 1 or -1 to multiply it with, so that larger is better.
+
+    Examples
+    --------
+    >>> leading({"loss": "min", "accuracy": "max"})
+    ('loss', -1)
+    """
+    metric, direction = next(iter(metrics.items()))
+    return metric, 1 if direction == "max" else -1
+
+
+def read_run(job: Job, records: Sequence[Record], metrics: Mapping[str, str], averaged: bool = False) -> Run:
+    """Collect the evaluations of a run and its figures; of its averaged weights, as a run of the arm that they are."""
     evaluations = [record for record in records if record["kind"] == "evaluation"]
+    if averaged:
+        job = dataclasses.replace(job, arm=job.arm.of_averages)
+        evaluations = [{"step": record["step"], **record["averaged"]} for record in evaluations]
     steps = np.array([record["step"] for record in evaluations])
     curves = {
         part: {
@@ -83,8 +98,8 @@ def _number(value: float | None) -> float:
 
 def _best_index(validation: Mapping[str, np.ndarray], metrics: Mapping[str, str]) -> int | None:
     """Return where the first metric is best on validation data, at the first such step."""
-    metric, direction = next(iter(metrics.items()))
-    values = validation[metric] * (1 if direction == "max" else -1)
+    metric, sign = leading(metrics)
+    values = validation[metric] * sign
     return None if not len(values) or np.isnan(values).all() else int(np.nanargmax(values))
 
 
@@ -107,8 +122,7 @@ def choose(runs: Sequence[Run], figure: str, metrics: Mapping[str, str]) -> tupl
     all of them, one that diverged "final" and "area". It has a "best": who stops at the best validation step has
     stopped before.
     """
-    metric, direction = next(iter(metrics.items()))
-    sign = 1 if direction == "max" else -1
+    metric, sign = leading(metrics)
     values: dict[tuple[float, float], list[float]] = {}
     for run in runs:
         configuration = (run.job.configuration.lr, run.job.configuration.weight_decay)

@@ -25,7 +25,8 @@ def warnings_of(
         found.append(f"With {given} no verdict is given, only values; use --seeds {FEWEST_SEEDS} or more.")
     for arm in arms:
         mine = runs_of(runs, arm)
-        for status in ("diverged", "failed"):
+        # Averaged weights share the runs, and what became of them, with the plain ones.
+        for status in () if arm.averaged else ("diverged", "failed"):
             count = sum(run.end["status"] == status for run in mine)
             if count:
                 found.append(f"{arm.name}: {count} of {len(mine)} runs {status}.")

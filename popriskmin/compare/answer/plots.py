@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from popriskmin.compare.answer.figures import Run
 from popriskmin.compare.answer.results import Results
 from popriskmin.compare.answer.statistics import interval
-from popriskmin.compare.runs.arms import Arm
+from popriskmin.compare.runs.arms import AVERAGED, Arm
 from popriskmin.compare.runs.runner import Job
 from popriskmin.compare.runs.train import Record
 from popriskmin.compare.text import exact
@@ -37,10 +37,16 @@ STYLE: dict[Any, Any] = {
 
 def color_of(arm: str, arms: Sequence[Arm]) -> str:
     """Return an arm's colour, the same in every drawing."""
+    arm = arm.removesuffix(AVERAGED)  # which is drawn dashed
     if arm in COLORS:
         return COLORS[arm]
-    others = [other.name for other in arms if other.name not in COLORS]
+    others = [other.name for other in arms if other.name not in COLORS and not other.averaged]
     return PALETTE[others.index(arm) % len(PALETTE)]
+
+
+def line_of(arm: str) -> str:
+    """Return an arm's line: dashed where it is averaged weights, which have the colour of the plain ones."""
+    return "--" if arm.endswith(AVERAGED) else "-"
 
 
 def _svg(figure: Figure) -> str:
@@ -60,7 +66,7 @@ def learning_curves(results: Results) -> str:
                 runs = [run for run in results.chosen(arm.name, choosing) if run.finished]
                 if runs:
                     lr = exact(runs[0].job.configuration.lr)
-                    _curve(axes, runs, results.metric, color_of(arm.name, results.arms), f"{arm.name}, lr {lr}")
+                    _curve(axes, runs, results, f"{arm.name}, lr {lr}")
             axes.set_title(title, loc="left", fontsize=10)
             axes.set_ylabel(f"test {results.metric}")
             if axes.get_lines():
@@ -71,9 +77,11 @@ def learning_curves(results: Results) -> str:
         return _svg(figure)
 
 
-def _curve(axes: mpl.axes.Axes, runs: Sequence[Run], metric: str, color: str, label: str) -> None:
-    curves = np.array([run.test[metric] for run in runs])
-    axes.plot(runs[0].steps, curves.mean(0), color=color, label=label)
+def _curve(axes: mpl.axes.Axes, runs: Sequence[Run], results: Results, label: str) -> None:
+    name = runs[0].job.arm.name
+    color = color_of(name, results.arms)
+    curves = np.array([run.test[results.metric] for run in runs])
+    axes.plot(runs[0].steps, curves.mean(0), color=color, linestyle=line_of(name), label=label)
     bounds = [interval(list(column)) for column in curves.T]
     if all(bound is not None for bound in bounds):
         low, high = np.array(bounds).T
@@ -113,7 +121,12 @@ def by_budget(results: Results) -> str | None:
         for arm_name, rows in results.by_budget.items():
             color = color_of(arm_name, results.arms)
             known = [row for row in rows if row["test"] is not None]
-            axes.plot([row["k"] for row in known], [row["test"]["mean"] for row in known], color=color)
+            axes.plot(
+                [row["k"] for row in known],
+                [row["test"]["mean"] for row in known],
+                color=color,
+                linestyle=line_of(arm_name),
+            )
             banded = [(row["k"], *row["test"]["interval"]) for row in known if row["test"]["interval"] is not None]
             if banded:
                 k, low, high = np.array(banded).T
@@ -133,7 +146,7 @@ def by_learning_rate(results: Results) -> str:
             color = color_of(arm_name, results.arms)
             x = [row["lr"] for row in rows]
             y = [np.nan if row["mean"] is None else row["mean"] for row in rows]
-            axes.plot(x, y, color=color, marker="o", markersize=4)
+            axes.plot(x, y, color=color, marker="o", markersize=4, linestyle=line_of(arm_name))
             known = [(row["lr"], *row["interval"]) for row in rows if row["interval"] is not None]
             if known:
                 lr, low, high = np.array(known).T
@@ -152,7 +165,7 @@ def mask_by_layer(results: Results, records: Mapping[Job, Sequence[Record]]) -> 
     """Draw, for each PRM arm at its chosen configuration, the mean `q` of every layer over the training."""
     panels = []
     for arm in results.arms:
-        if arm.kind == "prm":
+        if arm.kind == "prm" and not arm.averaged:
             layers, steps, values = _openness([records[run.job] for run in results.chosen(arm.name)])
             if layers:
                 panels.append((arm.name, layers, steps, values))

@@ -46,7 +46,7 @@ def write_report(results: Results, records: Mapping[Job, Sequence[Record]]) -> P
         costs=_costs(results),
         command=command(results),
         settings=_settings(results),
-        troubled=[run for run in results.runs if not run.finished],
+        troubled=[run for run in results.runs if not run.finished and not run.job.arm.averaged],
     )
     path = results.folder / "report.html"
     write_whole(path, page)
@@ -63,7 +63,7 @@ def _costs(results: Results) -> list[dict[str, Any]]:
     base = results.cost("adamw")
     rows = []
     for arm in results.arms:
-        cost = results.cost(arm.name)
+        cost = None if arm.averaged else results.cost(arm.name)
         if cost is not None:
             ratio = cost["optimizer_seconds_per_step"] / base["optimizer_seconds_per_step"] if base else None
             rows.append({"arm": arm.name, "ratio": ratio, **cost})
@@ -83,7 +83,7 @@ def command(results: Results) -> str:
     words += ["--weight-decay", *map(exact, results.weight_decays)]
     seeds = list(results.seeds)
     words += ["--seeds", str(len(seeds))] if seeds == list(range(len(seeds))) else ["--seed-list", *map(str, seeds)]
-    for arm in results.arms[3:]:
+    for arm in _further(results):
         if arm.kind == "prm":
             words += ["--prm", *arm.name.split(" ")[1:]]
         elif arm.optimizer is not None:
@@ -92,6 +92,8 @@ def command(results: Results) -> str:
             words += ["--arm-lr", arm.name, *map(exact, arm.learning_rates)] if arm.learning_rates else []
     if _match_all(results):
         words.append("--match-all")
+    words += ["--average", str(results.average)] if results.average else []
+    words += ["--spend-validation"] if results.by_joined else []
     words += flags_for(options)
     if results.folder != _default_folder(results):
         words += ["--out", str(results.folder)]
@@ -104,19 +106,26 @@ def _call(results: Results) -> str:
     for name, values in (("lr", results.learning_rates), ("weight_decay", results.weight_decays)):
         arguments.append(f"{name}={list(values)!r}")
     arguments.append(f"seeds={list(results.seeds)!r}")
-    further = [dict(arm.options) for arm in results.arms[3:] if arm.kind == "prm"]
+    further = [dict(arm.options) for arm in _further(results) if arm.kind == "prm"]
     arguments += [f"prm={further!r}"] if further else []
-    rivals = [arm for arm in results.arms if arm.optimizer is not None]
+    rivals = [arm for arm in _further(results) if arm.optimizer is not None]
     arguments += [f"arms={ {arm.name: (arm.optimizer, dict(arm.options)) for arm in rivals}!r}"] if rivals else []
     own = {arm.name: list(arm.learning_rates) for arm in rivals if arm.learning_rates}
     arguments += [f"arm_lr={own!r}"] if own else []
     arguments += ["match_all=True"] if _match_all(results) else []
+    arguments += [f"average={results.average}"] if results.average else []
+    arguments += ["spend_validation=True"] if results.by_joined else []
     arguments += [f"out={str(results.folder)!r}"] if results.folder != _default_folder(results) else []
     return f"compare({', '.join(arguments)})"
 
 
+def _further(results: Results) -> list[Arm]:
+    """Return the arms beyond the three that are always there, without averages."""
+    return [arm for arm in results.arms if not arm.averaged][3:]
+
+
 def _match_all(results: Results) -> bool:
-    return any(arm.kind == "adamw-matched" for arm in results.arms[3:])
+    return any(arm.kind == "adamw-matched" for arm in _further(results))
 
 
 def _default_folder(results: Results) -> Path:
@@ -131,7 +140,8 @@ def _settings(results: Results) -> dict[str, str]:
         "Learning rates": ", ".join(map(exact, results.learning_rates)),
         "Weight decays": ", ".join(map(exact, results.weight_decays)),
         "Seeds": ", ".join(map(str, results.seeds)),
-        "Arms": "; ".join(describe(arm) for arm in results.arms),
+        "Arms": "; ".join(describe(arm) for arm in results.arms if not arm.averaged),
+        **({"Averages": f"exponential, over about {results.average} steps"} if results.average else {}),
         "Versions": f"popriskmin {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         "Written": datetime.date.today().isoformat(),
     }

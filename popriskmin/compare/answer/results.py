@@ -18,6 +18,7 @@ from popriskmin.compare.answer.analysis import Statement, analyse, best_rival, n
 from popriskmin.compare.answer.budget import by_budget, untuned
 from popriskmin.compare.answer.figures import FIGURES, Run, chosen_runs, why_none
 from popriskmin.compare.answer.goals import by_goal
+from popriskmin.compare.answer.joined import by_joined, renamed
 from popriskmin.compare.answer.notes import edges, warnings_of
 from popriskmin.compare.answer.references import NONE, References
 from popriskmin.compare.answer.statistics import LEVEL, interval
@@ -38,7 +39,7 @@ class Results:
     task, arms, learning_rates, weight_decays, seeds
         What was compared.
     runs
-        One `Run` for each arm, configuration and seed.
+        One `Run` for each arm, configuration and seed; and those on joined data, of arms whose names end in " joined".
     selections
         `selections[figure][arm]`: what each arm reached with the configuration whose `figure` ("final", "best" or
         "area") was best on validation data: "chosen", "test" (for each figure and metric mean, interval and values by
@@ -60,6 +61,11 @@ class Results:
         The digest of the task's source.
     references
         What the task names beside the optimizers; `references.test[name][metric]` as in `selections`.
+    by_joined
+        `by_joined[arm]`: what each arm reached on training and validation data joined; empty without
+        `spend_validation`.
+    average
+        Over how many steps the weights of the arms that are called averaged are; 0 without.
     """
 
     task: Task
@@ -77,6 +83,8 @@ class Results:
     folder: Path
     source: str
     references: References = NONE
+    by_joined: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    average: int = 0
 
     @classmethod
     def of_runs(
@@ -90,19 +98,23 @@ class Results:
         folder: Path,
         source: str,
         references: References = NONE,
+        joined: Sequence[Run] = (),
+        average: int = 0,
     ) -> Results:
-        """Draw the conclusions from the runs."""
+        """Draw the conclusions from the runs, and from those on joined data."""
         selections, budget = analyse(runs, arms, task.metrics), by_budget(runs, arms, task.metrics)
+        spent = by_joined(joined, runs, arms, selections, task.metrics) if joined else {}
         best_untuned = best_rival(arms, untuned(runs, arms, task.metrics))
         # Of untrained networks there is nothing to say.
-        said = statements(arms, task.metrics, selections, budget, best_untuned) if _any_trained(runs) else []
+        trained = _any_trained(runs)
+        said = statements(arms, task.metrics, selections, budget, best_untuned, spent) if trained else []
         return cls(
             task=task,
             arms=arms,
             learning_rates=learning_rates,
             weight_decays=weight_decays,
             seeds=seeds,
-            runs=runs,
+            runs=[*runs, *map(renamed, joined)],
             selections=selections,
             by_budget=budget,
             by_goal=by_goal(runs, arms, task.metrics, task.goals),
@@ -112,6 +124,8 @@ class Results:
             folder=folder,
             source=source,
             references=references,
+            by_joined=spent,
+            average=average,
         )
 
     def __repr__(self) -> str:
@@ -198,6 +212,8 @@ class Results:
                 "by_goal": self.by_goal,
                 "edges": self.edges,
                 "references": self.references.test,
+                **({"by_joined": self.by_joined} if self.by_joined else {}),
+                **({"average": self.average} if self.average else {}),
                 "warnings": list(self.warnings),
                 "by_learning_rate": self.by_learning_rate(),
                 "state_bytes": {arm.name: self.state_bytes(arm.name) for arm in self.arms},

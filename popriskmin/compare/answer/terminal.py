@@ -38,6 +38,8 @@ def show(results: Results, console: Console | None = None) -> None:
         console.print("Each arm's configuration is the best on validation data by the same figure.\n", highlight=False)
         for figure in FIGURES:
             console.print(_table(results, figure))
+        if results.by_joined:
+            console.print(_joined_table(results))
     else:
         console.print(
             "There is nothing to compare: no arm has a configuration that every seed brought to its end.", **style
@@ -76,6 +78,22 @@ def _table(results: Results, figure: str) -> Table:
     for name, metrics in results.references.test.items():
         shown = format_estimate(metrics[results.metric]) if results.metric in metrics else "-"
         table.add_row(Text(name), "-", "-", shown, "")
+    return table
+
+
+def _joined_table(results: Results) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left", title_style="")
+    table.title = "joined: trained on training and validation data, after the last step"
+    table.add_column("arm", overflow="fold")
+    for column in ("lr", "decay"):
+        table.add_column(column, no_wrap=True)
+    for column in ("joined [95% interval]", "stopped [95% interval]", "joined less stopped"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, found in results.by_joined.items():
+        chosen = (exact(found["chosen"]["lr"]), exact(found["chosen"]["weight_decay"]))
+        estimates = (format_estimate(found[key][results.metric]) for key in ("test", "stopped"))
+        apart = format_estimate(found["against"]["stopped"][results.metric], signed=True)
+        table.add_row(Text(name), *chosen, *estimates, apart)
     return table
 
 

@@ -41,6 +41,8 @@ class Arm:
         For "optimizer", the import path of its class.
     learning_rates, weight_decays
         A grid of its own; None takes the comparison's.
+    averaged
+        Whether it is the averaged weights of another arm's runs, and has none of its own.
     """
 
     name: str
@@ -50,8 +52,15 @@ class Arm:
     optimizer: str | None = None
     learning_rates: tuple[float, ...] | None = None
     weight_decays: tuple[float, ...] | None = None
+    averaged: bool = False
+
+    @property
+    def of_averages(self) -> Arm:
+        """The arm that is the averaged weights of this one's runs."""
+        return dataclasses.replace(self, name=f"{self.name}{AVERAGED}", averaged=True)
 
 
+AVERAGED = " averaged"  # what the names of such arms end in
 ADAMW = Arm("adamw", "adamw")
 
 # Not trained: one run for each seed holds the task's `references`.

@@ -21,7 +21,7 @@ from joblib.externals.loky import get_reusable_executor
 
 from popriskmin.compare.runs.arms import Arm
 from popriskmin.compare.runs.store import Store, settings_of
-from popriskmin.compare.runs.train import Configuration, Record, run
+from popriskmin.compare.runs.train import PLAIN, Configuration, Record, Variant, run
 from popriskmin.compare.task import Task
 from popriskmin.compare.text import describe, exact
 
@@ -32,10 +32,15 @@ class Job:
 
     arm: Arm
     configuration: Configuration
+    variant: Variant = PLAIN
 
     def __str__(self) -> str:
-        c = self.configuration
-        return f"{self.arm.name} lr={exact(c.lr)} weight_decay={exact(c.weight_decay)} seed={c.seed}"
+        c, joined = self.configuration, ", training and validation data joined" if self.variant.joined else ""
+        return f"{self.arm.name} lr={exact(c.lr)} weight_decay={exact(c.weight_decay)} seed={c.seed}{joined}"
+
+    def settings(self, task: Task, source: str | None = None) -> dict[str, Any]:
+        """Return everything that decides what the run gives; see `settings_of`."""
+        return settings_of(task, self.arm, self.configuration, source, self.variant)
 
 
 class RunError(RuntimeError):
@@ -61,10 +66,11 @@ def make_jobs(
     learning_rates: Sequence[float],
     weight_decays: Sequence[float],
     seeds: Sequence[int],
+    variant: Variant = PLAIN,
 ) -> list[Job]:
     """Return all runs of a comparison, seeds outermost, so that an interrupted one has whole seeds first."""
     return [
-        Job(arm, Configuration(lr, decay, seed))
+        Job(arm, Configuration(lr, decay, seed), variant)
         for seed in seeds
         for lr in dict.fromkeys([*learning_rates, *(lr for arm in arms for lr in arm.learning_rates or ())])
         for decay in dict.fromkeys([*weight_decays, *(decay for arm in arms for decay in arm.weight_decays or ())])
@@ -100,7 +106,7 @@ def make_runs(
         For the first run that fails, unless `keep_going`.
     """
     pickled = _pickle_task(task)
-    settings = {job: settings_of(task, job.arm, job.configuration, source) for job in jobs}
+    settings = {job: job.settings(task, source) for job in jobs}
     made: dict[Job, list[Record]] = {}
     for job in jobs:
         records = store.read(settings[job])
@@ -125,7 +131,8 @@ def make_runs(
             leader = next(
                 records
                 for other, records in made.items()
-                if other.arm.name == job.arm.follows and other.configuration == job.configuration
+                if (other.arm.name, other.configuration, other.variant)
+                == (job.arm.follows, job.configuration, job.variant)
             )
             if leader[-1]["status"] == "failed":
                 keep(job, [_failed(f"the run of {job.arm.follows!r} that it follows has failed")])
@@ -165,7 +172,7 @@ def _run_pickled(pickled: bytes, job: Job, trace: list[float] | None, caller: in
     if os.getppid() == caller:
         _die_with(caller)
     task = pickle.loads(pickled)  # noqa: S301 - made by this process's parent
-    return job, run(task, job.arm, job.configuration, trace)
+    return job, run(task, job.arm, job.configuration, trace, job.variant)
 
 
 @functools.cache

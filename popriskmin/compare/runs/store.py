@@ -17,7 +17,7 @@ import torch
 
 from popriskmin.compare.runs.arms import Arm
 from popriskmin.compare.runs.digest import source_digest
-from popriskmin.compare.runs.train import Configuration, Record
+from popriskmin.compare.runs.train import PLAIN, Configuration, Record, Variant
 from popriskmin.compare.task import Task
 from popriskmin.compare.text import exact
 from popriskmin.version import __version__
@@ -45,7 +45,9 @@ def plain(value: Any, setting: bool = False) -> Any:
     return str(value)
 
 
-def settings_of(task: Task, arm: Arm, configuration: Configuration, source: str | None = None) -> dict[str, Any]:
+def settings_of(
+    task: Task, arm: Arm, configuration: Configuration, source: str | None = None, variant: Variant = PLAIN
+) -> dict[str, Any]:
     """Return everything that decides what a run gives; two runs with the same settings are the same run.
 
     Parameters
@@ -63,8 +65,9 @@ def settings_of(task: Task, arm: Arm, configuration: Configuration, source: str 
             "arm": arm.name,
             "arm_kind": arm.kind,
             "prm_options": arm.options,
-            # Only where there is one: the runs of the other arms keep their names.
+            # Only where there is something: all other runs keep their names.
             **({} if arm.optimizer is None else {"optimizer": arm.optimizer}),
+            **{name: value for name, value in dataclasses.asdict(variant).items() if value},
             **dataclasses.asdict(configuration),
             "popriskmin": __version__,
             "torch": torch.__version__,

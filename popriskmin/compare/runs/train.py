@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from popriskmin.compare.runs.arms import REFERENCES, Arm, Driver, PRMDriver, make_driver
+from popriskmin.compare.runs.averaging import Average
 from popriskmin.compare.runs.digest import content_digest
 from popriskmin.compare.task import Task, Trial
 
@@ -35,13 +36,38 @@ class Configuration:
     seed: int
 
 
-def run(task: Task, arm: Arm, configuration: Configuration, trace: Sequence[float] | None = None) -> list[Record]:
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What a run does beside what all do.
+
+    Attributes
+    ----------
+    average
+        Over about how many steps the weights are averaged, to be measured beside the plain ones; 0 for not at all.
+    joined
+        Whether to train on `Task.joined`, training and validation data together.
+    """
+
+    average: int = 0
+    joined: bool = False
+
+
+PLAIN = Variant()
+
+
+def run(
+    task: Task,
+    arm: Arm,
+    configuration: Configuration,
+    trace: Sequence[float] | None = None,
+    variant: Variant = PLAIN,
+) -> list[Record]:
     """Train once and return the records of the run; an error becomes a record too.
 
     Every record has a `kind`: "step" for each step (its loss and, where the arm has one, the factor of the step);
-    "evaluation" (the metrics on validation and test data); "mask" (per layer, for PRM); and a last "end" with the
-    status: "finished", "diverged" (a loss that is not finite), or "failed" with the error. A task that calls
-    `sys.exit` has failed too.
+    "evaluation" (the metrics on validation and test data, and under "averaged" those of averaged weights); "mask" (per
+    layer, for PRM); and a last "end" with the status: "finished", "diverged" (a loss that is not finite), or "failed"
+    with the error. A task that calls `sys.exit` has failed too.
     """
     records: list[Record] = []
     end: Record = {"kind": "end"}
@@ -51,7 +77,7 @@ def run(task: Task, arm: Arm, configuration: Configuration, trace: Sequence[floa
             if arm == REFERENCES:
                 end |= _refer(task, configuration.seed, records)
             else:
-                end |= _train(task, arm, configuration, trace, records)
+                end |= _train(task, arm, configuration, trace, variant, records)
         except (Exception, SystemExit):  # one bad run must not stop the others
             end |= {"status": "failed", "error": traceback.format_exc()}
     end["seconds"] = time.perf_counter() - start
@@ -75,18 +101,16 @@ def _train(
     arm: Arm,
     configuration: Configuration,
     trace: Sequence[float] | None,
+    variant: Variant,
     records: list[Record],
 ) -> Record:
-    seed_everything(configuration.seed)
-    trial = task.trial(configuration.seed)
-    if not isinstance(trial, Trial):
-        raise TypeError(f"{type(task).__name__}.trial must return a popriskmin.compare.Trial, got {trial!r}")
-    seed_everything(configuration.seed)
+    trial = _make_trial(task, configuration.seed, variant.joined)
     driver = make_driver(arm, trial, configuration.lr, configuration.weight_decay, task.optimizer_options, trace)
     weights_digest = content_digest(list(trial.model.parameters()))
     batch_digests: list[str] = []
     timer = _Timer()
-    records.append(evaluate(task, trial, 0))
+    average = Average(trial.model, variant.average) if variant.average else None
+    records.append(evaluate(task, trial, 0, average))
     driver.train()
     status, number = "finished", 0
     for number, batch in enumerate(trial.batches, 1):
@@ -100,15 +124,17 @@ def _train(
         if not math.isfinite(loss):
             status = "diverged"
             break
+        if average is not None:
+            average.update(trial.model)
         factor = driver.factor(number)
         if factor is not None:
             records[-1]["factor"] = factor
         if number % trial.evaluate_every == 0:
-            _observe(task, trial, driver, number, records)
+            _observe(task, trial, driver, average, number, records)
     if number == 0:
         raise ValueError(f"{type(task).__name__}.trial gave no batches")
     if status == "finished" and number % trial.evaluate_every:
-        _observe(task, trial, driver, number, records)
+        _observe(task, trial, driver, average, number, records)
     return {
         "status": status,
         "steps": number,
@@ -120,9 +146,21 @@ def _train(
     }
 
 
-def _observe(task: Task, trial: Trial, driver: Driver, number: int, records: list[Record]) -> None:
+def _make_trial(task: Task, seed: int, joined: bool) -> Trial:
+    seed_everything(seed)
+    trial = task.joined(seed) if joined else task.trial(seed)
+    if not isinstance(trial, Trial):
+        method = f"{type(task).__name__}.{'joined' if joined else 'trial'}"
+        raise TypeError(f"{method} must return a popriskmin.compare.Trial, got {trial!r}")
+    seed_everything(seed)
+    return trial
+
+
+def _observe(
+    task: Task, trial: Trial, driver: Driver, average: Average | None, number: int, records: list[Record]
+) -> None:
     driver.train(False)
-    records.append(evaluate(task, trial, number))
+    records.append(evaluate(task, trial, number, average))
     driver.train()
     if isinstance(driver, PRMDriver):
         layers = driver.optimizer.get_mask_stats(by="parameter")
@@ -130,17 +168,21 @@ def _observe(task: Task, trial: Trial, driver: Driver, number: int, records: lis
         records.append({"kind": "mask", "step": number, "layers": kept})
 
 
-def evaluate(task: Task, trial: Trial, step: int) -> Record:
+def evaluate(task: Task, trial: Trial, step: int, average: Average | None = None) -> Record:
     """Return the metrics on validation and test data, without touching the model or the random numbers."""
-    training = trial.model.training
-    trial.model.eval()
+    averaged = {} if average is None else {"averaged": _measure(task, trial, average.model)}
+    return {"kind": "evaluation", "step": step, **_measure(task, trial, trial.model), **averaged}
+
+
+def _measure(task: Task, trial: Trial, model: torch.nn.Module) -> dict[str, dict[str, float]]:
+    training = model.training
+    model.eval()
     try:
         with torch.random.fork_rng(), torch.no_grad():
-            found = {"validation": trial.validation(trial.model), "test": trial.test(trial.model)}
+            found = {"validation": trial.validation(model), "test": trial.test(model)}
     finally:
-        trial.model.train(training)
-    metrics = {name: _metrics(task, f"{name}(model)", values) for name, values in found.items()}
-    return {"kind": "evaluation", "step": step, **metrics}
+        model.train(training)
+    return {name: _metrics(task, f"{name}(model)", values) for name, values in found.items()}
 
 
 def _metrics(task: Task, source: str, values: Any) -> dict[str, float]:

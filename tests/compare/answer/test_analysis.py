@@ -11,7 +11,7 @@ from popriskmin.compare.runs.arms import Arm, make_arms
 
 def said(runs, arms=ARMS, metrics=METRICS):
     best_untuned = best_rival(arms, untuned(runs, arms, metrics))
-    return statements(arms, metrics, analyse(runs, arms, metrics), by_budget(runs, arms, metrics), best_untuned)
+    return statements(arms, metrics, analyse(runs, arms, metrics), by_budget(runs, arms, metrics), best_untuned, {})
 
 
 def test_each_figure_chooses_for_itself():
@@ -140,3 +140,21 @@ def test_a_difference_that_is_rounding_is_not_shown_as_zero_or_less():
     assert "-2e-09 [-3e-09, -1e-09], p" in one.sentence
     same = Statement("", "final", "a", "b", "x", "max", 0.5, 0.5, 0.0, (0.0, 0.0), 5, 1.0)
     assert "+0.0000 [+0.0000, +0.0000], p = 1" in same.sentence
+
+
+def test_averaged_weights_are_compared_with_those_of_adamw_and_with_the_plain_ones():
+    arms = make_arms([{"mask": "soft"}])
+    prm = next(arm for arm in arms if arm.name == "prm mask=soft")
+    assert rivals_of(prm.of_averages) == ["adamw averaged", "adamw", "prm mask=soft"]
+    assert rivals_of(prm.of_averages, "adamw averaged") == ["adamw averaged", "prm mask=soft"]
+    assert rivals_of(prm, "adamw averaged") == [
+        "adamw", "adamw averaged", "adamw-matched mask=soft", "prm",
+    ]  # fmt: skip
+    assert rivals_of(arms[0]) == []
+    assert rivals_of(arms[0].of_averages) == ["adamw"]
+
+
+def test_averaged_weights_of_adamw_are_a_rival_and_those_of_prm_and_the_matched_arm_are_none():
+    arms = [*ARMS, *(arm.of_averages for arm in ARMS)]
+    scores = {arm.name: float(i) for i, arm in enumerate(arms)}
+    assert best_rival(arms, scores) == "adamw averaged"
