@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -43,7 +44,9 @@ class Average:
     def _mean(self, averaged: Tensor, now: Tensor, number: Tensor | int) -> Tensor:
         if not (averaged.is_floating_point() or averaged.is_complex()):
             return now
-        return averaged.lerp(now.to(averaged.dtype), max(1 / self.steps, 1 / (int(number) + 1)))
+        mean = averaged.lerp(now.to(averaged.dtype), max(1 / self.steps, 1 / (int(number) + 1)))
+        # Infinities, as of a mask, stay what they are: their difference would be NaN.
+        return torch.where(averaged == now, averaged, mean)
 
     def update(self, model: nn.Module) -> None:
         """Take the weights after a step into the average."""

@@ -170,8 +170,11 @@ def _observe(
 
 def evaluate(task: Task, trial: Trial, step: int, average: Average | None = None) -> Record:
     """Return the metrics on validation and test data, without touching the model or the random numbers."""
-    averaged = {} if average is None else {"averaged": _measure(task, trial, average.model)}
-    return {"kind": "evaluation", "step": step, **_measure(task, trial, trial.model), **averaged}
+    record: Record = {"kind": "evaluation", "step": step, **_measure(task, trial, trial.model)}
+    if average is not None:
+        with _restored():  # a task may draw from other random numbers than torch's
+            record["averaged"] = _measure(task, trial, average.model)
+    return record
 
 
 def _measure(task: Task, trial: Trial, model: torch.nn.Module) -> dict[str, dict[str, float]]:

@@ -46,6 +46,15 @@ def test_buffers_are_averaged_and_counters_copied():
     assert average.model.num_batches_tracked.item() == 2
 
 
+def test_infinities_of_a_mask_stay():
+    model = nn.Linear(1, 1)
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    average = Average(model, 50)
+    for _ in range(3):
+        average.update(model)
+    assert average.model.mask.tolist() == [0.0, -torch.inf]
+
+
 def test_a_model_that_cannot_be_copied():
     model = nn.Linear(1, 1)
     model.generator = (x for x in range(3))

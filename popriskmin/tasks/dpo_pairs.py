@@ -1,0 +1,65 @@
+"""Pairs of answers to a prompt, and their log-probabilities under a model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+MEASURED_AT_ONCE = 32  # pairs
+
+
+class Pairs(NamedTuple):
+    """Prompts, each with a chosen and a rejected answer.
+
+    Attributes
+    ----------
+    tokens
+        Prompt and answer, of shape (pairs, 2, length); the chosen answer comes first. What follows an answer, for
+        others are longer, says nothing.
+    answers
+        Which tokens are an answer's, in that shape.
+    reference
+        Log-probabilities of the answers under the reference model, of shape (pairs, 2); of no elements before they are
+        measured.
+    """
+
+    tokens: Tensor
+    answers: Tensor
+    reference: Tensor
+
+    def rows(self, rows: Tensor) -> Pairs:
+        """Return some of the pairs."""
+        return Pairs(self.tokens[rows], self.answers[rows], self.reference[rows])
+
+    def with_more(self, others: Pairs) -> Pairs:
+        """Return these pairs and others, whose length is the same."""
+        return Pairs(*(torch.cat(both) for both in zip(self, others)))
+
+    def swapped(self, which: Tensor) -> Pairs:
+        """Return the pairs with chosen and rejected answers exchanged where `which`, of shape (pairs,), says so."""
+        order = torch.stack([which.long(), 1 - which.long()], 1)[:, :, None].expand_as(self.tokens)
+        return Pairs(self.tokens.gather(1, order), self.answers.gather(1, order), self.reference)
+
+    @torch.no_grad()
+    def measured_by(self, model: nn.Module) -> Pairs:
+        """Return the pairs with their log-probabilities under the reference model."""
+        parts = torch.split(torch.arange(len(self.tokens)), MEASURED_AT_ONCE)
+        empty = torch.zeros(len(self.tokens), 0)
+        found = [log_probabilities(model, Pairs(self.tokens[rows], self.answers[rows], empty)) for rows in parts]
+        return self._replace(reference=torch.cat(found))
+
+
+def log_probabilities(model: nn.Module, pairs: Pairs) -> Tensor:
+    """Return the summed log-probability of each answer, of shape (pairs, 2), in nats.
+
+    Parameters
+    ----------
+    model
+        What gives logits of the next token, of shape (texts, length, tokens), for tokens of shape (texts, length).
+    """
+    tokens, answers = pairs.tokens.flatten(0, 1), pairs.answers.flatten(0, 1)
+    logits = model(tokens[:, :-1])
+    nats = nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    return -(nats * answers[:, 1:]).sum(1).view(-1, 2)
