@@ -162,9 +162,8 @@ def from_dataset(name: str, rng: random.Random, sizes: Sequence[int]) -> list[li
         raise ValueError(f"the data set {name} has no {', '.join(missing)}, but {', '.join(table.column_names)}")
     if len(table) < sum(sizes):
         raise ValueError(f"the data set {name} has {len(table)} pairs, fewer than {sum(sizes)}")
-    plain: list[Row] = []
-    for i in rng.sample(range(len(table)), sum(sizes)):
-        plain.append({column: last_message(table[i][column]) for column in COLUMNS})
+    chosen = (table[i] for i in rng.sample(range(len(table)), sum(sizes)))
+    plain: list[Row] = [{column: last_message(row[column]) for column in COLUMNS} for row in chosen]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [plain[start : start + size] for start, size in zip(starts, sizes)]
 
