@@ -157,14 +157,25 @@ def blocks(path):
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize(
-    "path", ["README.md", "docs/optimizer.md", "docs/fused.md", "docs/compare.md", "docs/masks.md"]
-)
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
+# Pages whose blocks need ranks or a framework, and the tests that run them.
+ELSEWHERE = {
+    "docs/variance.md": "tests/variance/test_init.py",
+    "docs/recipes.md": "tests/integrations/test_recipes.py",
+}
+
+
+def test_the_pages_that_are_run_elsewhere_are():
+    for page, test in ELSEWHERE.items():
+        assert blocks(page)
+        assert page in (ROOT / test).read_text()
+
+
+@pytest.mark.parametrize("path", [page for page in PAGES if blocks(page) and page not in ELSEWHERE])
 def test_python_in_the_documentation(path, tmp_path, monkeypatch):
-    """The blocks of a page run one after another, as a reader would type them."""
+    """The blocks of a page run one after another, as a reader would type them, each page by itself."""
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "documentation"}
-    assert blocks(path)
     for block in blocks(path):
         exec(compile(block, path, "exec"), namespace)
 
@@ -174,6 +185,20 @@ def test_links_of_the_documentation_lead_somewhere():
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
             if not link.startswith("http"):
                 assert (path.parent / link).exists(), f"{path}: {link}"
+
+
+def test_included_files_are_there():
+    for page in PAGES:
+        for name in re.findall(r"^```{(?:literal)?include} (\S+)", (ROOT / page).read_text(), flags=re.MULTILINE):
+            assert (ROOT / page).parent.joinpath(name).exists(), f"{page}: {name}"
+
+
+def test_scripts_that_the_documentation_runs_are_there():
+    found = set()
+    for page in PAGES:
+        found |= set(re.findall(r"\bpython ((?:examples|benchmarks)/\w+\.py)", (ROOT / page).read_text()))
+    assert found
+    assert all((ROOT / name).exists() for name in found), found
 
 
 def test_the_command_lines_of_the_documentation_exist(capsys, monkeypatch):
