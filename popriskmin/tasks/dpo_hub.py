@@ -98,7 +98,7 @@ def load(name: str) -> tuple[Logits, Any]:
         assert spec is not None and spec.submodule_search_locations  # noqa: S101, PT018 - check_installed was called
         name, options = spec.submodule_search_locations[0], {"gguf_file": GGUF}
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, **options).float()
     return Logits(model.eval()).requires_grad_(False), tokenizer
 
 
