@@ -35,8 +35,9 @@ def tensors(count):
 
 def write(path):
     """Write the file; its matrices have four bits, its norms 32."""
-    tokens = ["<|endoftext|>", *alphabet(), "th"]
+    tokens = ["<|endoftext|>", *alphabet(), "th", "is"]
     file = gguf.GGUFWriter(path, "llama")
+    file.add_name("small")
     file.add_context_length(64)
     file.add_embedding_length(WIDTH)
     file.add_block_count(LAYERS)
@@ -49,7 +50,7 @@ def write(path):
     file.add_vocab_size(len(tokens))
     file.add_tokenizer_model("gpt2")
     file.add_token_list(tokens)
-    file.add_token_merges(["t h"])
+    file.add_token_merges(["t h", "i s"])  # of a single one transformers 5.3 makes a wrong pair
     file.add_token_types([gguf.TokenType.CONTROL, *[gguf.TokenType.NORMAL] * (len(tokens) - 1)])
     for add in (file.add_bos_token_id, file.add_eos_token_id, file.add_unk_token_id, file.add_pad_token_id):
         add(0)
