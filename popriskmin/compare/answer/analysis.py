@@ -266,6 +266,6 @@ def _joined(prm: Sequence[str], metrics: Mapping[str, str], joined: Mapping[str,
         mine, against = joined[arm]["test"][metric], joined[arm]["against"]
         pair = (mine, joined[arm]["stopped"][metric])
         yield _statement("joined", f"{arm} joined", f"{arm} stopped", metrics, pair, against["stopped"][metric])
-        if ADAMW.name in against:
+        if ADAMW.name in against and ADAMW.name in joined:
             pair = (mine, joined[ADAMW.name]["test"][metric])
             yield _statement("joined", f"{arm} joined", "adamw joined", metrics, pair, against["adamw"][metric])
