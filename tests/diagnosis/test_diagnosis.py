@@ -1,12 +1,12 @@
 """The diagnosis: each cause is simulated with the optimizer itself and must be named; a healthy run has no fault."""
 
 import math
-import os
 import re
 
 import pytest
 import torch
 from conftest import TORCH
+from ranks import run_ranks
 from torch import nn
 
 from popriskmin import PRM
@@ -335,25 +335,16 @@ def test_what_is_refused():
             diagnose(run({"w": (1, 1)}, steps=1), threshold=threshold)
 
 
-def _sharded(rank, rendezvous, failures):
-    import torch.distributed as dist
+def _sharded(rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    try:
-        mesh = init_device_mesh("cpu", (2,))
-        for options in ({}, {"reduction": "per_tensor", "mask": "soft"}):
-            whole, parts = (_trained(shard, options) for shard in (None, lambda m: fully_shard(m, mesh=mesh)))
-            for expected, row in zip(whole, parts):
-                if expected[:4] != row[:4] or expected[-3:] != row[-3:]:
-                    failures.put(f"{options}: {expected} {row}")
-                numbers = zip(expected[4:-3], row[4:-3])
-                if not all(a == pytest.approx(b, rel=1e-3, abs=1e-6, nan_ok=True) for a, b in numbers):
-                    failures.put(f"{options}: {expected} {row}")
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh("cpu", (2,))
+    for options in ({}, {"reduction": "per_tensor", "mask": "soft"}):
+        whole, parts = (_trained(shard, options) for shard in (None, lambda m: fully_shard(m, mesh=mesh)))
+        for expected, row in zip(whole, parts):
+            assert (expected[:4], expected[-3:]) == (row[:4], row[-3:]), options
+            assert row[4:-3] == pytest.approx(expected[4:-3], rel=1e-3, abs=1e-6, nan_ok=True), options
 
 
 def _trained(shard, options):
@@ -372,14 +363,7 @@ def _trained(shard, options):
 
 @pytest.mark.skipif(TORCH < (2, 6), reason="fully_shard is public since torch 2.6")
 def test_sharded_parameters(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    failures = context.SimpleQueue()
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(_sharded, (str(tmp_path / "rendezvous"), failures), nprocs=2)
-    found = []
-    while not failures.empty():
-        found.append(failures.get())
-    assert not found, "\n".join(found)
+    run_ranks(tmp_path, 2, _sharded)
 
 
 def test_a_bias_before_a_normalization_is_dead_and_no_fault_of_the_epsilon():

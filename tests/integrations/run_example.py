@@ -40,3 +40,6 @@ def run(weights, after, path, *arguments):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads can abort while the interpreter shuts down, a matter of torch's
