@@ -23,15 +23,14 @@ import numpy as np
 from rich.console import Console
 
 from popriskmin.compare import Task
-from popriskmin.compare.answer.figures import Run, choose, read_run
+from popriskmin.compare.answer.figures import Run, choose, chosen_runs, read_run
 from popriskmin.compare.answer.statistics import FEWEST_SEEDS, LEVEL, difference
 from popriskmin.compare.loading import load_task_class, make_task
 from popriskmin.compare.runs.arms import ADAMW, Arm, make_arms
 from popriskmin.compare.runs.digest import source_digest
 from popriskmin.compare.runs.progress import Display
 from popriskmin.compare.runs.runner import Job, make_jobs, make_runs
-from popriskmin.compare.runs.store import Store, settings_of, write_whole
-from popriskmin.compare.runs.train import Configuration
+from popriskmin.compare.runs.store import Store, write_whole
 
 SEEDS = range(5)
 RATES = (1e-3, 3e-3, 1e-2)
@@ -110,7 +109,7 @@ def read(name: str, folder: Path) -> list[Run] | None:
     task, store = task_of(name), store_of(folder, name)
     source, runs = source_digest(task), []
     for job in jobs_of(task):
-        records = store.read(settings_of(task, job.arm, job.configuration, source))
+        records = store.read(job.settings(task, source))
         if records is None:
             return None
         runs.append(read_run(job, records, task.metrics))
@@ -118,12 +117,11 @@ def read(name: str, folder: Path) -> list[Run] | None:
 
 
 def values_of(runs: Sequence[Run], arm: str, lr: float, decay: float, metric: str) -> dict[int, float]:
-    """Return the final test metric by seed; worst of all where a run has none, because it diverged."""
+    """Return the final test metric by seed; NaN where a run has none, because it diverged."""
     found = {}
-    for one in runs:
-        if one.job.arm.name == arm and one.job.configuration == Configuration(lr, decay, one.job.configuration.seed):
-            pair = one.figures["final"][metric]
-            found[one.job.configuration.seed] = np.nan if pair is None else pair[1]
+    for one in chosen_runs(runs, arm, {"lr": lr, "weight_decay": decay}):
+        pair = one.figures["final"][metric]
+        found[one.job.configuration.seed] = np.nan if pair is None else pair[1]
     return found
 
 

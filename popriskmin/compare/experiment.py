@@ -159,9 +159,8 @@ def compare(
     if average:
         runs += [read_run(job, records[job], task.metrics, averaged=True) for job in trained]
         every_arm += [arm.of_averages for arm in every_arm]
-    joined: dict[Job, list[Record]] = {}
-    if spend_validation:
-        joined = made(jobs_of_joined(every_arm, analyse(runs, every_arm, task.metrics), seed_list))
+    selections = analyse(runs, every_arm, task.metrics)
+    joined = made(jobs_of_joined(every_arm, selections, seed_list)) if spend_validation else {}
     results = Results.of_runs(
         task,
         every_arm,
@@ -171,9 +170,9 @@ def compare(
         runs,
         folder,
         source,
+        selections,
         read_references({job.configuration.seed: records[job] for job in all_jobs if job.arm == REFERENCES}),
         [read_run(job, found, task.metrics) for job, found in joined.items()],
-        int(average),
     )
     note = _replaced(folder / "results.json", results.to_dict()) if progress else None
     if note:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from popriskmin.compare.task import Metrics, Task, Trial, check_least, complete, option
 from popriskmin.tasks import dpo_characters, dpo_hub
-from popriskmin.tasks.dpo_pairs import Pairs, log_probabilities
+from popriskmin.tasks.dpo_pairs import Pairs, log_probabilities, measured
+from popriskmin.tasks.text import Transformer, check_width
 
 CHARACTERS, REFERENCE = "characters", "reference"
 
@@ -27,7 +28,6 @@ HUB_SCALES = {
     "paper": {"pairs": 20_000, "held_out": 1000, "batch_size": 16, "epochs": 1},
 }
 EVALUATIONS = 15
-MEASURED_AT_ONCE = 32  # pairs
 
 
 @dataclasses.dataclass
@@ -74,7 +74,7 @@ class Dpo(Task):
     def __post_init__(self) -> None:
         """Take what was left out from the scale, and check the options and what they need."""
         if self.model != CHARACTERS:
-            complete(self, {**SCALES[self.scale], **HUB_SCALES[self.scale]})
+            complete(self, HUB_SCALES[self.scale])
             dpo_hub.check_installed(self.model, self.dataset if self.dataset != REFERENCE else None)
         elif self.dataset != REFERENCE:
             raise ValueError(f"the model characters knows no dataset but {REFERENCE}, got {self.dataset!r}")
@@ -83,7 +83,7 @@ class Dpo(Task):
         check_least(self, {**dict.fromkeys(names, 1), "length": 4, "swapped": 0, "beta": 0})
         if self.swapped > 1:
             raise ValueError(f"swapped must be a share from 0 to 1, got {self.swapped}")
-        dpo_characters.check_width(self.width)
+        check_width(self.width)
 
     def trial(self, seed: int) -> Trial:
         """Draw the pairs from the seed, and take a copy of the reference model to train."""
@@ -94,18 +94,22 @@ class Dpo(Task):
         return self._make(seed, joined=True)
 
     def _make(self, seed: int, joined: bool) -> Trial:
-        training, validation, test = self._prepared(seed)
+        (training, validation, test), model = self._prepare(seed)
         if joined:
             training = training.with_more(validation)
-        model = self._policy(seed)
         n = len(training.tokens)
         generator = torch.Generator().manual_seed(seed)
         orders = [torch.randperm(n, generator=generator) for _ in range(self.epochs)]
         batches = [rows for order in orders for rows in torch.split(order, self.batch_size)]
+
+        def loss(model: nn.Module, rows: Tensor) -> Tensor:
+            batch = training.rows(rows)
+            return loss_of(self._margins(log_probabilities(model, batch) - batch.reference))
+
         return Trial(
             model=model,
             batches=batches,
-            loss=lambda model, rows: self._loss(self._rewards(model, training.rows(rows))),
+            loss=loss,
             validation=lambda model: self._measure(model, validation),
             test=lambda model: self._measure(model, test),
             evaluate_every=max(1, len(batches) // EVALUATIONS),
@@ -114,40 +118,36 @@ class Dpo(Task):
             parameters=[(name, p) for name, p in model.named_parameters() if p.requires_grad],
         )
 
-    def _prepared(self, seed: int) -> tuple[Pairs, Pairs, Pairs]:
+    def _prepare(self, seed: int) -> tuple[tuple[Pairs, Pairs, Pairs], nn.Module]:
+        """Return the pairs for training, validation and test, and the policy as it begins."""
         sizes = (self.pairs, self.held_out, self.held_out)
-        if self.model == CHARACTERS:
-            return _small(seed, self.width, self.pretraining, sizes, self.swapped)[1]
-        return dpo_hub.prepared(self.model, self.dataset, seed, sizes, self.swapped, self.length)
+        if self.model != CHARACTERS:
+            pairs = dpo_hub.prepared(self.model, self.dataset, seed, sizes, self.swapped, self.length)
+            return pairs, dpo_hub.policy(self.model, self.rank)
+        weights, pairs = _small(seed, self.width, self.pretraining, sizes, self.swapped)
+        model = Transformer(self.width)
+        model.load_state_dict(weights)
+        return pairs, model
 
-    def _policy(self, seed: int) -> nn.Module:
-        if self.model == CHARACTERS:
-            sizes = (self.pairs, self.held_out, self.held_out)
-            reference = _small(seed, self.width, self.pretraining, sizes, self.swapped)[0]
-            model = dpo_characters.untrained(self.width)
-            model.load_state_dict(reference)
-            return model
-        return dpo_hub.policy(self.model, self.rank)
-
-    def _rewards(self, model: nn.Module, pairs: Pairs) -> Tensor:
-        """Return the rewards of chosen and rejected answers, of shape (pairs, 2)."""
-        return self.beta * (log_probabilities(model, pairs) - pairs.reference)
-
-    @staticmethod
-    def _loss(rewards: Tensor) -> Tensor:
-        return -nn.functional.logsigmoid(rewards[:, 0] - rewards[:, 1]).mean()
+    def _margins(self, changed: Tensor) -> Tensor:
+        """Return by how much each chosen answer's reward is the larger, from changes of shape (pairs, 2)."""
+        rewards = self.beta * changed
+        return rewards[:, 0] - rewards[:, 1]
 
     def _measure(self, model: nn.Module, pairs: Pairs) -> Metrics:
-        parts = torch.split(torch.arange(len(pairs.tokens)), MEASURED_AT_ONCE)
-        now = torch.cat([log_probabilities(model, pairs.rows(rows)) for rows in parts])
-        changed = now - pairs.reference
-        rewards = self.beta * changed
+        changed = measured(model, pairs) - pairs.reference
+        margins = self._margins(changed)
         return {
             # A tie is half right, as of the reference model itself.
-            "accuracy": (0.5 + 0.5 * (rewards[:, 0] - rewards[:, 1]).sign()).mean().item(),
-            "loss": self._loss(rewards).item(),
+            "accuracy": (0.5 + 0.5 * margins.sign()).mean().item(),
+            "loss": loss_of(margins).item(),
             "drift": (changed.abs() / pairs.answers.sum(2)).mean().item(),
         }
+
+
+def loss_of(margins: Tensor) -> Tensor:
+    """Return the mean of `-log sigmoid(margin)`."""
+    return -nn.functional.logsigmoid(margins).mean()
 
 
 @functools.lru_cache(maxsize=8)

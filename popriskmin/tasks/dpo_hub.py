@@ -98,7 +98,8 @@ def load(name: str) -> tuple[Logits, Any]:
         assert spec is not None and spec.submodule_search_locations  # noqa: S101, PT018 - check_installed was called
         name, options = spec.submodule_search_locations[0], {"gguf_file": GGUF}
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, **options).float()
+    with torch.random.fork_rng():  # so that a run which loads the model begins as one that finds it loaded
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, **options).float()
     return Logits(model.eval()).requires_grad_(False), tokenizer
 
 
@@ -114,12 +115,9 @@ def prepared(
     rng = random.Random(seed)
     rows = from_reference(rng, sizes) if dataset == "reference" else from_dataset(dataset, rng, sizes)
     generator = torch.Generator().manual_seed(seed)
-    parts: list[Pairs] = []
-    for part, size in zip(rows, sizes):
-        pairs = encode(part, tokenizer, length)
-        wrong = torch.rand(size, generator=generator) < swapped
-        pairs = pairs.swapped(wrong) if len(parts) < 2 else pairs
-        parts.append(pairs.measured_by(model))
+    parts = []
+    for part, share in zip(rows, (swapped, swapped, 0.0)):
+        parts.append(encode(part, tokenizer, length).spoilt(share, generator).measured_by(model))
     return parts[0], parts[1], parts[2]
 
 

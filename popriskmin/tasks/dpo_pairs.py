@@ -42,13 +42,20 @@ class Pairs(NamedTuple):
         order = torch.stack([which.long(), 1 - which.long()], 1)[:, :, None].expand_as(self.tokens)
         return Pairs(self.tokens.gather(1, order), self.answers.gather(1, order), self.reference)
 
+    def spoilt(self, share: float, generator: torch.Generator) -> Pairs:
+        """Return the pairs of which a share, drawn at random, is swapped."""
+        return self.swapped(torch.rand(len(self.tokens), generator=generator) < share)
+
     @torch.no_grad()
     def measured_by(self, model: nn.Module) -> Pairs:
         """Return the pairs with their log-probabilities under the reference model."""
-        parts = torch.split(torch.arange(len(self.tokens)), MEASURED_AT_ONCE)
-        empty = torch.zeros(len(self.tokens), 0)
-        found = [log_probabilities(model, Pairs(self.tokens[rows], self.answers[rows], empty)) for rows in parts]
-        return self._replace(reference=torch.cat(found))
+        return self._replace(reference=measured(model, self))
+
+
+def measured(model: nn.Module, pairs: Pairs) -> Tensor:
+    """Return the log-probabilities of many pairs, a few at a time, so that little memory is needed."""
+    parts = torch.split(torch.arange(len(pairs.tokens)), MEASURED_AT_ONCE)
+    return torch.cat([log_probabilities(model, pairs.rows(rows)) for rows in parts])
 
 
 def log_probabilities(model: nn.Module, pairs: Pairs) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from pydoc_data.topics import topics
@@ -47,12 +48,11 @@ class Text(Task):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.examples and self.examples < self.batch_size:
             raise ValueError(f"examples must be 0 or at least batch_size, got {self.examples} < {self.batch_size}")
-        if self.width < HEADS or self.width % HEADS:
-            raise ValueError(f"width must be a multiple of {HEADS}, got {self.width}")
+        check_width(self.width)
 
     def trial(self, seed: int) -> Trial:
         """Choose the training windows from the seed, and build the transformer."""
-        text = torch.tensor([CHARACTERS.index(character) for character in reference()])
+        text = encoded()
         blocks = torch.arange(len(text) // BLOCK)
         inside = torch.arange(WINDOWS) * (BLOCK // WINDOWS)
         validation, test = (
@@ -126,6 +126,18 @@ class Layer(nn.Module):
         x = x + self.mix(attended.transpose(1, 2).flatten(2))
         out: Tensor = x + self.feed_forward(x)
         return out
+
+
+def check_width(width: int) -> None:
+    """Raise ValueError for a width that a layer cannot have."""
+    if width < HEADS or width % HEADS:
+        raise ValueError(f"width must be a multiple of {HEADS}, got {width}")
+
+
+@functools.lru_cache(maxsize=1)
+def encoded() -> Tensor:
+    """Return the language reference as numbers of `CHARACTERS`; kept, for every run asks for it."""
+    return torch.tensor([CHARACTERS.index(character) for character in reference()])
 
 
 def reference() -> str:

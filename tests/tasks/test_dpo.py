@@ -29,7 +29,7 @@ def test_loss_and_metrics_against_their_formulas():
     with torch.no_grad():
         for param in trial.model.parameters():
             param.add_(0.1 * torch.randn_like(param))
-    _, _, test = task._prepared(0)
+    (_, _, test), _ = task._prepare(0)
     with torch.no_grad():
         now, found = log_probabilities(trial.model, test), trial.test(trial.model)
     rewards = 0.3 * (now - test.reference)

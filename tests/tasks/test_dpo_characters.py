@@ -2,8 +2,9 @@
 
 import torch
 
-from popriskmin.tasks.dpo_characters import ANSWER, PROMPT, pairs, pretrained, untrained
+from popriskmin.tasks.dpo_characters import ANSWER, PROMPT, pairs, pretrained
 from popriskmin.tasks.dpo_pairs import log_probabilities
+from popriskmin.tasks.text import Transformer
 
 SIZES = (40, 30, 20)
 
@@ -41,7 +42,7 @@ def test_a_seed_gives_the_same_model_and_pretraining_teaches_it():
     first, second = (pretrained(7, 8, 20).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     torch.manual_seed(7)
-    before = untrained(8)
+    before = Transformer(8)
     _, _, test = pairs(0, SIZES, 0.0)
     trained = pretrained(7, 8, 60)
     with torch.no_grad():

@@ -15,8 +15,10 @@ OPENINGS = {
     "best": "Stopped at the best validation step",
     "area": "Averaged over the training",
 }
-UNTUNED = "Trained to the end with one configuration, drawn at random from the grid"
-JOINED = "Trained to the end on training and validation data joined, or stopped at the best validation step"
+SAID_OF = OPENINGS | {
+    "budget 1": "Trained to the end with one configuration, drawn at random from the grid",
+    "joined": "Trained to the end on training and validation data joined, or stopped at the best validation step",
+}
 
 Values = dict[str, dict[str, dict[int, float]]]
 
@@ -224,7 +226,7 @@ def _statement(
     """Return a statement of two means and their paired difference, whose p is not corrected yet."""
     metric, direction = next(iter(metrics.items()))
     return Statement(
-        opening=OPENINGS.get(figure, UNTUNED if figure == "budget 1" else JOINED),
+        opening=SAID_OF[figure],
         figure=figure,
         arm=arm,
         rival=rival,
@@ -266,6 +268,6 @@ def _joined(prm: Sequence[str], metrics: Mapping[str, str], joined: Mapping[str,
         mine, against = joined[arm]["test"][metric], joined[arm]["against"]
         pair = (mine, joined[arm]["stopped"][metric])
         yield _statement("joined", f"{arm} joined", f"{arm} stopped", metrics, pair, against["stopped"][metric])
-        if ADAMW.name in against and ADAMW.name in joined:
-            pair = (mine, joined[ADAMW.name]["test"][metric])
-            yield _statement("joined", f"{arm} joined", "adamw joined", metrics, pair, against["adamw"][metric])
+        if ADAMW.name in against:
+            rival, pair = f"{ADAMW.name} joined", (mine, joined[ADAMW.name]["test"][metric])
+            yield _statement("joined", f"{arm} joined", rival, metrics, pair, against[ADAMW.name][metric])

@@ -13,7 +13,7 @@ from popriskmin.compare.runs.runner import Job
 from popriskmin.compare.runs.train import Configuration, Variant
 
 JOINED = Variant(joined=True)
-STOPPED, OTHER = "stopped", "adamw"  # what an arm's joined runs are held against
+STOPPED = "stopped"  # the arm's own early stop, as what its joined runs are held against; the other is AdamW
 
 
 def jobs_of_joined(arms: Sequence[Arm], selections: Mapping[str, Any], seeds: Sequence[int]) -> list[Job]:
@@ -51,15 +51,17 @@ def by_joined(
         the arm's own early stop and to AdamW on joined data. An arm of which a run diverged or failed has none.
     """
     found: dict[str, Any] = {}
-    values = {arm.name: _finals(arm, joined, selections, metrics) for arm in arms if not arm.averaged}
-    for name, mine in values.items():
-        stopped = _stopped(runs, name, selections, metrics)
+    values: dict[str, Values] = {}
+    for arm in (arm for arm in arms if not arm.averaged):
+        name = arm.name
+        mine, stopped = _finals(arm, joined, selections, metrics), _stopped(runs, name, selections, metrics)
         if mine is None or stopped is None:
             continue
-        base = values[ADAMW.name]
+        values[name] = mine
         against = {STOPPED: {metric: difference(mine[metric], stopped[metric]) for metric in metrics}}
-        if base is not None and name != ADAMW.name:
-            against[OTHER] = {metric: difference(mine[metric], base[metric]) for metric in metrics}
+        if ADAMW.name in found:  # AdamW is the first of the arms
+            other = values[ADAMW.name]
+            against[ADAMW.name] = {metric: difference(mine[metric], other[metric]) for metric in metrics}
         found[name] = {
             "chosen": selections["final"][name]["chosen"],
             "test": {metric: estimate(list(mine[metric].values())) for metric in metrics},

@@ -14,9 +14,9 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from popriskmin.compare.answer.analysis import Statement, analyse, best_rival, number, statements
+from popriskmin.compare.answer.analysis import Statement, best_rival, number, statements
 from popriskmin.compare.answer.budget import by_budget, untuned
-from popriskmin.compare.answer.figures import FIGURES, Run, chosen_runs, why_none
+from popriskmin.compare.answer.figures import FIGURES, Run, chosen_runs, leading, why_none
 from popriskmin.compare.answer.goals import by_goal
 from popriskmin.compare.answer.joined import by_joined, renamed
 from popriskmin.compare.answer.notes import edges, warnings_of
@@ -64,8 +64,6 @@ class Results:
     by_joined
         `by_joined[arm]`: what each arm reached on training and validation data joined; empty without
         `spend_validation`.
-    average
-        Over how many steps the weights of the arms that are called averaged are; 0 without.
     """
 
     task: Task
@@ -84,7 +82,6 @@ class Results:
     source: str
     references: References = NONE
     by_joined: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    average: int = 0
 
     @classmethod
     def of_runs(
@@ -97,12 +94,12 @@ class Results:
         runs: Sequence[Run],
         folder: Path,
         source: str,
+        selections: Mapping[str, Any],
         references: References = NONE,
         joined: Sequence[Run] = (),
-        average: int = 0,
     ) -> Results:
-        """Draw the conclusions from the runs, and from those on joined data."""
-        selections, budget = analyse(runs, arms, task.metrics), by_budget(runs, arms, task.metrics)
+        """Draw the conclusions from the runs, what the arms chose by them, and the runs on joined data."""
+        budget = by_budget(runs, arms, task.metrics)
         spent = by_joined(joined, runs, arms, selections, task.metrics) if joined else {}
         best_untuned = best_rival(arms, untuned(runs, arms, task.metrics))
         # Of untrained networks there is nothing to say.
@@ -125,7 +122,6 @@ class Results:
             source=source,
             references=references,
             by_joined=spent,
-            average=average,
         )
 
     def __repr__(self) -> str:
@@ -153,6 +149,11 @@ class Results:
         return [
             {**dataclasses.asdict(one), "verdict": one.verdict, "sentence": one.sentence} for one in self.statements
         ]
+
+    @property
+    def average(self) -> int:
+        """Over about how many steps the weights of the arms that are called averaged are; 0 without."""
+        return max((run.job.variant.average for run in self.runs), default=0)
 
     @property
     def metric(self) -> str:
@@ -232,7 +233,7 @@ class Results:
 
         A learning rate at which some run diverged has no mean.
         """
-        sign = 1 if self.task.metrics[self.metric] == "max" else -1
+        _, sign = leading(self.task.metrics)
         table: dict[str, list[dict[str, Any]]] = {}
         for arm in self.arms:
             table[arm.name] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -58,14 +58,21 @@ def show(results: Results, console: Console | None = None) -> None:
         console.print(f"Note: {line}", style="yellow", **style)
 
 
-def _table(results: Results, figure: str) -> Table:
+def _empty_table(title: str, columns: Sequence[str]) -> Table:
+    """Return a table with a column for the arm, its configuration, and each of the figures."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left", title_style="")
-    table.title = f"{figure}: {MEANING[figure]}"
+    table.title = title
     table.add_column("arm", overflow="fold")
     for column in ("lr", "decay"):
         table.add_column(column, no_wrap=True)
-    for column in (f"{figure} [95% interval]", "difference to adamw"):
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _table(results: Results, figure: str) -> Table:
+    columns = (f"{figure} [95% interval]", "difference to adamw")
+    table = _empty_table(f"{figure}: {MEANING[figure]}", columns)
     for arm in results.arms:
         summary = results.selections[figure][arm.name]
         if summary["chosen"] is None:
@@ -82,13 +89,8 @@ def _table(results: Results, figure: str) -> Table:
 
 
 def _joined_table(results: Results) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left", title_style="")
-    table.title = "joined: trained on training and validation data, after the last step"
-    table.add_column("arm", overflow="fold")
-    for column in ("lr", "decay"):
-        table.add_column(column, no_wrap=True)
-    for column in ("joined [95% interval]", "stopped [95% interval]", "joined less stopped"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = ("joined [95% interval]", "stopped [95% interval]", "joined less stopped")
+    table = _empty_table("joined: trained on training and validation data, after the last step", columns)
     for name, found in results.by_joined.items():
         chosen = (exact(found["chosen"]["lr"]), exact(found["chosen"]["weight_decay"]))
         estimates = (format_estimate(found[key][results.metric]) for key in ("test", "stopped"))
