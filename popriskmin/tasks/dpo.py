@@ -24,10 +24,11 @@ SCALES = {
 # Of a model that is given by its name; the width and the pretraining are its own.
 HUB_SCALES = {
     "test": {"pairs": 8, "held_out": 4, "batch_size": 4, "epochs": 1},
-    "default": {"pairs": 100, "held_out": 40, "batch_size": 4, "epochs": 2},
+    "default": {"pairs": 64, "held_out": 32, "batch_size": 4, "epochs": 2},
     "paper": {"pairs": 20_000, "held_out": 1000, "batch_size": 16, "epochs": 1},
 }
 EVALUATIONS = 15
+HUB_EVALUATIONS = 5  # each takes longer than ten steps
 
 
 @dataclasses.dataclass
@@ -59,7 +60,7 @@ class Dpo(Task):
     swapped: float = option(0.3, "share of the training and validation pairs that are the wrong way round")
     beta: float = option(0.1, "how much a change of the log-probability counts as a reward")
     rank: int = option(8, "rank of LoRA, for a model that is given by its name")
-    length: int = option(32, "tokens of a prompt, and of an answer, at most; for a model that is given by its name")
+    length: int = option(24, "tokens of a prompt, and of an answer, at most; for a model that is given by its name")
     pairs: int = option(None, "training pairs")
     held_out: int = option(None, "pairs for validation, and as many for test")
     width: int = option(None, "width of the small transformer, a multiple of 4")
@@ -112,7 +113,7 @@ class Dpo(Task):
             loss=loss,
             validation=lambda model: self._measure(model, validation),
             test=lambda model: self._measure(model, test),
-            evaluate_every=max(1, len(batches) // EVALUATIONS),
+            evaluate_every=max(1, len(batches) // (EVALUATIONS if self.model == CHARACTERS else HUB_EVALUATIONS)),
             batch_size=min(self.batch_size, n),
             n_dataset=n,
             parameters=[(name, p) for name, p in model.named_parameters() if p.requires_grad],

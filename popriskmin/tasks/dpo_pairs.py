@@ -34,8 +34,15 @@ class Pairs(NamedTuple):
         return Pairs(self.tokens[rows], self.answers[rows], self.reference[rows])
 
     def with_more(self, others: Pairs) -> Pairs:
-        """Return these pairs and others, whose length is the same."""
-        return Pairs(*(torch.cat(both) for both in zip(self, others)))
+        """Return these pairs and others; the shorter ones are filled up behind the answer."""
+        length = max(self.tokens.shape[2], others.tokens.shape[2])
+        both = [part.filled_up(length) for part in (self, others)]
+        return Pairs(*(torch.cat(parts) for parts in zip(*both)))
+
+    def filled_up(self, length: int) -> Pairs:
+        """Return the pairs with tokens that say nothing behind the answer, up to a length."""
+        more = (0, length - self.tokens.shape[2])
+        return self._replace(tokens=nn.functional.pad(self.tokens, more), answers=nn.functional.pad(self.answers, more))
 
     def swapped(self, which: Tensor) -> Pairs:
         """Return the pairs with chosen and rejected answers exchanged where `which`, of shape (pairs,), says so."""

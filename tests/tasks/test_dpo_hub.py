@@ -121,3 +121,33 @@ def test_a_model_without_the_layers_for_lora(folder, monkeypatch):
     monkeypatch.setattr(dpo_hub, "TARGETS", ("nowhere",))
     with pytest.raises(ValueError, match="has no linear layers called nowhere to put LoRA on"):
         dpo_hub.policy(folder, rank=2)
+
+
+def test_smollm2_on_a_small_model_in_a_file_of_the_same_kind(tmp_path, monkeypatch):
+    framework("gguf")
+    framework("accelerate")
+    from integrations import small_gguf
+
+    package = tmp_path / dpo_hub.PACKAGE
+    package.mkdir()
+    (package / "__init__.py").touch()
+    small_gguf.write(package / dpo_hub.GGUF)
+    monkeypatch.syspath_prepend(tmp_path)
+    task = Dpo(model="smollm2", scale="test", rank=2, length=6)
+    records = run(task, make_arms()[1], Configuration(1e-2, 0.01, 0))
+    assert records[-1]["status"] == "finished", records[-1].get("error")
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    assert evaluations[0]["test"]["accuracy"] == 0.5
+    assert evaluations[-1]["test"]["drift"] > 1e-4
+    dpo_hub.load.cache_clear()
+
+
+def test_a_joined_run_fills_up_the_shorter_pairs(folder, preferences):
+    framework("datasets")
+    task = Dpo(model=folder, dataset=preferences, scale="test", rank=2, length=6)
+    (training, validation, _), _ = task._prepare(0)
+    short = training._replace(tokens=training.tokens[:, :, :4], answers=training.answers[:, :, :4])
+    both = short.with_more(validation)
+    assert both.tokens.shape == (len(short.tokens) + len(validation.tokens), 2, validation.tokens.shape[2])
+    assert not both.answers[: len(short.tokens), :, 4:].any()
+    assert torch.equal(both.tokens[len(short.tokens) :], validation.tokens)
