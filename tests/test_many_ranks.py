@@ -117,14 +117,42 @@ def check_zero(rank, options):
     assert_equal(whole(model), one_process(**options)[0])
 
 
-def sharded():
+def sharded(keep_best=False):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model = net()
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = prm(model.named_parameters(), debias=True)
-    return model, optimizer, RiskMonitor(optimizer, every=1, n_dataset=100, batch_size=BATCH)
+    return model, optimizer, watched(model, optimizer, **({"keep_best": model} if keep_best else {}))
+
+
+def watched(model, optimizer, **options):
+    """A monitor whose held-out loss is lowest after three steps of training."""
+    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(2))
+    teacher, learnt = net(), one_process(range(3), debias=True)[0]
+    with torch.no_grad():
+        for own, value in zip(teacher.parameters(), learnt):
+            own.copy_(value)
+        y = teacher(x)
+    options = {"held_out": lambda: (model(x) - y).square().mean(1), "held_out_every": 1, **options}
+    return RiskMonitor(optimizer, every=1, n_dataset=100, batch_size=BATCH, **options)
+
+
+def check_looks_do_not_change_training(rank):
+    """FSDP2 keeps the outermost parameters whole after an evaluation, and would use them once more after a step."""
+    model, optimizer, monitor = sharded()
+    train(model, optimizer, rows=mine(rank))
+    assert_equal(whole(model), one_process(debias=True)[0])
+    assert [step for step, _ in monitor.held_out_curve] == list(range(1, STEPS + 1))
+
+
+def best_of_one_process():
+    model = net()
+    optimizer = prm(model.named_parameters(), debias=True)
+    monitor = watched(model, optimizer, keep_best=model)
+    train(model, optimizer, range(2 * STEPS))
+    return monitor.restore_best(), whole(model)
 
 
 def parts(model, optimizer):
@@ -137,10 +165,11 @@ def parts(model, optimizer):
 def save(rank, folder, ending):
     import torch.distributed.checkpoint as dcp
 
-    model, optimizer, monitor = sharded()
+    model, optimizer, monitor = sharded(keep_best=True)
     train(model, optimizer, rows=mine(rank, dist.get_world_size()))
+    seen = monitor.state_dict()  # by every rank, as the weights that it keeps are gathered
     if rank == 0:
-        torch.save(monitor.state_dict(), f"{folder}.monitor")
+        torch.save(seen, f"{folder}.monitor")
     if ending == "async":
         # It talks in a group of its own, while training goes on in the other.
         done = dcp.async_save(parts(model, optimizer), checkpoint_id=folder, process_group=dist.new_group())
@@ -154,7 +183,7 @@ def load_and_go_on(rank, folder):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
-    model, optimizer, monitor = sharded()
+    model, optimizer, monitor = sharded(keep_best=True)
     state = parts(model, optimizer)
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
@@ -165,6 +194,9 @@ def load_and_go_on(rank, folder):
     # Each sample ends with the next step's gradients, and the one under way is not saved where it lies on many ranks.
     assert len(monitor.samples) == before + STEPS - 1
     assert_equal(whole(model), one_process(range(2 * STEPS), debias=True)[0])
+    best, weights = best_of_one_process()
+    assert monitor.restore_best() == best == 3 < STEPS  # kept by the run that wrote the checkpoint
+    assert_equal(whole(model), weights)
 
 
 def on_four_ranks(rank, folder):
@@ -173,6 +205,7 @@ def on_four_ranks(rank, folder):
         check_hybrid_shards(rank, options)
         check_tensor_parallel(rank, options)
         check_zero(rank, options)
+    check_looks_do_not_change_training(rank)
     for ending in ("sync", "async"):
         save(rank, f"{folder}/{ending}", ending)
     dist.barrier()

@@ -184,10 +184,13 @@ class PRMCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the monitor's state into the checkpoint that was just written."""
         resumable = not args.save_only_model and not state.is_hyper_param_search
-        if self.monitor is not None and resumable and args.should_save:
+        if self.monitor is None or not resumable:
+            return
+        monitor = self.monitor.state_dict()  # by every rank: weights that are sharded are gathered
+        if args.should_save:
             path = _checkpoint(args, state) / FILE
             unfinished = path.with_suffix(".part")
-            torch.save(self.monitor.state_dict(), unfinished)
+            torch.save(monitor, unfinished)
             os.replace(unfinished, path)
 
     def on_train_end(

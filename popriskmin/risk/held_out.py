@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 
 from popriskmin.risk.pace import Pace
 from popriskmin.risk.verdict import IMPROVING, OVERFITTING, UNCLEAR
+from popriskmin.risk.weights import copied, gathered, spread
+from popriskmin.step.shards import is_sharded
 
 # Share of the training time that looks may take, and steps from one to the next at least where they go by time: the
 # closer looks are, the more of them err, and what training shakes weights about is taken for a rise.
@@ -77,9 +78,16 @@ class HeldOut:
         self._recent_weights: dict[str, Any] | None = None  # of the later of the two
         self._best_weights: dict[str, Any] | None = None
 
-    def begin(self) -> None:
-        """Look at the weights that training begins with, unless that was done."""
-        if not self.curve:
+    def begin(self, params: Iterable[Tensor] = ()) -> None:
+        """Look at the weights that training begins with, unless that was done or would change the training.
+
+        `params` are those that the step is about to change. After an evaluation FSDP2 leaves the outermost module's
+        parameters whole, and would train on them once more as they were before the step; asking the model for its
+        state, which keeping weights does, parts them again.
+        """
+        own = set() if self.model is None else {id(param) for param in self.model.parameters()}
+        harmless = all(id(param) in own for param in params if is_sharded(param))
+        if not self.curve and harmless:
             self.look(0)
 
     def step_ended(self, step: int) -> None:
@@ -121,7 +129,7 @@ class HeldOut:
             self._judge(Look(self._recent[-1].step, _smooth(*self._neighbours(), new.losses)))
         self._recent = [*self._recent[-1:], new]
         if self.model is not None:
-            self._recent_weights = _copy(self.model.state_dict())
+            self._recent_weights = copied(self.model.state_dict())
 
     def _neighbours(self) -> tuple[Tensor, Tensor]:
         return self._recent[0].losses, self._recent[-1].losses
@@ -169,7 +177,10 @@ class HeldOut:
         return step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs; tensors and plain numbers, but for what the model's own state holds."""
+        """Return what a checkpoint needs; tensors and plain numbers, but for what the model's own state holds.
+
+        Where the model is sharded over ranks its kept weights are gathered: every rank must call.
+        """
         return {
             "every": self.every,
             "pace": self._pace is not None,
@@ -178,8 +189,8 @@ class HeldOut:
             "against": self._against,
             "recent": [tuple(look) for look in self._recent],
             "best": None if self._best is None else tuple(self._best),
-            "recent_weights": self._recent_weights,
-            "best_weights": self._best_weights,
+            "recent_weights": gathered(self._recent_weights),
+            "best_weights": gathered(self._best_weights),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -189,15 +200,9 @@ class HeldOut:
         self.verdict, self._against = state_dict["verdict"], state_dict["against"]
         self._recent = [Look(*look) for look in state_dict["recent"]]
         self._best = None if state_dict["best"] is None else Look(*state_dict["best"])
-        self._recent_weights = _copy(state_dict["recent_weights"])
-        self._best_weights = _copy(state_dict["best_weights"])
+        self._recent_weights = spread(state_dict["recent_weights"], self.model)
+        self._best_weights = spread(state_dict["best_weights"], self.model)
 
 
 def _smooth(before: Tensor, losses: Tensor, after: Tensor) -> Tensor:
     return NEIGHBOUR * before + (1 - 2 * NEIGHBOUR) * losses + NEIGHBOUR * after
-
-
-def _copy(weights: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if weights is None:
-        return None
-    return {name: x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x) for name, x in weights.items()}

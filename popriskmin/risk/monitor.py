@@ -65,7 +65,8 @@ class RiskMonitor:
         A function without arguments that returns one loss per held-out example, shape (examples,), always of the same
         examples in the same order. It is called under `torch.no_grad()`; putting the model into evaluation mode and
         back is its own matter, and so is gathering the losses where examples are spread over ranks. The verdict is
-        then theirs.
+        then theirs. Where parameters are sharded (FSDP2) the first look comes after the first step, and before it only
+        with `keep_best`.
     held_out_every
         Steps from one look at the held-out losses to the next, at least; looks are also 5% of the steps taken apart.
         None is one pass over the data where `n_dataset` is known. Where it is not, it begins with 16 and finds by time
@@ -73,7 +74,8 @@ class RiskMonitor:
         closer than a pass are the worse for it: more of them err.
     keep_best
         The model whose weights are to be kept where the held-out losses were lowest, for `restore_best`; with the
-        candidate for the next best one they take two copies of it in memory.
+        candidate for the next best one they take two copies of it in memory, of a model that is sharded over ranks
+        (FSDP2) two of each rank's parts.
     confidence
         Of the verdict, between 0.5 and 1. None is 0.7 with `held_out`, of each of the two looks in a row that
         "overfitting" takes: there waiting costs more than it saves. Without, it is 0.95, of "improving" at one look and
@@ -177,7 +179,7 @@ class RiskMonitor:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Let the sampler see this step's gradients, after the closure has made them where there is one."""
         if self._held_out is not None and self._sampler.steps == 0 and not makes_state_alone(optimizer):
-            self._held_out.begin()
+            self._held_out.begin(param for group in optimizer.param_groups for param in group["params"])
         if not self._sampler.awaits_gradients:
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -308,7 +310,8 @@ class RiskMonitor:
 
         Tensors and plain numbers: `torch.load(..., weights_only=True)` reads it. Where parameters are sharded over
         ranks (FSDP2) the sample under way is left out, so that a run on another number of ranks can load it. With
-        `keep_best` the kept weights are part of it.
+        `keep_best` the kept weights are part of it; sharded ones are gathered to the CPU, for which every rank must
+        call, and one of them can save.
         """
         held_out = None if self._held_out is None else self._held_out.state_dict()
         return {"format": STATE_FORMAT, **self._sampler.state_dict(), "held_out": held_out}
