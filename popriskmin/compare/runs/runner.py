@@ -7,7 +7,6 @@ import functools
 import importlib
 import os
 import pickle
-import sys
 import threading
 import time
 import traceback
@@ -15,15 +14,15 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Protocol
 
-import cloudpickle
 import joblib
 from joblib.externals.loky import get_reusable_executor
 
 from popriskmin.compare.runs.arms import Arm
+from popriskmin.compare.runs.pickled import pickle_task
 from popriskmin.compare.runs.store import Store, settings_of
 from popriskmin.compare.runs.train import PLAIN, Configuration, Record, Variant, run
 from popriskmin.compare.task import Task
-from popriskmin.compare.text import describe, exact
+from popriskmin.compare.text import exact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +104,7 @@ def make_runs(
     RunError
         For the first run that fails, unless `keep_going`.
     """
-    pickled = _pickle_task(task)
+    pickled = pickle_task(task)
     settings = {job: job.settings(task, source) for job in jobs}
     made: dict[Job, list[Record]] = {}
     for job in jobs:
@@ -258,29 +257,3 @@ def prepare_backend(backend: str, n_jobs: int) -> None:
         raise ValueError(f"--backend {backend} needs a package that is not installed: {error}") from error
     if backend not in known:
         raise ValueError(f"backend must be one of {', '.join(known)}, got {backend!r}")
-
-
-def _pickle_task(task: Task) -> bytes:
-    """Pickle a task, with its code where workers cannot import it: a file of the user's, a notebook.
-
-    Raises
-    ------
-    ValueError
-        For a task that holds what cannot be pickled. It need not be with one job, but then a task that works with one
-        would not work with two.
-    """
-    module = sys.modules.get(type(task).__module__)
-    by_value = module is not None and module.__name__.split(".")[0] not in ("popriskmin", "__main__")
-    if by_value:
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        pickled: bytes = cloudpickle.dumps(task)
-    except Exception as error:  # what the task's attributes raise, of whatever type
-        raise ValueError(
-            f"{type(task).__name__} holds something that cannot be sent to another process ({describe(error)}); "
-            "make it in trial(seed)"
-        ) from error
-    finally:
-        if by_value:
-            cloudpickle.unregister_pickle_by_value(module)
-    return pickled
