@@ -4,12 +4,12 @@ import os
 
 import pytest
 import torch
-from conftest import TORCH
+from conftest import SHARDS
 from torch import nn
 
 from popriskmin import PRM, RiskMonitor
 
-pytestmark = pytest.mark.skipif(TORCH < (2, 6), reason="fully_shard is public since torch 2.6")
+pytestmark = pytest.mark.skipif(not SHARDS, reason="FSDP2 over gloo: see conftest.py")
 
 OPTIONS = [
     {},

@@ -118,7 +118,8 @@ def _sums(one: Held) -> Tensor:
     # Corrected even where the step is not: what is expected of noise is expected of the corrected averages.
     full = corrections(t, hyper._replace(bias_correction=True))
     mean_sq, spread = (m / full.bias1).square(), s / full.bias_var
-    live = ((v > ROUNDING * v.mean()) & (mean_sq > SILENT * spread)).to(dtype)
+    mean_v = v.sum() / v.numel()  # not mean(), for which gloo of torch 2.7 lacks an average over ranks
+    live = ((v > ROUNDING * mean_v) & (mean_sq > SILENT * spread)).to(dtype)
     ratio = torch.zeros_like(m)
     if t >= first_step(hyper):
         variance = mean_and_variance(mean_sq, spread, weights(t, hyper))[1]

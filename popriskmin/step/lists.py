@@ -29,7 +29,8 @@ class Lists(NamedTuple):
     @property
     def held(self) -> tuple[list[Tensor], ...]:
         """What is written to: the parameters and their state."""
-        return (self.params, *self[2:6])
+        # By name: torch.compile of torch 2.7 cannot slice a named tuple.
+        return self.params, self.exp_avgs, self.exp_avg_sqs, self.exp_avg_vars, self.max_exp_avg_sqs
 
     def of(self, indices: list[int]) -> Lists:
         """Return the lists with these places only."""

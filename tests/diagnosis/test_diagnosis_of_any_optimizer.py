@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import TORCH
+from conftest import SHARDS
 from diagnosed import run
 from ranks import run_ranks
 from torch import nn
@@ -153,7 +153,7 @@ def _trained(shard, options):
     return diagnose(optimizer).rows
 
 
-@pytest.mark.skipif(TORCH < (2, 6), reason="fully_shard is public since torch 2.6")
+@pytest.mark.skipif(not SHARDS, reason="FSDP2 over gloo: see conftest.py")
 def test_sharded_parameters(tmp_path):
     run_ranks(tmp_path, 2, _sharded)
 

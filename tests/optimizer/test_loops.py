@@ -55,13 +55,17 @@ SCHEDULERS = {
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_schedulers(name, tensor_lr):
-    if name.startswith("cyclic") and TORCH < (2, 1):
-        pytest.skip("CyclicLR of torch 2.0 cycles only SGD's momentum")
+    """As with AdamW, whatever torch's schedulers do: those of 2.7 err on a tensor."""
     w, adam_w = a_parameter(4), a_parameter(4)
-    lr = torch.tensor(0.1) if tensor_lr else 0.1
-    optimizer = PRM([w], lr=lr, mask="none")
-    adam = torch.optim.AdamW([adam_w], lr=0.1)
-    schedules = [SCHEDULERS[name](o) for o in (optimizer, adam)]
+    lrs = [torch.tensor(0.1) if tensor_lr else 0.1 for _ in range(2)]
+    optimizer = PRM([w], lr=lrs[0], mask="none")
+    adam = torch.optim.AdamW([adam_w], lr=lrs[1], foreach=False)
+    try:
+        schedules = [SCHEDULERS[name](o) for o in (adam, optimizer)][::-1]
+    except ValueError:
+        if TORCH >= (2, 3):
+            raise
+        pytest.skip("CyclicLR of older torch cycles only SGD's momentum")
     torch.manual_seed(0)
     for _ in range(10):
         w.grad = torch.randn(4)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TORCH
+from conftest import SHARDS
 from ranks import run_ranks
 from torch import nn
 
@@ -90,7 +90,7 @@ def _checks(rank):
     _check_nan(rank)
 
 
-@pytest.mark.skipif(TORCH < (2, 6), reason="fully_shard is public since torch 2.6")
+@pytest.mark.skipif(not SHARDS, reason="FSDP2 over gloo: see conftest.py")
 def test_messages_local_figures_and_nan_on_two_ranks(tmp_path):
     run_ranks(tmp_path, 2, _checks)
 
