@@ -16,9 +16,11 @@ from tables_data import SOURCES
 from popriskmin.compare.answer.statistics import interval
 from popriskmin.mask import MASKS, variance_of_mean
 
-RIVALS = ("adamw", "sgd", "adamw, L1 on the first layer", "adamw, averaged")
+PENALTY = "adamw, L1 on the first layer"
+RIVALS = ("adamw", "sgd", PENALTY, "adamw, averaged")
 BASE = "adamw"
 Z_2 = "threshold z=2"
+FIRST_OF_PRM = ("snr", "debias", "soft", "hard", Z_2, "threshold z=3")
 REFERENCES = "references"
 RESULTS = "results.json"
 MARKS = ("<!-- tables: made by benchmarks/tables.py report -->", "<!-- end of the tables -->")
@@ -37,11 +39,11 @@ def write(rows: Sequence[Cell], out: Path, into: Path | None = None) -> None:
     found = {
         "cells": [{"table": table, "probes": probes, "arms": arms} for (table, probes), arms in cells.items()],
         "summary": {str(probes): summary(cells, probes) for probes in sorted({key[1] for key in cells})},
-        "rules": rules(cells),
+        "rules": rules(studied(cells)),
     }
     (out / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
-    draw_ratios(cells, out / "ratios.png")
-    draw_rule(cells, out / "rule.png")
+    draw_ratios(studied(cells), out / "ratios.png")
+    draw_rule(studied(cells), out / "rule.png")
     draw_masks(out / "masks.png")
     tables = page(cells, found)
     if into is None:
@@ -114,10 +116,16 @@ def best_of(arms: dict[str, Cell], names: Sequence[str]) -> str:
     return min((name for name in names if name in arms), key=lambda name: float(np.mean(arms[name]["validation"])))
 
 
+def studied(cells: dict[Key, dict[str, Cell]]) -> dict[Key, dict[str, Cell]]:
+    """Return what is there at the numbers of probes that every table has, so that each table counts as much."""
+    tables, levels = {key[0] for key in cells}, {key[1] for key in cells}
+    everywhere = {probes for probes in levels if all((table, probes) in cells for table in tables)}
+    return {key: arms for key, arms in cells.items() if key[1] in everywhere}
+
+
 def prm_arms(cells: dict[Key, dict[str, Cell]]) -> list[str]:
     """Return the arms of PRM that every table has."""
-    first = ["snr", "debias", "soft", "hard", "threshold z=2", "threshold z=3"]
-    return [name for name in first if any(name in arms for arms in cells.values())]
+    return [name for name in FIRST_OF_PRM if any(name in arms for arms in cells.values())]
 
 
 def summary(cells: dict[Key, dict[str, Cell]], probes: int) -> dict[str, Any]:
@@ -233,23 +241,27 @@ def _judge(
 def page(cells: dict[Key, dict[str, Cell]], found: dict[str, Any]) -> str:
     """Return all tables as Markdown."""
     parts = []
-    for probes in sorted({key[1] for key in cells}):
+    for probes in sorted({key[1] for key in studied(cells)}):
         title = f"With {probes} columns that say nothing" if probes else "As they come"
-        parts += [f"### {title}", "", *loss_table(cells, probes), "", *summary_table(found, probes), ""]
+        mine = {table: arms for (table, level), arms in cells.items() if level == probes}
+        parts += [f"### {title}", "", *loss_table(mine), "", *summary_table(found, probes), ""]
+    further = {key[0] for key in cells.keys() - studied(cells).keys()}
+    if further:
+        mine = {f"{table} + {level}": cells[table, level] for table, level in sorted(cells) if table in further}
+        parts += ["### From none of such columns to many", "", *loss_table(mine), ""]
     parts += ["### Rules", "", *rules_table(found["rules"])]
     return "\n".join(parts) + "\n"
 
 
-def loss_table(cells: dict[Key, dict[str, Cell]], probes: int) -> list[str]:
-    """Return the test loss of every table and arm, marked where it is clearly better (+) or worse (-) than AdamW's."""
-    mine = {key[0]: arms for key, arms in cells.items() if key[1] == probes}
-    names = [*(name for name in RIVALS if any(name in arms for arms in mine.values())), *prm_arms(cells)]
+def loss_table(mine: dict[str, dict[str, Cell]]) -> list[str]:
+    """Return the test loss of every row and arm, marked where it is clearly better (+) or worse (-) than AdamW's."""
+    names = [name for name in (*RIVALS, *FIRST_OF_PRM) if any(name in arms for arms in mine.values())]
     references = list(next((arms[REFERENCES] for arms in mine.values() if REFERENCES in arms), {}))
     head = ["table, rows x columns", *names, *references]
     lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
-    for table, arms in mine.items():
+    for label, arms in mine.items():
         base = arms[BASE]
-        cell = [f"{table}, {base['rows']} x {round(np.mean(base['columns']))}"]
+        cell = [f"{label}, {base['rows']} x {round(np.mean(base['columns']))}"]
         for name in names:
             if name not in arms:
                 cell.append("")
@@ -291,6 +303,7 @@ def rules_table(found: dict[str, Any]) -> list[str]:
 
 
 COLORS = {
+    PENALTY: "#17212f",
     "snr": "#4c78a8",
     "debias": "#72b7b2",
     "soft": "#e45756",
@@ -309,16 +322,19 @@ def draw_ratios(cells: dict[Key, dict[str, Cell]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(levels), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for ax, probes in zip(axes[0], levels):
         ax.axvline(1, color="0.4", lw=1)
-        for arm in prm_arms(cells):
+        for arm in [PENALTY, *prm_arms(cells)]:
             points = [
                 (ratio(cells[table, probes], arm), place)
                 for place, table in enumerate(tables)
                 if arm in cells.get((table, probes), {})
             ]
             if points:
-                ax.plot(*zip(*points), "o", ms=4.5, color=COLORS[arm], label=arm, alpha=0.85)
+                style: dict[str, Any] = {"marker": "D", "mfc": "none"} if arm == PENALTY else {"alpha": 0.85}
+                ax.plot(
+                    *zip(*points), **{"marker": "o", "ls": "", "ms": 4.5, "color": COLORS[arm], "label": arm, **style}
+                )
         ax.set_xscale("log")
-        ticks = [0.1, 0.2, 0.5, 0.8, 1, 1.25, 2]
+        ticks = [0.1, 0.2, 0.5, 0.8, 1, 1.25, 2, 4]
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
         ax.minorticks_off()
         ax.set_xlabel("test loss over AdamW's", fontsize=9)
@@ -327,7 +343,7 @@ def draw_ratios(cells: dict[Key, dict[str, Cell]], path: Path) -> None:
     axes[0][0].set_yticks(range(len(tables)), tables, fontsize=8)
     axes[0][0].invert_yaxis()
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=6, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=7, fontsize=8, frameon=False)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -145,6 +145,14 @@ def test_the_study_resumes_and_reports(monkeypatch, tmp_path, capsys):
         assert text.endswith("-->\nafter\n")
         assert "old" not in text
         assert text.count("| wine, 89 x 13 |") == 1
+    # What only one table has is shown, and counts in no summary and no rule.
+    rows = tables.read(out)
+    tables_report.write([*rows, *({**row, "probes": 9} for row in rows if row["table"] == "wine")], out, written)
+    text = written.read_text()
+    assert [text.count(f"| wine + {probes}, 89 x") for probes in (0, 3, 9)] == [1, 1, 1]
+    assert "iris + " not in text
+    assert text.count("| soft | 2 |") == 2
+    assert json.loads((out / "results.json").read_text())["rules"]["always soft"]["cases"] == [2, 2]
     written.write_text("no marks")
     with pytest.raises(SystemExit, match="page.md needs the lines"):
         tables_report.write(tables.read(out), out, written)
