@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from penalized import Penalized
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -29,7 +30,9 @@ functional = nn.functional
 TRAINING, HELD_OUT, STEPS, BATCH = 400, 300, 600, 32
 SEEDS = 5
 PRM: list[dict[str, Any]] = [{"mask": "soft"}]
+PENALTY = "AdamW with an L1 penalty"
 FIGURES = {"adamw": "AdamW", "prm": "snr", "prm mask=soft": "soft", "adamw-matched": "AdamW matched to snr"}
+ARMS = {f"L1 {strength:g}": (Penalized, {"strength": strength}) for strength in (1e-4, 1e-3, 1e-2)}
 
 
 @dataclasses.dataclass
@@ -158,29 +161,33 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     found: dict[str, Any] = {}
-    print(f"| | {' | '.join(FIGURES.values())} |\n| --- |{' ---: |' * len(FIGURES)}")
+    labels = {**FIGURES, PENALTY: PENALTY}
+    print(f"| | {' | '.join(labels.values())} |\n| --- |{' ---: |' * len(labels)}")
     for name, problem in PROBLEMS.items():
         task = problem()
-        results = compare(
-            task, prm=PRM, seeds=SEEDS, jobs=args.jobs, out=args.runs / name.replace(" ", "-"), progress=False
-        )
+        out = args.runs / name.replace(" ", "-")
+        results = compare(task, prm=PRM, arms=ARMS, seeds=SEEDS, jobs=args.jobs, out=out, progress=False)
         best = results.selections["best"]
+        penalized = results.frame[results.frame["arm"].isin(ARMS)].groupby(["arm", "lr", "weight_decay"])
+        strength = penalized["validation best loss"].mean().idxmin()[0]
         found[name] = {
-            arm: {
+            label: {
+                "arm": arm,
                 "chosen": best[arm]["chosen"],
                 **{metric: best[arm]["test"]["best"][metric]["values"] for metric in task.metrics},
             }
-            for arm in FIGURES
+            for label, arm in [*((arm, arm) for arm in FIGURES), (PENALTY, strength)]
         }
-        means = {arm: [np.mean(found[name][arm][metric]) for metric in task.metrics] for arm in FIGURES}
+        means = {arm: [np.mean(found[name][arm][metric]) for metric in task.metrics] for arm in found[name]}
         print(f"| {name} | {' | '.join(f'{loss:.3f} ({right:.3f})' for loss, right in means.values())} |", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "beyond.json").write_text(json.dumps(found, indent=1) + "\n")
     for name, arms in found.items():
-        for arm in list(FIGURES)[1:]:
-            apart = [one - other for one, other in zip(arms[arm]["loss"], arms["adamw"]["loss"])]
+        pairs = [*((arm, "adamw") for arm in list(labels)[1:]), ("prm", PENALTY), ("prm mask=soft", PENALTY)]
+        for arm, base in pairs:
+            apart = [one - other for one, other in zip(arms[arm]["loss"], arms[base]["loss"])]
             low, high = interval(apart) or (math.nan, math.nan)
-            print(f"{name}: {FIGURES[arm]} less AdamW {np.mean(apart):+.3f} [{low:+.3f}, {high:+.3f}]")
+            print(f"{name}: {labels[arm]} less {labels[base]} {np.mean(apart):+.3f} [{low:+.3f}, {high:+.3f}]")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 
 import beyond_columns
+import penalized
 
 
 def drawn(problem, number=600):
@@ -53,6 +54,21 @@ def test_the_marked_token_tells_the_class():
     assert torch.equal(labels, 2 * (marked[:, 1] > 0).long() + (marked[:, 2] > 0).long())
 
 
+def test_the_penalty_is_that_of_the_loss():
+    x = torch.randn(8, 5)
+    models = [torch.nn.Linear(5, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    ours = penalized.Penalized(models[0].parameters(), strength=0.1, lr=0.01)
+    plain = torch.optim.AdamW(models[1].parameters(), lr=0.01)
+    for _ in range(5):
+        for model, optimizer, strength in ((models[0], ours, 0), (models[1], plain, 0.1)):
+            optimizer.zero_grad()
+            (model(x).square().mean() + strength * model.weight.abs().sum()).backward()
+            optimizer.step()
+    for one, other in zip(models[0].parameters(), models[1].parameters()):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_script(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(beyond_columns, "STEPS", 3)
     monkeypatch.setattr(beyond_columns, "PROBLEMS", {"distracting tokens": beyond_columns.Tokens})
@@ -63,5 +79,6 @@ def test_the_script(monkeypatch, tmp_path, capsys):
         r"distracting tokens: soft less AdamW [+-]0\.\d+ \[[+-]0\.\d+, [+-]0\.\d+\]", capsys.readouterr().out
     )
     found = json.loads((tmp_path / "out" / "beyond.json").read_text())["distracting tokens"]
-    assert list(found) == list(beyond_columns.FIGURES)
+    assert list(found) == [*beyond_columns.FIGURES, beyond_columns.PENALTY]
+    assert found[beyond_columns.PENALTY]["arm"] in beyond_columns.ARMS
     assert all(len(arm["loss"]) == 5 and arm["loss"][0] == pytest.approx(np.log(4), rel=0.2) for arm in found.values())
