@@ -36,16 +36,17 @@ def write(rows: Sequence[Cell], out: Path, into: Path | None = None) -> None:
     cells = gather(rows)
     if not cells:
         raise SystemExit(f"{out} holds no runs yet: make some with the action run")
+    common = studied(cells)
     found = {
         "cells": [{"table": table, "probes": probes, "arms": arms} for (table, probes), arms in cells.items()],
-        "summary": {str(probes): summary(cells, probes) for probes in sorted({key[1] for key in cells})},
-        "rules": rules(studied(cells)),
+        "summary": {str(probes): summary(cells, probes) for probes in sorted({key[1] for key in common})},
+        "rules": rules(common),
     }
     (out / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
-    draw_ratios(studied(cells), out / "ratios.png")
-    draw_rule(studied(cells), out / "rule.png")
+    draw_ratios(common, out / "ratios.png")
+    draw_rule(common, out / "rule.png")
     draw_masks(out / "masks.png")
-    tables = page(cells, found)
+    tables = page(cells, common, found)
     if into is None:
         print(tables)
     else:
@@ -238,14 +239,14 @@ def _judge(
         }
 
 
-def page(cells: dict[Key, dict[str, Cell]], found: dict[str, Any]) -> str:
-    """Return all tables as Markdown."""
+def page(cells: dict[Key, dict[str, Cell]], common: dict[Key, dict[str, Cell]], found: dict[str, Any]) -> str:
+    """Return all tables as Markdown; `common` is what is there of every table."""
     parts = []
-    for probes in sorted({key[1] for key in studied(cells)}):
+    for probes in sorted({key[1] for key in common}):
         title = f"With {probes} columns that say nothing" if probes else "As they come"
-        mine = {table: arms for (table, level), arms in cells.items() if level == probes}
+        mine = {table: arms for (table, level), arms in common.items() if level == probes}
         parts += [f"### {title}", "", *loss_table(mine), "", *summary_table(found, probes), ""]
-    further = {key[0] for key in cells.keys() - studied(cells).keys()}
+    further = {key[0] for key in cells.keys() - common.keys()}
     if further:
         mine = {f"{table} + {level}": cells[table, level] for table, level in sorted(cells) if table in further}
         parts += ["### From none of such columns to many", "", *loss_table(mine), ""]
@@ -329,10 +330,8 @@ def draw_ratios(cells: dict[Key, dict[str, Cell]], path: Path) -> None:
                 if arm in cells.get((table, probes), {})
             ]
             if points:
-                style: dict[str, Any] = {"marker": "D", "mfc": "none"} if arm == PENALTY else {"alpha": 0.85}
-                ax.plot(
-                    *zip(*points), **{"marker": "o", "ls": "", "ms": 4.5, "color": COLORS[arm], "label": arm, **style}
-                )
+                marker, style = ("D", {"mfc": "none"}) if arm == PENALTY else ("o", {"alpha": 0.85})
+                ax.plot(*zip(*points), marker, ms=4.5, color=COLORS[arm], label=arm, **style)
         ax.set_xscale("log")
         ticks = [0.1, 0.2, 0.5, 0.8, 1, 1.25, 2, 4]
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)

@@ -1,10 +1,9 @@
 """Parameters sharded over ranks by FSDP2: two gloo processes on the CPU must do what one process does."""
 
-import os
-
 import pytest
 import torch
 from conftest import SHARDS
+from ranks import run_ranks
 from torch import nn
 
 from popriskmin import PRM, RiskMonitor
@@ -42,43 +41,22 @@ def _train(shard, options):
     return [w.detach().clone() for w in weights], optimizer.get_mask_stats(by="parameter"), monitor.estimate()
 
 
-def _rank(rank, rendezvous, failures):
-    import torch.distributed as dist
+def _rank(rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    try:
-        mesh = init_device_mesh("cpu", (2,))
-        for options in OPTIONS:
-            weights, stats, estimate = _train(lambda model: fully_shard(model, mesh=mesh), options)
-            expected_weights, expected_stats, expected_estimate = _train(lambda model: None, options)
-            for got, expected in zip(weights, expected_weights):
-                # Stored in bfloat16, the state is rounded by each element's place, which sharding changes.
-                narrow = options.get("state_dtype") == torch.bfloat16
-                torch.testing.assert_close(got, expected, rtol=1e-5, atol=5e-3 if narrow else 1e-6)
-            for name, row in expected_stats.items():
-                assert stats[name] == pytest.approx(row, rel=0.05 if narrow else 1e-4, abs=1e-6), (options, name)
-            assert estimate == pytest.approx(expected_estimate, rel=0.05 if narrow else 1e-3, abs=1e-6), options
-    except BaseException as error:
-        failures.put(f"rank {rank}: {error!r}")
-        raise
-    finally:
-        dist.destroy_process_group()
-    os._exit(0)  # gloo's threads can abort while the interpreter shuts down, a matter of torch's
+    mesh = init_device_mesh("cpu", (2,))
+    for options in OPTIONS:
+        weights, stats, estimate = _train(lambda model: fully_shard(model, mesh=mesh), options)
+        expected_weights, expected_stats, expected_estimate = _train(lambda model: None, options)
+        for got, expected in zip(weights, expected_weights):
+            # Stored in bfloat16, the state is rounded by each element's place, which sharding changes.
+            narrow = options.get("state_dtype") == torch.bfloat16
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=5e-3 if narrow else 1e-6)
+        for name, row in expected_stats.items():
+            assert stats[name] == pytest.approx(row, rel=0.05 if narrow else 1e-4, abs=1e-6), (options, name)
+        assert estimate == pytest.approx(expected_estimate, rel=0.05 if narrow else 1e-3, abs=1e-6), options
 
 
 def test_fully_shard_on_two_ranks_equals_one_process(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    failures = context.SimpleQueue()
-    ranks = [context.Process(target=_rank, args=(rank, tmp_path / "rendezvous", failures)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=300)
-    for process in ranks:
-        if process.is_alive():
-            os.kill(process.pid, 9)
-    said = [] if failures.empty() else [failures.get()]
-    assert [process.exitcode for process in ranks] == [0, 0], said
+    run_ranks(tmp_path, 2, _rank)

@@ -124,10 +124,10 @@ def sharded(keep_best=False):
     model = net()
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = prm(model.named_parameters(), debias=True)
-    return model, optimizer, watched(model, optimizer, **({"keep_best": model} if keep_best else {}))
+    return model, optimizer, watched(model, optimizer, model if keep_best else None)
 
 
-def watched(model, optimizer, **options):
+def watched(model, optimizer, keep_best):
     """A monitor whose held-out loss is lowest after three steps of training."""
     x = torch.randn(32, 6, generator=torch.Generator().manual_seed(2))
     teacher, learnt = net(), one_process(range(3), debias=True)[0]
@@ -135,8 +135,8 @@ def watched(model, optimizer, **options):
         for own, value in zip(teacher.parameters(), learnt):
             own.copy_(value)
         y = teacher(x)
-    options = {"held_out": lambda: (model(x) - y).square().mean(1), "held_out_every": 1, **options}
-    return RiskMonitor(optimizer, every=1, n_dataset=100, batch_size=BATCH, **options)
+    held_out = {"held_out": lambda: (model(x) - y).square().mean(1), "held_out_every": 1, "keep_best": keep_best}
+    return RiskMonitor(optimizer, every=1, n_dataset=100, batch_size=BATCH, **held_out)
 
 
 def check_looks_do_not_change_training(rank):
@@ -150,7 +150,7 @@ def check_looks_do_not_change_training(rank):
 def best_of_one_process():
     model = net()
     optimizer = prm(model.named_parameters(), debias=True)
-    monitor = watched(model, optimizer, keep_best=model)
+    monitor = watched(model, optimizer, model)
     train(model, optimizer, range(2 * STEPS))
     return monitor.restore_best(), whole(model)
 

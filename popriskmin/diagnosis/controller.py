@@ -16,7 +16,8 @@ from popriskmin.mask import corrections
 from popriskmin.optimizer.initializing import made_state_alone
 from popriskmin.optimizer.reading import Held, held, recompute, to_host
 from popriskmin.optimizer.unwrap import unwrapped_prm
-from popriskmin.step.lists import sum_dtype, whole
+from popriskmin.step.lists import sum_dtype
+from popriskmin.step.shards import whole
 
 # The share of the way, in the logarithm of the softness, that is taken towards where the target is expected.
 GAIN = 0.5

@@ -13,7 +13,8 @@ from popriskmin.diagnosis.noise import first_step, mean_and_variance, weights
 from popriskmin.mask import Hyperparameters, corrections, evaluate
 from popriskmin.optimizer.prm import PRM
 from popriskmin.optimizer.reading import Held, as_wide_reals, held, parameter_names, recompute, to_host
-from popriskmin.step.lists import sum_dtype, whole
+from popriskmin.step.lists import sum_dtype
+from popriskmin.step.shards import whole
 
 # A mean gradient so much smaller than its noise (both squared) is that of one which has been 0 for some 100 steps.
 SILENT = 1e-9

@@ -23,6 +23,7 @@ def makes_state_alone(optimizer: Optimizer) -> bool:
     Each learning rate is 0, and each gradient nothing but zeros. Gradients are read for that only before the first
     step, and where the learning rate is 0, as at the start of a warmup: the device is waited for once.
     """
+    # Asked before the state is: dynamo of torch 2.7 loses its way where it traces that, and the state changes.
     return not is_compiling() and not optimizer.state and _still(optimizer)
 
 

@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 
 from popriskmin.mask import Hyperparameters, corrections, evaluate, signal_and_noise
 from popriskmin.optimizer.prm import PRM
-from popriskmin.step.lists import PLAIN, as_real, compute_dtype, sum_dtype, whole
+from popriskmin.step.lists import PLAIN, as_real, compute_dtype, sum_dtype
+from popriskmin.step.shards import whole
 
 # Tensors of one group are joined up to so many scalars: on small ones an operation's start costs more than its work.
 JOINED = 1 << 16

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from popriskmin.step.shards import is_sharded
+from popriskmin.step.shards import is_sharded, whole
 
 Weights = Mapping[str, Any]
 
@@ -24,12 +24,7 @@ def gathered(weights: Weights | None) -> dict[str, Any] | None:
     """Return the weights with every sharded tensor whole and on the CPU. Every rank must call where there is one."""
     if weights is None:
         return None
-    return {name: _whole(x) if isinstance(x, Tensor) and is_sharded(x) else x for name, x in weights.items()}
-
-
-def _whole(tensor: Any) -> Tensor:
-    whole: Tensor = tensor.full_tensor().cpu()
-    return whole
+    return {name: whole(x).cpu() if isinstance(x, Tensor) and is_sharded(x) else x for name, x in weights.items()}
 
 
 def spread(weights: Weights | None, model: nn.Module | None) -> dict[str, Any] | None:
@@ -46,8 +41,8 @@ def spread(weights: Weights | None, model: nn.Module | None) -> dict[str, Any] |
     return kept
 
 
-def _parted(whole: Tensor, like: Any) -> Tensor:
+def _parted(tensor: Tensor, like: Any) -> Tensor:
     # Imported when needed: not every build of torch has it, and it is public since torch 2.5.
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -108,9 +108,3 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def sum_dtype(device: torch.device) -> torch.dtype:
     """Return the type to sum in: float64, which holds sums of many squares, where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def whole(number: Tensor) -> Tensor:
-    """Return a sum over a tensor that may be sharded over ranks (DTensor) as the sum over all ranks."""
-    total: Tensor = getattr(number, "full_tensor", lambda: number)()
-    return total

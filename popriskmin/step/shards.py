@@ -15,6 +15,12 @@ def local_part(tensor: Tensor) -> Tensor:
     return part
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a sharded tensor, or of a sum over one, for which every rank must call; others as they are."""
+    total: Tensor = getattr(tensor, "full_tensor", lambda: tensor)()
+    return total
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether the tensor is one of which each rank holds a part."""
     return hasattr(tensor, "to_local")

@@ -61,11 +61,12 @@ def test_schedulers(name, tensor_lr):
     optimizer = PRM([w], lr=lrs[0], mask="none")
     adam = torch.optim.AdamW([adam_w], lr=lrs[1], foreach=False)
     try:
-        schedules = [SCHEDULERS[name](o) for o in (adam, optimizer)][::-1]
+        adam_schedule = SCHEDULERS[name](adam)
     except ValueError:
-        if TORCH >= (2, 3):
+        if TORCH >= (2, 3) or not name.startswith("cyclic"):
             raise
         pytest.skip("CyclicLR of older torch cycles only SGD's momentum")
+    schedules = [SCHEDULERS[name](optimizer), adam_schedule]
     torch.manual_seed(0)
     for _ in range(10):
         w.grad = torch.randn(4)

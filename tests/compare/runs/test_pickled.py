@@ -1,6 +1,7 @@
 import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -9,8 +10,7 @@ from popriskmin.compare.runs.pickled import pickle_task
 from popriskmin.tasks.digits import Digits
 
 TASK = """
-import torch
-from popriskmin.compare import Task, Trial
+from popriskmin.compare import Task
 
 class Mine(Task):
     metrics = {"loss": "min"}
@@ -52,6 +52,6 @@ def test_a_task_of_the_package_goes_by_its_name():
 
 def test_what_cannot_be_sent_is_named():
     task = Digits()
-    task.lock = __import__("threading").Lock()
+    task.lock = threading.Lock()
     with pytest.raises(ValueError, match=r"Digits holds something that cannot be sent .* make it in trial\(seed\)"):
         pickle_task(task)
