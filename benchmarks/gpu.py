@@ -10,6 +10,7 @@ parts that came to their end, and for the others why not.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,21 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from common import gpt2_shapes, header, small_shapes  # noqa: E402 - the sources, whatever is installed
 
 from popriskmin import PRM  # noqa: E402
+from popriskmin.step.kernels import cuda  # noqa: E402
 
-# Seconds that a part may take: 7.5 minutes together.
-LIMITS = {"device": 30, "tests": 170, "step": 90, "large": 90, "graph": 40, "memory": 30}
+# Seconds that a part may take: 8 minutes together.
+LIMITS = {"device": 30, "tests": 190, "step": 60, "large": 60, "graph": 30, "memory": 30, "blocks": 50, "training": 30}
 CASES: dict[str, Callable[[], list[Any]]] = {"37M": gpt2_shapes, "600 small tensors": small_shapes}
 # Parameters of a GPT-2 XL: 1.5 billion.
 LARGE: dict[str, Callable[[], list[Any]]] = {"1.5B": lambda: gpt2_shapes(width=1600, layers=48)}
+# Lines of the tests' output that are kept.
+TAIL = 200
+TESTS = [
+    "tests/test_on_a_gpu.py",
+    "tests/step/kernels/test_cuda_hardware.py",
+    "tests/step/kernels/test_cuda_compiled.py",
+    "tests/step/kernels/test_fit.py",
+]
 # Optimizers, and the bytes that a step must move for each float32 parameter: what it reads and what it writes.
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "AdamW(fused=True)": (torch.optim.AdamW, {"fused": True}, 28),
@@ -79,6 +90,34 @@ def milliseconds(action: Callable[[], Any], repeats: int) -> list[float]:
     return times
 
 
+def device_milliseconds(action: Callable[[], Any], repeats: int) -> float:
+    """Return how long the device works at a call, a median: the host has queued it all while the device slept."""
+    # Longer than the host takes: two billion cycles are about a second.
+    cycles = int(4e6 * max(host_milliseconds(action, 5), 1.0))
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(cycles)
+        start.record()
+        action()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def host_milliseconds(action: Callable[[], Any], repeats: int) -> float:
+    """Return how long a call keeps the host, with nothing to wait for on the device: a median."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        action()
+        times.append(1e3 * (time.perf_counter() - start))
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
 def part_device() -> dict[str, Any]:
     """Name the device and measure what a plain copy moves, reads and writes together."""
     properties = torch.cuda.get_device_properties(0)
@@ -105,13 +144,21 @@ def _times(cases: dict[str, Callable[[], list[Any]]], repeats: int) -> dict[str,
         for name, (_, _, size) in OPTIMIZERS.items():
             optimizer = build(shapes, name)
             ms = statistics.median(milliseconds(optimizer.step, repeats))
-            rows[name] = {"ms": ms, "bytes_per_second": size * count / (ms / 1e3)}
+            host = host_milliseconds(optimizer.step, min(repeats, 20))
+            device = device_milliseconds(optimizer.step, min(repeats, 20))
+            rows[name] = {
+                "ms": ms,
+                "host_ms": host,
+                "device_ms": device,
+                "bytes_per_second": size * count / (device / 1e3),
+            }
             del optimizer
             gc.collect()
             torch.cuda.empty_cache()
-        base = rows["AdamW(fused=True)"]["ms"]
-        for row in rows.values():
-            row["times_fused_adamw"] = row["ms"] / base
+        for kind in ("ms", "host_ms", "device_ms"):
+            base = rows["AdamW(fused=True)"][kind]
+            for row in rows.values():
+                row[f"{kind}_times_fused_adamw"] = row[kind] / base
         found[case] = {"scalars": count, "tensors": len(shapes), "optimizers": rows}
     return found
 
@@ -175,17 +222,75 @@ def part_memory() -> dict[str, Any]:
     return found
 
 
+def part_blocks() -> dict[str, Any]:
+    """Time the kernel, on 0.4 billion parameters, with blocks of other sizes on other numbers of threads."""
+    found: dict[str, Any] = {}
+    kept = cuda.BLOCK, cuda.WARPS
+    shapes = gpt2_shapes(width=1024, layers=27)
+    for block, warps in [kept, (512, 4), (1024, 2), (1024, 8), (2048, 4), (2048, 8), (4096, 8), kept]:
+        cuda.BLOCK, cuda.WARPS = block, warps
+        row = {}
+        for name in ("PRM(fused=True)", "PRM(fused=True, state_dtype=torch.bfloat16)"):
+            optimizer = build(shapes, name)
+            row[name] = device_milliseconds(optimizer.step, 10)
+            del optimizer
+            gc.collect()
+        found.setdefault(f"{block} elements, {warps} warps", []).append(row)
+    cuda.BLOCK, cuda.WARPS = kept
+    return found
+
+
+def part_training() -> dict[str, Any]:
+    """Time whole training steps of a GPT-2-like model of 124 million parameters, in bfloat16 by autocast."""
+    names = ["AdamW(fused=True)", "AdamW(foreach=True)", "PRM(fused=True)", "PRM(foreach=True)"]
+    steps = {name: _training(name) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(10):  # in turns, so that a slow moment hits all
+        for name, step in steps.items():
+            times[name] += milliseconds(step, 2)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def _training(name: str) -> Callable[[], None]:
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(768, 12, 3072, dropout=0.0, batch_first=True, norm_first=True)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(50257, 768),
+        torch.nn.TransformerEncoder(layer, 12, enable_nested_tensor=False),
+        torch.nn.Linear(768, 50257, bias=False),
+    ).cuda()
+    tokens = torch.randint(50257, (8, 513), device="cuda")
+    kind, own, _ = OPTIMIZERS[name]
+    optimizer = kind(model.parameters(), lr=1e-4, **own)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = model(tokens[:, :-1])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
 def part_tests() -> dict[str, Any]:
-    """Run the suite of the kernel, its tests on hardware among them."""
+    """Run the tests that want a device, with pytest-xdist in many processes: each compiles its own kernels."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "tests/step/kernels"]
-    done = subprocess.run(  # noqa: S603 - the suite, by the Python that runs this
-        command, cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", *TESTS]
+    if find_spec("xdist"):
+        command += ["-n", str(min(14, os.cpu_count() or 1))]
+    run = functools.partial(subprocess.run, cwd=ROOT, env=environment, capture_output=True, text=True)
+    try:
+        # Less than the part may take, so that what had failed by then is told.
+        done = run(command, timeout=LIMITS["tests"] - 10)
+    except subprocess.TimeoutExpired as late:
+        printed = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+        return {"status": "took too long", "tail": printed.splitlines()[-TAIL:]}
     lines = done.stdout.splitlines()
     told = re.findall(r"(\d+) (passed|failed|skipped|error)", "\n".join(lines[-1:]))
     counts = {word: int(number) for number, word in told}
-    return {"status": done.returncode, **counts, "tail": lines[-40:]}
+    return {"status": done.returncode, **counts, "tail": lines[-TAIL:]}
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -195,6 +300,8 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "large": part_large,
     "graph": part_graph,
     "memory": part_memory,
+    "blocks": part_blocks,
+    "training": part_training,
 }
 
 

@@ -280,11 +280,11 @@ class PRM(CheckedOptimizer):
         for group in self.param_groups:
             gathered.append((Lists([], [], [], [], [], [], []), []))
             self._init_group(group, *gathered[-1][0], gathered[-1][1])
-        self._applied = [
+        # Changed in place: what torch 2.11 compiles may not set attributes of an optimizer.
+        self._applied[:] = [
             hyper.plain() if group["differentiable"] else hyper for group, hyper in zip(self.param_groups, applied)
         ]
-        if self._variances:
-            self._variances = {}
+        self._variances.clear()
         self._memories.extend({} for _ in self.param_groups[len(self._memories) :])
         for group, hyper, memory, (lists, state_steps) in zip(self.param_groups, applied, self._memories, gathered):
             dispatch(

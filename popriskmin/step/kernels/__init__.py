@@ -15,23 +15,19 @@ from torch import Tensor
 
 from popriskmin.mask import Hyperparameters
 from popriskmin.step.kernels import cpu, cuda
-from popriskmin.step.kernels.fit import State, fits_on_the_cpu, matched, misfit
+from popriskmin.step.kernels.fit import State, fits_as_usual, matched, misfit
 from popriskmin.step.lists import Lists
 
 
 class Kernel(NamedTuple):
-    """One kernel: `unusable()` says why it cannot run here, or None; `step(lists, state_steps, hyper)` runs it."""
+    """One kernel: `unusable()` says why it cannot run here, or None; `step` runs it."""
 
     unusable: Callable[[], str | None]
-    step: Callable[[Lists, list[Tensor], Hyperparameters], None]
-    by_default: bool
+    step: Callable[[Lists, list[Tensor], Hyperparameters, State | None], None]
 
 
-# By the type of the device. What has not been run on hardware is not taken unless it is asked for.
-KERNELS = {
-    "cpu": Kernel(cpu.unusable, cpu.step, by_default=True),
-    "cuda": Kernel(cuda.unusable, cuda.step, by_default=False),
-}
+# By the type of the device.
+KERNELS = {"cpu": Kernel(cpu.unusable, cpu.step), "cuda": Kernel(cuda.unusable, cuda.step)}
 
 
 def unusable() -> str | None:
@@ -55,7 +51,7 @@ def fused_prm(
     lists, state_steps, hyper
         As for every implementation, not empty; see `popriskmin.step.functional.prm`.
     insist
-        Raise where a tensor does not fit, before any has moved, and use kernels that are not used by default.
+        Raise where a tensor does not fit, before any has moved.
     memory
         Kept by the caller from step to step of a group, to save time; empty at first.
 
@@ -67,9 +63,9 @@ def fused_prm(
     state = _quickly_fits(lists, state_steps, hyper, memory.get("state"))
     if state is not None:
         memory["state"] = state
-        cpu.step(lists, state_steps, hyper, state)
+        KERNELS[lists.params[0].device.type].step(lists, state_steps, hyper, state)
         return []
-    if not insist and not any(KERNELS[device].by_default for device in _devices(lists.params)):
+    if not insist and not _any_usable(lists.params):
         return list(range(len(lists.params)))
     cohorts: dict[tuple[object, ...], list[int]] = {}
     left, empty = [], []
@@ -77,7 +73,7 @@ def fused_prm(
         if param.numel() == 0:
             empty.append(i)
             continue
-        reason = _misfit_here(lists, state_steps, hyper, i, insist)
+        reason = _misfit_here(lists, state_steps, hyper, i)
         if reason is None:
             key = (param.device, *(tensors[i].dtype for tensors in lists if tensors))
             cohorts.setdefault(key, []).append(i)
@@ -85,8 +81,6 @@ def fused_prm(
             raise RuntimeError(f"fused=True, but tensor {i} of a parameter group cannot take it: {reason}")
         else:
             left.append(i)
-    if not insist and any(lists.params[i].device.type == "cpu" for i in left):
-        _warn_without_kernel(cpu.unusable())
     for i in empty:
         state_steps[i] += 1
     for indices in cohorts.values():
@@ -94,40 +88,55 @@ def fused_prm(
         grads = [matched(grad, param) for grad, param in zip(cohort.grads, cohort.params)]
         grad_vars = [matched(z, param) for z, param in zip(cohort.grad_vars, cohort.params)]
         kernel = KERNELS[cohort.params[0].device.type]
-        kernel.step(cohort._replace(grads=grads, grad_vars=grad_vars).real(), [state_steps[i] for i in indices], hyper)
+        kernel.step(
+            cohort._replace(grads=grads, grad_vars=grad_vars).real(), [state_steps[i] for i in indices], hyper, None
+        )
     return left
 
 
-def _devices(params: list[Tensor]) -> set[str]:
-    """Return the types of the devices of the parameters for which there are kernels."""
-    return {device.type for device in {param.device for param in params}} & set(KERNELS)
+def _any_usable(params: list[Tensor]) -> bool:
+    """Return whether there is a kernel for one of the parameters; warn, once, of one that should be here and is not."""
+    reasons = {type: KERNELS[type].unusable() for type in {param.device.type for param in params} if type in KERNELS}
+    for device, reason in reasons.items():
+        _warn_without_kernel(device, reason)
+    return None in reasons.values()
 
 
-@functools.lru_cache(maxsize=1)
-def _warn_without_kernel(reason: str | None) -> None:
+@functools.cache
+def _warn_without_kernel(device: str, reason: str | None) -> None:
     if reason is not None:
-        warnings.warn(f"PRM works without its fused step, several times slower: {reason}", stacklevel=6)
+        name = "" if device == "cpu" else f" for {device}"
+        warnings.warn(f"PRM works without its fused step{name}, several times slower: {reason}", stacklevel=7)
 
 
 def _quickly_fits(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, known: State | None) -> State | None:
-    usable = cpu.unusable() is None and hyper.mask in cpu.MASK_CODES
-    if not usable or (isinstance(hyper.lr, Tensor) and hyper.lr.device.type != "cpu"):
+    kernel = KERNELS.get(lists.params[0].device.type)
+    if kernel is None or kernel.unusable() is not None or hyper.mask not in cpu.MASK_CODES:
         return None
-    return fits_on_the_cpu(lists, state_steps, known)
+    if _misfit_of_lr(hyper, lists.params[0]) is not None:
+        return None
+    state = fits_as_usual(lists, state_steps, known)
+    if state is None or (lists.params[0].is_cpu and not state_steps[0].is_cpu):
+        return None
+    return state
 
 
-def _misfit_here(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, i: int, insist: bool) -> str | None:
+def _misfit_of_lr(hyper: Hyperparameters, param: Tensor) -> str | None:
+    if isinstance(hyper.lr, Tensor) and hyper.lr.device.type not in ("cpu", param.device.type):
+        return f"lr is on {hyper.lr.device}, the parameter on {param.device}"
+    return None
+
+
+def _misfit_here(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, i: int) -> str | None:
     device = lists.params[i].device.type
     if device not in KERNELS:
         return f"there is no kernel for {device}"
     kernel = KERNELS[device]
-    if not (kernel.by_default or insist):
-        return f"the kernel for {device} is used with fused=True only"
-    if device == "cpu":
-        if isinstance(hyper.lr, Tensor) and hyper.lr.device.type != "cpu":
-            return f"lr is on {hyper.lr.device}, the parameter on the CPU"
-        if state_steps[i].device.type != "cpu":
-            return f"its step counter is on {state_steps[i].device}"
+    reason = _misfit_of_lr(hyper, lists.params[i])
+    if reason is not None:
+        return reason
+    if device == "cpu" and state_steps[i].device.type != "cpu":
+        return f"its step counter is on {state_steps[i].device}"
     if hyper.mask not in cpu.MASK_CODES:
         return f"the kernels do not know the mask {hyper.mask!r}"
     return kernel.unusable() or misfit(lists, state_steps, i)
@@ -145,5 +154,5 @@ def describe() -> dict[str, str]:
                 f"fused, {cpu.LEVELS[cpu.level()]}, {torch.get_num_threads()} threads (torch.get_num_threads())"
             )
         else:
-            lines[device] = "foreach; fused (Triton) with fused=True, which has not been run on hardware"
+            lines[device] = "fused, by Triton"
     return lines

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 import shutil
-from array import array
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
@@ -29,20 +27,16 @@ from torch import Tensor
 
 from popriskmin.mask import Corrections, Hyperparameters, corrections, floor, largest
 from popriskmin.step.compat import bump_versions
+from popriskmin.step.kernels.cuda_table import COLUMNS, Places, Table, table_of
+from popriskmin.step.kernels.fit import State, packed
 from popriskmin.step.lists import Lists, count_up
 
 # Elements of one program: eight for each of its 128 threads, so that many loads are under way at once.
 BLOCK = 1024
+# Of 32 threads each.
+WARPS = 4
 # Sums that one program of the second launch adds at a time.
 CHUNK = 4096
-
-# A tensor's row in the table: its number of elements, its first block, whether its memory allows wide loads, the
-# addresses of p, g, m, v, s, of the maximum of v (or of v) and of the gradient's variance (or of g), and that of its
-# step count (or 0).
-_COLUMNS = 11
-
-# Tables in use: a few for each parameter group; more only where gradients change their addresses at every step.
-_MOST_TABLES = 256
 
 
 def _step_module() -> Any:
@@ -53,8 +47,8 @@ def _step_module() -> Any:
 def unusable() -> str | None:
     """Return in words why this kernel cannot be used here, None if it can.
 
-    It initializes CUDA where there is a device. In Triton's interpreter (`TRITON_INTERPRET=1`) tensors on the CPU
-    are accepted, slowly: it serves tests.
+    Where there is a device, it initializes CUDA and, the first time, compiles and launches a small kernel. In Triton's
+    interpreter (`TRITON_INTERPRET=1`) tensors on the CPU are accepted, slowly: it serves tests.
     """
     try:
         triton = import_module("triton")
@@ -73,6 +67,15 @@ def unusable() -> str | None:
         return "Triton needs CUDA devices of compute capability 7.0 or newer"
     if not (environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cl")):
         return "Triton needs a C compiler to launch kernels, and found none"
+    return _failure_of_a_trial()
+
+
+def _failure_of_a_trial() -> str | None:
+    """Compile and launch a small kernel, which wants a C compiler with Python's headers; return what goes wrong."""
+    try:
+        _step_module().trial[(1,)](torch.empty(1, device="cuda"))
+    except Exception as error:  # whatever compilers and drivers come up with
+        return f"Triton cannot compile or launch a kernel here ({type(error).__name__}: {error})"
     return None
 
 
@@ -81,7 +84,13 @@ def _is_interpreted() -> bool:
     return type(_step_module().update).__name__ == "InterpretedFunction"
 
 
-def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor_steps: bool = False) -> None:
+def step(
+    lists: Lists,
+    state_steps: list[Tensor],
+    hyper: Hyperparameters,
+    state: State | None = None,
+    tensor_steps: bool = False,
+) -> None:
     """Take one step of a parameter group, in place.
 
     Parameters
@@ -93,6 +102,9 @@ def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor
     state_steps
         Tensors of shape `()`, float32, each increased by 1. Where they lie on the device they are read there, by
         the kernel, and so is a learning rate that does; else on the host.
+    state
+        The addresses of parameters and state, where they are known already: then the tensors of one list are of one
+        type, and the step counts all on the host or all on the device.
     tensor_steps
         In Triton's interpreter, where everything lies on the CPU: take the CPU for the device. No effect elsewhere.
     """
@@ -102,7 +114,7 @@ def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor
     count_up(state_steps)
     # A device that is not the current one must become it: Triton launches on the current one.
     with _on(device):
-        for launch in _launches(lists, state_steps, hyper, tensor_steps):
+        for launch in _launches(lists, state_steps, hyper, state, tensor_steps):
             launch.run(device)
     bump_versions(lists.params)
 
@@ -131,8 +143,7 @@ class _Types(NamedTuple):
 class _Launch(NamedTuple):
     """Tensors of equal types and step counts, and what their kernels are told."""
 
-    rows: array[int]
-    blocks: int
+    places: Places
     types: _Types
     t: float | None  # None where the kernel reads it
     lr: Tensor | None  # None where it is a number in `hyper`
@@ -144,30 +155,37 @@ class _Launch(NamedTuple):
         # What is known to be open on the host needs no mask, and no means either.
         mask = "none" if known is not None and known.open is True else self.hyper.mask
         bits = _bits(_numbers(known, self.hyper, self.types.wide), self.types.wide)
-        table = _table(self.rows, device, keep=self.t is None)
+        table = table_of(self.places, BLOCK, device, keep=self.t is None)
         if self.hyper.reduction == "per_param" or mask == "none":
-            self._update("all", mask, bits, table, table)
+            self._update("all", mask, bits, table, table.numbers)
             return
-        partials = torch.empty(2 * self.blocks, dtype=self.types.wide, device=device)
+        partials = torch.empty(2 * table.blocks, dtype=self.types.wide, device=device)
         self._update("advance", mask, bits, table, partials)
         self._pool(mask, bits, table, partials)
         self._update("move", mask, bits, table, partials)
 
-    def _update(self, phase: str, mask: str, bits: dict[str, int], table: Tensor, partials: Tensor) -> None:
+    def _update(self, phase: str, mask: str, bits: dict[str, int], table: Table, partials: Tensor) -> None:
         kernels = _step_module()
-        lr = table if self.lr is None else self.lr
-        kernels.update[(self.blocks,)](
-            table, partials, lr, len(self.rows) // _COLUMNS, **bits, **self._options(kernels), PHASE=phase, MASK=mask
+        lr = table.numbers if self.lr is None else self.lr
+        kernels.update[(table.blocks,)](
+            table.numbers,
+            partials,
+            lr,
+            self.places.tensors,
+            **bits,
+            **self._options(kernels),
+            PHASE=phase,
+            MASK=mask,
         )
 
-    def _pool(self, mask: str, bits: dict[str, int], table: Tensor, partials: Tensor) -> None:
+    def _pool(self, mask: str, bits: dict[str, int], table: Table, partials: Tensor) -> None:
         kernels = _step_module()
         options = self._options(kernels)
         given = ("mask_eps", "min_q", "bound", "softness", "coefficient", "k", "log1", "ratio", "open_until")
-        kernels.pool[(len(self.rows) // _COLUMNS,)](
-            table,
+        kernels.pool[(self.places.tensors,)](
+            table.numbers,
             partials,
-            self.blocks,
+            table.blocks,
             **{name: bits[name] for name in given},
             **{name: options[name] for name in ("C", "DEBIAS", "TENSOR_STEPS", "COLUMNS", "BLOCK")},
             MASK=mask,
@@ -194,94 +212,58 @@ class _Launch(NamedTuple):
             "FROM_END": 1 - hyper.beta1 >= 0.5,
             "TENSOR_STEPS": self.t is None,
             "TENSOR_LR": self.lr is not None,
-            "COLUMNS": _COLUMNS,
+            "COLUMNS": COLUMNS,
             "BLOCK": BLOCK,
-            "num_warps": 4,
+            "num_warps": WARPS,
             "enable_fp_fusion": False,  # see the module of the kernels
         }
 
 
-def _launches(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor_steps: bool) -> Iterator[_Launch]:
+def _launches(
+    lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, state: State | None, tensor_steps: bool
+) -> Iterator[_Launch]:
     """Group the tensors by types and step counts."""
+    device = lists.params[0].device
     # Whether a number on the CPU is one that the kernel reads.
-    read_there = tensor_steps and lists.params[0].device.type == "cpu"
+    read_there = tensor_steps and device.type == "cpu"
     lr = None
     if isinstance(hyper.lr, Tensor):
-        lr = hyper.lr if read_there or not hyper.lr.is_cpu else None
+        lr = hyper.lr.to(device) if read_there or not hyper.lr.is_cpu else None
         hyper = hyper._replace(lr=hyper.lr.item() if lr is None else 0.0)
+    lists = lists._replace(
+        max_exp_avg_sqs=lists.max_exp_avg_sqs or lists.exp_avg_sqs, grad_vars=lists.grad_vars or lists.grads
+    )
+    if state is not None:
+        counts = set(map(Tensor.item, state_steps)) if state_steps[0].is_cpu and not read_there else {None}
+        if len(counts) == 1:
+            types = _Types(*(tensors[0].dtype for tensors in lists))
+            yield _Launch(_places(lists, state_steps, state), types, counts.pop(), lr, hyper)
+            return
     groups: dict[Any, list[int]] = {}
-    columns = [lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, lists.exp_avg_vars]
-    columns += [lists.max_exp_avg_sqs or lists.exp_avg_sqs, lists.grad_vars or lists.grads]
-    for i, tensors in enumerate(zip(*columns)):
+    for i, tensors in enumerate(zip(*lists)):
         t = None if read_there or not state_steps[i].is_cpu else state_steps[i].item()
         groups.setdefault((t, *[tensor.dtype for tensor in tensors]), []).append(i)
-    for (t, *types), places in groups.items():
-        steps = [state_steps[i] for i in places] if t is None else None
-        rows, blocks = _rows([[tensors[i] for i in places] for tensors in columns], steps)
-        yield _Launch(rows, blocks, _Types(*types), t, lr, hyper)
+    for (t, *dtypes), indices in groups.items():
+        places = _places(lists.of(indices), [state_steps[i] for i in indices], None)
+        yield _Launch(places, _Types(*dtypes), t, lr, hyper)
 
 
-def _rows(columns: list[list[Tensor]], steps: list[Tensor] | None) -> tuple[array[int], int]:
-    """Return the rows of the table, and the number of blocks."""
-    rows, blocks = array("q"), 0
-    counts = map(Tensor.data_ptr, steps) if steps else [0] * len(columns[0])
-    addresses = zip(*(map(Tensor.data_ptr, tensors) for tensors in columns))
-    for n, places, count in zip(map(Tensor.numel, columns[0]), addresses, counts):
-        aligned = functools.reduce(operator.or_, places) % 16 == 0
-        rows.extend((n, blocks, aligned, *places, count))
-        blocks += -(-n // BLOCK)
-    return rows, blocks
+def _places(lists: Lists, state_steps: list[Tensor], state: State | None) -> Places:
+    """Return sizes and addresses; of parameters and state from `state` where they are known."""
+    count = len(lists.params)
 
+    def addresses(tensors: list[Tensor]) -> bytes:
+        return packed(map(Tensor.data_ptr, tensors), count)
 
-def _with_owners(rows: array[int]) -> Tensor:
-    """Return the whole table: the rows, and then for each block the number of its tensor."""
-    flat = torch.frombuffer(rows, dtype=torch.int64)
-    blocks = (flat[::_COLUMNS] + (BLOCK - 1)).div(BLOCK, rounding_mode="floor")
-    return torch.cat([flat, torch.repeat_interleave(torch.arange(len(blocks), device="cpu"), blocks)])
-
-
-# By what they hold, so that none goes stale; and by stream, so that the memory of one that is dropped is used again
-# only after the kernels that read it: both are work of the same stream.
-_tables: dict[tuple[torch.device, int, bytes], Tensor] = {}
-# Host memory that captured graphs read at every replay. How long a graph lives cannot be known, so it is kept.
-_read_by_graphs: list[Tensor] = []
-# Pinned host memory for tables of captured graphs, by size: allocating it during a capture fails in older torch.
-_reserve: dict[int, list[Tensor]] = {}
-_MOST_RESERVED = 8
-
-
-def _table(rows: array[int], device: torch.device, keep: bool) -> Tensor:
-    """Return the table on the device, from the cache where it is there already.
-
-    With `keep`, memory is put aside for a later capture of the same step into a graph.
-    """
-    if device.type == "cpu":
-        return _with_owners(rows)
-    if torch.cuda.is_current_stream_capturing():
-        # Never from the cache, which may drop what the graph goes on reading. The copy becomes a node of the graph:
-        # it reads the host's memory, which is kept, at every replay, and writes to memory of the graph's own pool,
-        # which lives as long as the graph. Nor into the cache: before the first replay nothing has been copied.
-        table = _with_owners(rows)
-        reserved = _reserve.get(len(table))
-        source = (reserved.pop() if reserved else _pinned(len(table))).copy_(table)
-        _read_by_graphs.append(source)
-        return source.to(device, non_blocking=True)
-    key = (device, torch.cuda.current_stream(device).cuda_stream, rows.tobytes())
-    cached = _tables.pop(key, None)
-    if cached is None:
-        table = _with_owners(rows)
-        if keep and len(_reserve.setdefault(len(table), [])) < _MOST_RESERVED:
-            _reserve[len(table)].append(_pinned(len(table)))
-        # The pinned memory may go at once: torch lends it to nobody else before the copy is done.
-        cached = _pinned(len(table)).copy_(table).to(device, non_blocking=True)
-        if len(_tables) >= _MOST_TABLES:
-            _tables.pop(next(iter(_tables)))
-    _tables[key] = cached  # last, as the most recently used
-    return cached
-
-
-def _pinned(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True)
+    if state is None:
+        sizes = packed(map(Tensor.numel, lists.params), count)
+        return Places._make([sizes, *map(addresses, lists), addresses(state_steps)])
+    params, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, steps = state.addresses
+    grads = addresses(lists.grads)
+    grad_vars = grads if lists.grad_vars is lists.grads else addresses(lists.grad_vars)
+    return Places(
+        state.sizes, params, grads, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima or exp_avg_sqs, grad_vars, steps
+    )
 
 
 def _numbers(known: Corrections | None, hyper: Hyperparameters, dtype: torch.dtype) -> dict[str, float]:

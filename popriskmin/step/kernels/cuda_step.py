@@ -3,8 +3,7 @@
 """The step in Triton's language: what `popriskmin.step.kernels.cuda` launches. Nothing else should import this.
 
 `update` is launched with one program for each block of `BLOCK` elements of some tensor. The program finds its tensor
-in a table of int64: first a row of `COLUMNS` numbers for each tensor (see `_COLUMNS` in
-`popriskmin.step.kernels.cuda`), then, for each block, the number of its tensor.
+in the table of `popriskmin.step.kernels.cuda_table`.
 
 The launch must be made with `enable_fp_fusion=False`. A fused multiply-add would leave a remainder in
 `signal - a * noise` where both are the same number, and the masks would not be shut at the boundary.
@@ -357,3 +356,9 @@ def pool(
     if TENSOR_STEPS:
         q = tl.where(t <= number(open_until, C), 1.0, q)
     tl.store(partials + first, q)
+
+
+@jit()
+def trial(place):
+    """Write a number, to see whether kernels can be compiled and launched."""
+    tl.store(place, 1.0)

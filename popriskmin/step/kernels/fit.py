@@ -17,7 +17,11 @@ GRADIENT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MEAN_TYPES = (torch.float32, torch.float64)
 STATE_TYPES = (torch.float32, torch.float64, torch.bfloat16)
 
-_dtype, _is_cpu, _shape = attrgetter("dtype"), attrgetter("is_cpu"), attrgetter("shape")
+_dtype, _shape = attrgetter("dtype"), attrgetter("shape")
+_is_cpu, _is_cuda = attrgetter("is_cpu"), attrgetter("is_cuda")
+
+
+Layout = list[tuple[int, ...] | None] | None
 
 
 class State(NamedTuple):
@@ -31,6 +35,7 @@ class State(NamedTuple):
     tensors: list[list[Tensor]]
     addresses: list[bytes]
     shapes: list[torch.Size]
+    layout: Layout
     sizes: bytes
 
 
@@ -39,29 +44,38 @@ def packed(numbers: Iterable[int], count: int) -> bytes:
     return struct.pack(f"{count}q", *numbers)
 
 
-def fits_on_the_cpu(lists: Lists, state_steps: list[Tensor], known: State | None) -> State | None:
-    """Return what the kernel is told if all is contiguous, on the CPU, and list by list of one type.
+def fits_as_usual(lists: Lists, state_steps: list[Tensor], known: State | None) -> State | None:
+    """Return what the kernel is told if all is dense, on one device, list by list of one type, and lies alike.
 
     That is the usual case, and soon seen. None says only that it is not the usual case. `known` is what this returned
-    for the step before.
+    for the step before. The device is the CPU or one for CUDA; there the steps may be counted on either, and no tensor
+    is empty.
     """
     params, grads = lists.params, lists.grads
     held = [*lists.held, state_steps]
     shapes = list(map(_shape, params))
+    device = Tensor.get_device(params[0])  # -1 for the CPU
+    if not (params[0].is_cpu or params[0].is_cuda):
+        return None
     try:
         addresses = [packed(map(Tensor.data_ptr, tensors), len(tensors)) for tensors in held]
         if known is not None and shapes == known.shapes and _are_same(held, addresses, known):
             found = known
-            good = all(map(Tensor.is_contiguous, params)) and len(set(map(_dtype, params))) == 1
+            good = _layout(params) == known.layout and len(set(map(_dtype, params))) == 1
         else:
-            found = State(held, addresses, shapes, packed(map(Tensor.numel, params), len(params)))
+            sizes = list(map(Tensor.numel, params))
+            layout = _layout(params)
+            found = State(held, addresses, shapes, layout, packed(sizes, len(params)))
             good = (
-                all(_are_usual(tensors, shapes) for tensors in lists.held if tensors)
+                (layout is None or all(map(is_dense, params)))
+                and all(_are_usual(tensors, found, device) for tensors in lists.held if tensors)
                 and not any(map(Tensor.is_neg, params))
                 and all(map(_is_counter, state_steps))
+                and (_are_on(state_steps, -1) or _are_on(state_steps, device))
+                and (device < 0 or 0 not in sizes)
             )
         for given in (grads, lists.grad_vars) if lists.grad_vars else (grads,):
-            good = good and _are_usual(given, shapes) and not any(map(Tensor.is_neg, given))
+            good = good and _are_usual(given, found, device) and not any(map(Tensor.is_neg, given))
     except RuntimeError:  # sparse and other tensors without strides or addresses
         return None
     if not good or params[0].is_complex() or grads[0].is_complex() or any(_misfit_of_types(lists, 0)):
@@ -75,18 +89,37 @@ def _are_same(held: list[list[Tensor]], addresses: list[bytes], known: State) ->
     )
 
 
-def _are_usual(tensors: list[Tensor], shapes: list[torch.Size]) -> bool:
+def _are_usual(tensors: list[Tensor], state: State, device: int) -> bool:
     return (
         set(map(type, tensors)) <= PLAIN
-        and all(map(_is_cpu, tensors))
-        and all(map(Tensor.is_contiguous, tensors))
-        and list(map(_shape, tensors)) == shapes
+        and _are_on(tensors, device)
+        and list(map(_shape, tensors)) == state.shapes
+        and _layout(tensors) == state.layout
         and len(set(map(_dtype, tensors))) == 1
     )
 
 
+def _layout(tensors: list[Tensor]) -> Layout:
+    """Return how the elements lie: None where all tensors are contiguous, as they mostly are, and that is soon seen."""
+    if all(map(Tensor.is_contiguous, tensors)):
+        return None
+    return [None if tensor.is_contiguous() else _strides(tensor) for tensor in tensors]
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Return the strides that count: those of dimensions with one element say nothing."""
+    return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape) if size > 1)
+
+
+def _are_on(tensors: list[Tensor], device: int) -> bool:
+    """Return whether all lie on the CPU, or on the CUDA device of this number."""
+    if device < 0:
+        return all(map(_is_cpu, tensors))
+    return all(map(_is_cuda, tensors)) and set(map(Tensor.get_device, tensors)) == {device}
+
+
 def _is_counter(step: Tensor) -> bool:
-    return type(step) is Tensor and step.is_cpu and step.dtype == torch.float32 and step.numel() == 1
+    return type(step) is Tensor and step.dtype == torch.float32 and step.numel() == 1
 
 
 def misfit(lists: Lists, state_steps: list[Tensor], i: int) -> str | None:
@@ -114,7 +147,7 @@ def misfit(lists: Lists, state_steps: list[Tensor], i: int) -> str | None:
         if name not in ("its gradient", "its variance"):
             if tensor.is_conj() or tensor.is_neg():
                 return f"{name} is a lazily conjugated or negated view"
-            if param.numel() > 0 and tensor.stride() != param.stride():
+            if param.numel() > 0 and not _lie_alike(tensor, param):
                 return f"{name} has strides {tensor.stride()}, the parameter {param.stride()}"
     if not is_dense(param):
         return f"the parameter's memory has gaps or overlaps: shape {tuple(param.shape)}, strides {param.stride()}"
@@ -148,8 +181,12 @@ def _misfit_of_types(lists: Lists, i: int) -> Any:
         yield "exp_avg_sq, exp_avg_var and max_exp_avg_sq differ in type"
 
 
+def _lie_alike(one: Tensor, other: Tensor) -> bool:
+    return one.stride() == other.stride() or _strides(one) == _strides(other)
+
+
 def matched(grad: Tensor, param: Tensor) -> Tensor:
     """Return a gradient or a variance as it is where it lies like its parameter, else a copy that does."""
-    if grad.is_conj() or grad.is_neg() or grad.stride() != param.stride():
+    if grad.is_conj() or grad.is_neg() or not _lie_alike(grad, param):
         return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
     return grad

@@ -1,4 +1,4 @@
-"""The Triton step in Triton's interpreter on the CPU, and its tables.
+"""The Triton step in Triton's interpreter on the CPU.
 
 The interpreter must be chosen before Triton is imported, and it changes Triton for the whole process; so the tests
 marked `interpreted` are run by `test_in_the_interpreter`, in a process of their own.
@@ -81,7 +81,7 @@ def test_agrees_with_the_float64_reference(drawn, problem, tensor_steps):
     rng = np.random.default_rng(1)
     expected = Reference([rng.normal(size=shape) for shape in shapes], **drawn)
     for g in grads:
-        cuda.step(ours.lists(g), ours.steps, hyperparameters(drawn), tensor_steps)
+        cuda.step(ours.lists(g), ours.steps, hyperparameters(drawn), tensor_steps=tensor_steps)
         expected.step(g, made_up_variances(g))
     for i, column in enumerate((expected.w, expected.m, expected.v, expected.s)):
         for a, b in zip(ours.results()[i], column):
@@ -150,7 +150,7 @@ def test_nan_and_infinity_pass_as_in_the_single_tensor_form(mask, reduction, ten
 def test_a_gradient_whose_square_overflows_leaves_the_noise_a_number_at_the_first_step_of_debias(tensor_steps):
     made = Problem([(3,)], (f32,) * 4, False)
     grads = [np.array([1e38, -3e38, 1.0])]
-    cuda.step(made.lists(grads), made.steps, hyperparameters({"debias": True}), tensor_steps)
+    cuda.step(made.lists(grads), made.steps, hyperparameters({"debias": True}), tensor_steps=tensor_steps)
     assert torch.equal(made.results()[3][0], torch.zeros(3))
 
 
@@ -163,7 +163,7 @@ def test_masks_are_shut_on_the_boundary(mask, reduction):
 
 
 def launches(lists, steps, hyper, tensor_steps=False):
-    return [len(x.rows) // 11 for x in cuda._launches(lists, steps, hyper, tensor_steps)]
+    return [x.places.tensors for x in cuda._launches(lists, steps, hyper, None, tensor_steps)]
 
 
 @interpreted
@@ -269,70 +269,3 @@ def test_without_a_device_it_says_so():
     finished = run_python(["-c", "from popriskmin.step.kernels.cuda import unusable; print(unusable())"])
     assert finished.stdout.strip() in ("there is no CUDA device", "this torch is built for ROCm, on which the kernel "
                                        "has not been tried"), finished.stderr  # fmt: skip
-
-
-class Streams:
-    """Stand in for what the tables ask of CUDA; the meta device for one of its devices."""
-
-    def __init__(self, monkeypatch):
-        self.capturing, self.current, self.allocated = False, 1, []
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: self)
-        monkeypatch.setattr(cuda, "_pinned", self.pinned)
-        for name, empty in (("_tables", {}), ("_reserve", {}), ("_read_by_graphs", [])):
-            monkeypatch.setattr(cuda, name, empty)
-
-    @property
-    def cuda_stream(self):
-        return self.current
-
-    def pinned(self, size):
-        assert not self.capturing
-        self.allocated.append(torch.full((size,), -1))
-        return self.allocated[-1]
-
-    def table(self, n, keep=True):
-        rows, _ = cuda._rows([[torch.empty(n, device="meta")]] * 7, None)
-        return cuda._table(rows, torch.device("meta"), keep)
-
-
-def test_a_table_lists_tensors_and_blocks():
-    tensors = [torch.zeros(n) for n in (1, cuda.BLOCK, cuda.BLOCK + 1)]
-    misaligned = torch.zeros(9)[1:]
-    columns = [[*tensors, x] for x in (misaligned, *[torch.zeros(8)] * 6)]
-    rows, blocks = cuda._rows(columns, [torch.tensor(0.0)] * 4)
-    table = cuda._with_owners(rows).tolist()
-    assert blocks == 5
-    assert table[44:] == [0, 1, 2, 2, 3]
-    assert [table[11 * i : 11 * i + 3] for i in range(4)] == [
-        [1, 0, 1], [cuda.BLOCK, 1, 1], [cuda.BLOCK + 1, 2, 1], [8, 4, 0],
-    ]  # fmt: skip
-    assert table[36] == misaligned.data_ptr()
-    assert all(table[11 * i + 10] for i in range(4))
-
-
-def test_tables_are_kept_while_they_are_used(monkeypatch):
-    monkeypatch.setattr(cuda, "_MOST_TABLES", 2)
-    streams = Streams(monkeypatch)
-    one, two = streams.table(1), streams.table(2)
-    assert streams.table(1) is one
-    streams.table(3)
-    assert streams.table(1) is one
-    assert streams.table(2) is not two
-    streams.current = 2
-    assert streams.table(1) is not one
-
-
-def test_a_graph_gets_a_table_that_nobody_else_uses(monkeypatch):
-    streams = Streams(monkeypatch)
-    eager = streams.table(1)
-    streams.capturing = True
-    captured = streams.table(1)
-    assert captured is not eager
-    assert len(cuda._tables) == 1
-    # The host's memory was allocated before, and holds what the graph will read.
-    (source,) = cuda._read_by_graphs
-    assert any(source is memory for memory in streams.allocated)
-    assert source[0] == 1
-    streams.capturing = False
-    assert streams.table(1) is eager

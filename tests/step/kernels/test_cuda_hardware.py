@@ -11,6 +11,7 @@ from step.kernels.triton_problems import (
     both,
     boundary_step,
     f32,
+    f64,
     gradients,
     hardware,
     hyperparameters,
@@ -18,7 +19,7 @@ from step.kernels.triton_problems import (
 )
 from strategies import made_up_variances
 
-from popriskmin.step.kernels import cuda
+from popriskmin.step.kernels import cuda, cuda_table
 from popriskmin.step.lists import Lists
 
 GRID = [
@@ -60,7 +61,8 @@ def sync_is_an_error():
 def test_on_a_device(drawn, types, tensor_steps):
     assert cuda.unusable() is None
     grads = gradients({"seed": 1, "scale": 1.0, "steps": 3}, LARGE)
-    how = {"device": "cuda", "tensor_steps": tensor_steps, "tensor_lr": f32 if tensor_steps else None}
+    wide = f64 if f64 in (types[0], types[2]) else f32
+    how = {"device": "cuda", "tensor_steps": tensor_steps, "tensor_lr": wide if tensor_steps else None}
     ours, theirs = both(drawn, grads, types, LARGE, **how, offset=16 if types[0] == f32 else 3)
     assert_agree(ours, theirs, types, drawn, 3, moved=10)
 
@@ -119,7 +121,7 @@ def test_a_captured_graph_steps_like_the_loop(drawn):
             target.copy_(torch.as_tensor(value))
         lr.mul_(0.5)
         graph.replay()
-        cuda._tables.clear()
+        cuda_table._tables.clear()
         _ = [torch.full((4096,), -1, device="cuda") for _ in range(50)]
     lr.fill_(0.01)
     for i, g in enumerate(grads):
@@ -134,13 +136,13 @@ def test_another_stream_gets_a_table_of_its_own():
     grads = gradients({"seed": 1, "scale": 1.0, "steps": 1}, LARGE)[0]
     made = Problem(LARGE, (f32,) * 4, False, device="cuda")
     lists = made.lists(grads)
-    cuda._tables.clear()
+    cuda_table._tables.clear()
     cuda.step(lists, made.steps, hyperparameters({}))
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         cuda.step(lists, made.steps, hyperparameters({}))
     torch.cuda.synchronize()
-    assert len(cuda._tables) == 2
+    assert len(cuda_table._tables) == 2
 
 
 @hardware

@@ -50,7 +50,7 @@ BAD = [
 @pytest.mark.parametrize(("changed", "reason"), BAD)
 def test_what_does_not_fit_is_named(changed, reason):
     held, steps = lists(**changed)
-    assert fit.fits_on_the_cpu(held, steps, None) is None
+    assert fit.fits_as_usual(held, steps, None) is None
     assert re.search(re.escape(reason), fit.misfit(held, steps, 0) or "")
 
 
@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_named(changed, reason):
 )  # fmt: skip
 def test_what_fits(changed):
     held, steps = lists(**changed)
-    assert fit.fits_on_the_cpu(held, steps, None) is not None
+    assert fit.fits_as_usual(held, steps, None) is not None
     assert fit.misfit(held, steps, 0) is None
 
 
@@ -72,7 +72,7 @@ def test_what_fits(changed):
 )
 def test_a_gradient_that_lies_otherwise_is_copied(grad):
     held, steps = lists(grads=grad)
-    assert fit.fits_on_the_cpu(held, steps, None) is None
+    assert fit.fits_as_usual(held, steps, None) is None
     assert fit.misfit(held, steps, 0) is None
     copied = fit.matched(grad, held.params[0])
     assert torch.equal(copied, grad)
