@@ -61,7 +61,7 @@ def train(folder: pathlib.Path, epochs: int) -> nn.Module:
         accelerator.log({"loss": loss.item(), **log(optimizer, monitor)}, step=epoch + 1)
         accelerator.save_state()
     accelerator.end_training()
-    return accelerator.unwrap_model(model)
+    return accelerator.unwrap_model(model).cpu()
 
 
 # %% How good it is on digits that nothing above has seen

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def unusable() -> str | None:
 
 
 def fused_prm(
-    lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, insist: bool, memory: dict[str, State]
+    lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, insist: bool, memory: dict[str, Any]
 ) -> list[int]:
     """Take one step of the tensors that fit a kernel, in place, and return the places of the others.
 
@@ -60,10 +60,10 @@ def fused_prm(
     RuntimeError
         With `insist`, saying which tensor does not fit and why.
     """
-    state = _quickly_fits(lists, state_steps, hyper, memory.get("state"))
-    if state is not None:
-        memory["state"] = state
-        KERNELS[lists.params[0].device.type].step(lists, state_steps, hyper, state)
+    parts = _usual_parts(lists, state_steps, hyper, memory)
+    if parts is not None:
+        for part in parts:
+            KERNELS[part.lists.params[0].device.type].step(part.lists, part.state_steps, hyper, part.state)
         return []
     if not insist and not _any_usable(lists.params):
         return list(range(len(lists.params)))
@@ -106,19 +106,52 @@ def _any_usable(params: list[Tensor]) -> bool:
 def _warn_without_kernel(device: str, reason: str | None) -> None:
     if reason is not None:
         name = "" if device == "cpu" else f" for {device}"
-        warnings.warn(f"PRM works without its fused step{name}, several times slower: {reason}", stacklevel=7)
+        warnings.warn(f"PRM works without its fused step{name}, several times slower: {reason}", stacklevel=8)
 
 
-def _quickly_fits(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, known: State | None) -> State | None:
+class _Part(NamedTuple):
+    """Tensors that lie as usual, and what is known of them."""
+
+    lists: Lists
+    state_steps: list[Tensor]
+    state: State
+
+
+def _usual_parts(
+    lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, memory: dict[Any, State]
+) -> list[_Part] | None:
+    """Return the tensors, by device and types, in parts that lie as usual; None if some do not, which takes longer."""
+    whole = _usual(lists, state_steps, hyper, memory, None)
+    if whole is not None:
+        return [whole]
+    places: dict[object, list[int]] = {}
+    for i, param in enumerate(lists.params):
+        dtypes = [tensors[i].dtype for tensors in lists if tensors]
+        places.setdefault((param.device, state_steps[i].device, *dtypes), []).append(i)
+    if len(places) == 1:
+        return None
+    parts = []
+    for key, indices in places.items():
+        part = _usual(lists.of(indices), [state_steps[i] for i in indices], hyper, memory, key)
+        if part is None:
+            return None
+        parts.append(part)
+    return parts
+
+
+def _usual(
+    lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, memory: dict[Any, State], key: object
+) -> _Part | None:
     kernel = KERNELS.get(lists.params[0].device.type)
     if kernel is None or kernel.unusable() is not None or hyper.mask not in cpu.MASK_CODES:
         return None
     if _misfit_of_lr(hyper, lists.params[0]) is not None:
         return None
-    state = fits_as_usual(lists, state_steps, known)
+    state = fits_as_usual(lists, state_steps, memory.get(key))
     if state is None or (lists.params[0].is_cpu and not state_steps[0].is_cpu):
         return None
-    return state
+    memory[key] = state
+    return _Part(lists, state_steps, state)
 
 
 def _misfit_of_lr(hyper: Hyperparameters, param: Tensor) -> str | None:

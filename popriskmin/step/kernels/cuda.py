@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import shutil
+from array import array
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from popriskmin.mask import Corrections, Hyperparameters, corrections, floor, largest
 from popriskmin.step.compat import bump_versions
-from popriskmin.step.kernels.cuda_table import COLUMNS, Places, Table, table_of
+from popriskmin.step.kernels.cuda_table import COLUMNS, Places, Tables, tables_of
 from popriskmin.step.kernels.fit import State, packed
 from popriskmin.step.lists import Lists, count_up
 
@@ -96,7 +97,7 @@ def step(
     Parameters
     ----------
     lists
-        Tensors on one CUDA device, not empty, none of them complex; those of one parameter have one shape and the
+        Tensors on one CUDA device, none of them complex; those of one parameter have one shape and the
         same dense strides. Parameters and gradients of floating types up to 64 bits, `m` float32 or float64, the
         others float32, float64 or bfloat16.
     state_steps
@@ -104,18 +105,19 @@ def step(
         the kernel, and so is a learning rate that does; else on the host.
     state
         The addresses of parameters and state, where they are known already: then the tensors of one list are of one
-        type, and the step counts all on the host or all on the device.
+        type, and the step counts all on the host or all on the device. The tables are kept with it.
     tensor_steps
         In Triton's interpreter, where everything lies on the CPU: take the CPU for the device. No effect elsewhere.
     """
     if not lists.params:
         return
     device = lists.params[0].device
+    memory = {} if state is None else state.memory
     count_up(state_steps)
     # A device that is not the current one must become it: Triton launches on the current one.
     with _on(device):
         for launch in _launches(lists, state_steps, hyper, state, tensor_steps):
-            launch.run(device)
+            launch.run(device, memory)
     bump_versions(lists.params)
 
 
@@ -144,31 +146,35 @@ class _Launch(NamedTuple):
     """Tensors of equal types and step counts, and what their kernels are told."""
 
     places: Places
+    gradients: bytes
     types: _Types
     t: float | None  # None where the kernel reads it
     lr: Tensor | None  # None where it is a number in `hyper`
     hyper: Hyperparameters
 
-    def run(self, device: torch.device) -> None:
+    def run(self, device: torch.device, memory: dict[str, Any]) -> None:
         """Launch the kernels that step these tensors."""
         known = None if self.t is None else corrections(self.t, self.hyper)
         # What is known to be open on the host needs no mask, and no means either.
         mask = "none" if known is not None and known.open is True else self.hyper.mask
         bits = _bits(_numbers(known, self.hyper, self.types.wide), self.types.wide)
-        table = table_of(self.places, BLOCK, device, keep=self.t is None)
-        if self.hyper.reduction == "per_param" or mask == "none":
-            self._update("all", mask, bits, table, table.numbers)
+        tables = tables_of(self.places, self.gradients, BLOCK, device, self.t is None, memory)
+        if tables.blocks == 0:
             return
-        partials = torch.empty(2 * table.blocks, dtype=self.types.wide, device=device)
-        self._update("advance", mask, bits, table, partials)
-        self._pool(mask, bits, table, partials)
-        self._update("move", mask, bits, table, partials)
+        if self.hyper.reduction == "per_param" or mask == "none":
+            self._update("all", mask, bits, tables, tables.rows)
+            return
+        partials = torch.empty(2 * tables.blocks, dtype=self.types.wide, device=device)
+        self._update("advance", mask, bits, tables, partials)
+        self._pool(mask, bits, tables, partials)
+        self._update("move", mask, bits, tables, partials)
 
-    def _update(self, phase: str, mask: str, bits: dict[str, int], table: Table, partials: Tensor) -> None:
+    def _update(self, phase: str, mask: str, bits: dict[str, int], tables: Tables, partials: Tensor) -> None:
         kernels = _step_module()
-        lr = table.numbers if self.lr is None else self.lr
-        kernels.update[(table.blocks,)](
-            table.numbers,
+        lr = tables.rows if self.lr is None else self.lr
+        kernels.update[(tables.blocks,)](
+            tables.rows,
+            tables.gradients,
             partials,
             lr,
             self.places.tensors,
@@ -178,14 +184,14 @@ class _Launch(NamedTuple):
             MASK=mask,
         )
 
-    def _pool(self, mask: str, bits: dict[str, int], table: Table, partials: Tensor) -> None:
+    def _pool(self, mask: str, bits: dict[str, int], tables: Tables, partials: Tensor) -> None:
         kernels = _step_module()
         options = self._options(kernels)
         given = ("mask_eps", "min_q", "bound", "softness", "coefficient", "k", "log1", "ratio", "open_until")
         kernels.pool[(self.places.tensors,)](
-            table.numbers,
+            tables.rows,
             partials,
-            table.blocks,
+            tables.blocks,
             **{name: bits[name] for name in given},
             **{name: options[name] for name in ("C", "DEBIAS", "TENSOR_STEPS", "COLUMNS", "BLOCK")},
             MASK=mask,
@@ -230,40 +236,36 @@ def _launches(
     if isinstance(hyper.lr, Tensor):
         lr = hyper.lr.to(device) if read_there or not hyper.lr.is_cpu else None
         hyper = hyper._replace(lr=hyper.lr.item() if lr is None else 0.0)
+    # What the kernel does not read is of some type all the same.
     lists = lists._replace(
         max_exp_avg_sqs=lists.max_exp_avg_sqs or lists.exp_avg_sqs, grad_vars=lists.grad_vars or lists.grads
     )
     if state is not None:
         counts = set(map(Tensor.item, state_steps)) if state_steps[0].is_cpu and not read_there else {None}
         if len(counts) == 1:
+            params, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, steps = state.addresses
+            places = Places(state.sizes, params, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima or exp_avg_sqs, steps)
             types = _Types(*(tensors[0].dtype for tensors in lists))
-            yield _Launch(_places(lists, state_steps, state), types, counts.pop(), lr, hyper)
+            yield _Launch(places, _gradients(lists, hyper), types, counts.pop(), lr, hyper)
             return
     groups: dict[Any, list[int]] = {}
     for i, tensors in enumerate(zip(*lists)):
         t = None if read_there or not state_steps[i].is_cpu else state_steps[i].item()
         groups.setdefault((t, *[tensor.dtype for tensor in tensors]), []).append(i)
     for (t, *dtypes), indices in groups.items():
-        places = _places(lists.of(indices), [state_steps[i] for i in indices], None)
-        yield _Launch(places, _Types(*dtypes), t, lr, hyper)
+        some = lists.of(indices)
+        sizes = packed(map(Tensor.numel, some.params), len(indices))
+        places = Places._make([sizes, *map(_addresses, [*some.held, [state_steps[i] for i in indices]])])
+        yield _Launch(places, _gradients(some, hyper), _Types(*dtypes), t, lr, hyper)
 
 
-def _places(lists: Lists, state_steps: list[Tensor], state: State | None) -> Places:
-    """Return sizes and addresses; of parameters and state from `state` where they are known."""
-    count = len(lists.params)
+def _gradients(lists: Lists, hyper: Hyperparameters) -> bytes:
+    """Return the addresses of the gradients, and of their variances where they are given."""
+    return _addresses(lists.grads) + (_addresses(lists.grad_vars) if hyper.given else b"")
 
-    def addresses(tensors: list[Tensor]) -> bytes:
-        return packed(map(Tensor.data_ptr, tensors), count)
 
-    if state is None:
-        sizes = packed(map(Tensor.numel, lists.params), count)
-        return Places._make([sizes, *map(addresses, lists), addresses(state_steps)])
-    params, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, steps = state.addresses
-    grads = addresses(lists.grads)
-    grad_vars = grads if lists.grad_vars is lists.grads else addresses(lists.grad_vars)
-    return Places(
-        state.sizes, params, grads, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima or exp_avg_sqs, grad_vars, steps
-    )
+def _addresses(tensors: list[Tensor]) -> bytes:
+    return packed(map(Tensor.data_ptr, tensors), len(tensors))
 
 
 def _numbers(known: Corrections | None, hyper: Hyperparameters, dtype: torch.dtype) -> dict[str, float]:
@@ -306,6 +308,6 @@ def _log(beta: float) -> float:
 
 
 def _bits(numbers: dict[str, float], dtype: torch.dtype) -> dict[str, int]:
-    """Return the numbers as integers that hold their bits in `dtype`, rounded to it."""
-    rounded = torch.tensor(list(numbers.values()), dtype=torch.float64, device="cpu").to(dtype)
-    return dict(zip(numbers, rounded.view(torch.int64 if dtype == torch.float64 else torch.int32).tolist()))
+    """Return the numbers as integers that hold their bits in `dtype`, rounded to it, which can be to infinity."""
+    real, whole = ("d", "q") if dtype == torch.float64 else ("f", "i")
+    return dict(zip(numbers, array(whole, array(real, numbers.values()).tobytes())))

@@ -97,6 +97,8 @@ def _advance(
 @jit()
 def _block(
     row,
+    at_g,
+    at_z,
     start,
     lanes,
     left,
@@ -146,8 +148,8 @@ def _block(
     FULL: tl.constexpr,
 ):
     """Step one block. With `FULL` all its elements exist and each tensor begins at a multiple of 16 bytes."""
-    at_w, at_g, at_m, at_v = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
-    at_s, at_x, at_z = tl.load(row + 7), tl.load(row + 8), tl.load(row + 9)
+    at_w, at_m, at_v = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    at_s, at_x = tl.load(row + 6), tl.load(row + 7)
     m = load(at_m, start, lanes, left, M, C, FULL)
     w = m
     if PHASE != "advance" or COUPLED:
@@ -212,6 +214,7 @@ def _block(
 @jit(do_not_specialize=[*NUMBERS, "tensors"])
 def update(
     table,
+    gradients,
     partials,
     lr_at,
     tensors,
@@ -266,8 +269,14 @@ def update(
 ):
     """Step one block of one tensor: wholly, or the moments only ("advance"), or the parameter only ("move")."""
     block = tl.program_id(0).to(tl.int64)
-    row = table + tl.load(table + tensors.to(tl.int64) * COLUMNS + block) * COLUMNS
-    n, first, aligned = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    owner = tl.load(table + tensors.to(tl.int64) * COLUMNS + block)
+    row = table + owner * COLUMNS
+    n, first = tl.load(row), tl.load(row + 1)
+    at_g = tl.load(gradients + owner)
+    at_z = at_g
+    if GIVEN:
+        at_z = tl.load(gradients + tensors + owner)
+    aligned = (tl.load(row + 2) != 0) & (((at_g | at_z) & 15) == 0)
     start = (block - first) * BLOCK
     left = tl.minimum(n - start, BLOCK).to(tl.int32)
     lanes = tl.arange(0, BLOCK)
@@ -276,7 +285,7 @@ def update(
     over_bias_var, over_centre = number(over_bias_var, C), number(over_centre, C)
     t, blend, k = number(t, C), number(blend, C), number(k, C)
     if TENSOR_STEPS:
-        t = tl.load(tl.load(row + 10).to(tl.pointer_type(tl.float32))).to(C)
+        t = tl.load(tl.load(row + 8).to(tl.pointer_type(tl.float32))).to(C)
         over_bias1, over_root2, over_bias_var, over_centre, blend, k = corrections(
             t, number(log1, C), number(log2, C), number(log_rho, C), number(ratio, C), number(weight_rho, C),
             BIAS, DEBIAS, GIVEN, C,
@@ -291,19 +300,19 @@ def update(
     open_until = number(open_until, C)
     softness, coefficient = number(softness, C), number(coefficient, C)
     # Compiled twice: only where no element is left out are wide loads and stores possible.
-    if (aligned != 0) & (left == BLOCK):
+    if aligned & (left == BLOCK):
         _block(
-            row, start, lanes, left, partials, first, block, t, lr, weight_decay, weight1, beta2, weight2, rho, eps,
-            mask_eps, min_q, bound, softness, coefficient, over_bias1, over_root2, over_bias_var, over_centre, blend, k,
-            open_until, P, G, M, V, S, X, Z, C, PHASE, MASK, AMSGRAD, COUPLED, DECOUPLED, MAXIMIZE, DEBIAS, GIVEN,
-            MASK_DECAY, FROM_END, TENSOR_STEPS, BLOCK, True,
+            row, at_g, at_z, start, lanes, left, partials, first, block, t, lr, weight_decay, weight1, beta2, weight2,
+            rho, eps, mask_eps, min_q, bound, softness, coefficient, over_bias1, over_root2, over_bias_var, over_centre,
+            blend, k, open_until, P, G, M, V, S, X, Z, C, PHASE, MASK, AMSGRAD, COUPLED, DECOUPLED, MAXIMIZE, DEBIAS,
+            GIVEN, MASK_DECAY, FROM_END, TENSOR_STEPS, BLOCK, True,
         )  # fmt: skip
     else:
         _block(
-            row, start, lanes, left, partials, first, block, t, lr, weight_decay, weight1, beta2, weight2, rho, eps,
-            mask_eps, min_q, bound, softness, coefficient, over_bias1, over_root2, over_bias_var, over_centre, blend, k,
-            open_until, P, G, M, V, S, X, Z, C, PHASE, MASK, AMSGRAD, COUPLED, DECOUPLED, MAXIMIZE, DEBIAS, GIVEN,
-            MASK_DECAY, FROM_END, TENSOR_STEPS, BLOCK, False,
+            row, at_g, at_z, start, lanes, left, partials, first, block, t, lr, weight_decay, weight1, beta2, weight2,
+            rho, eps, mask_eps, min_q, bound, softness, coefficient, over_bias1, over_root2, over_bias_var, over_centre,
+            blend, k, open_until, P, G, M, V, S, X, Z, C, PHASE, MASK, AMSGRAD, COUPLED, DECOUPLED, MAXIMIZE, DEBIAS,
+            GIVEN, MASK_DECAY, FROM_END, TENSOR_STEPS, BLOCK, False,
         )  # fmt: skip
 
 
@@ -347,7 +356,7 @@ def pool(
     noise = (tl.sum(noises, axis=0) * BLOCK / n.to(tl.float64)).to(C)
     k = number(k, C)
     if TENSOR_STEPS:
-        t = tl.load(tl.load(row + 10).to(tl.pointer_type(tl.float32))).to(C)
+        t = tl.load(tl.load(row + 8).to(tl.pointer_type(tl.float32))).to(C)
         if DEBIAS:
             bias1 = one_minus_power(number(log1, C), t, C)
             k = number(ratio, C) * divide(2 - bias1, bias1, C)
@@ -355,7 +364,7 @@ def pool(
               number(mask_eps, C), number(min_q, C), MASK, DEBIAS, C)  # fmt: skip
     if TENSOR_STEPS:
         q = tl.where(t <= number(open_until, C), 1.0, q)
-    tl.store(partials + first, q)
+    tl.store(partials + first, q, mask=n > 0)  # a tensor without elements has no blocks
 
 
 @jit()

@@ -1,22 +1,25 @@
-"""Where the kernel for CUDA finds its tensors: a table of sizes and addresses, made on the host, kept on the device.
+"""Where the kernel for CUDA finds its tensors: tables of sizes and addresses, made on the host, kept on the device.
 
-The table is one tensor of int64: a row of `COLUMNS` numbers for each tensor, and then for each block of elements the
-number of its tensor.
+Two tables of int64. One is of what seldom changes: a row of `COLUMNS` numbers for each tensor, and then for each block
+of elements the number of its tensor. The other, small, holds the addresses of the gradients, which may come at others
+in every step, and then those of their variances where they are given.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# A tensor's row: its number of elements, its first block, whether its memory allows wide loads, the addresses of p, g,
-# m, v, s, of the maximum of v (or of v) and of the gradient's variance (or of g), and that of its step count (or 0).
-COLUMNS = 11
+# A tensor's row: its number of elements, its first block, whether its memory allows wide loads, the addresses of p, m,
+# v, s and of the maximum of v (or of v), and that of its step count.
+COLUMNS = 9
 
-# Tables in use: a few for each parameter group; more only where gradients change their addresses at every step.
-MOST_TABLES = 256
+# Tables kept for a parameter group: of each kind one is in use, more where steps differ, or where gradients change
+# their addresses at every step.
+MOST_TABLES = {"rows": 32, "gradients": 256}
 
 
 class Places(NamedTuple):
@@ -24,12 +27,10 @@ class Places(NamedTuple):
 
     sizes: bytes
     params: bytes
-    grads: bytes
     exp_avgs: bytes
     exp_avg_sqs: bytes
     exp_avg_vars: bytes
     max_exp_avg_sqs: bytes
-    grad_vars: bytes
     steps: bytes
 
     @property
@@ -38,28 +39,37 @@ class Places(NamedTuple):
         return len(self.sizes) // 8
 
 
-class Table(NamedTuple):
-    """A table on the device, and the number of blocks that its tensors have."""
+class Tables(NamedTuple):
+    """Both tables on the device, and the number of blocks that the tensors have."""
 
-    numbers: Tensor
+    rows: Tensor
+    gradients: Tensor
     blocks: int
 
 
-def built(places: Places, block: int) -> Table:
-    """Return the table on the host, for blocks of so many elements."""
-    n, *addresses, steps = torch.frombuffer(bytearray(b"".join(places)), dtype=torch.int64).view(len(places), -1)
+class _Numbers(NamedTuple):
+    """A table, and what else is to be known of it on the host."""
+
+    values: Tensor
+    blocks: int
+
+
+def built(places: Places, block: int) -> _Numbers:
+    """Return the table of rows on the host, for blocks of so many elements, and how many blocks there are."""
+    n, *addresses, steps = _integers(b"".join(places)).view(len(places), -1)
     blocks = (n + (block - 1)).div(block, rounding_mode="floor")
     joined = addresses[0]
     for column in addresses[1:]:
         joined = joined | column
     rows = torch.stack([n, blocks.cumsum(0) - blocks, (joined % 16 == 0).long(), *addresses, steps], 1)
     owners = torch.repeat_interleave(torch.arange(len(n), device="cpu"), blocks)
-    return Table(torch.cat([rows.flatten(), owners]), len(owners))
+    return _Numbers(torch.cat([rows.flatten(), owners]), len(owners))
 
 
-# By what they hold, so that none goes stale; and by stream, so that the memory of one that is dropped is used again
-# only after the kernels that read it: both are work of the same stream.
-_tables: dict[tuple[torch.device, int, int, Places], Table] = {}
+def _integers(packed: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(packed), dtype=torch.int64)
+
+
 # Host memory that captured graphs read at every replay. How long a graph lives cannot be known, so it is kept.
 _read_by_graphs: list[Tensor] = []
 # Pinned host memory for tables of captured graphs, by size: allocating it during a capture fails in older torch.
@@ -67,36 +77,52 @@ _reserve: dict[int, list[Tensor]] = {}
 _MOST_RESERVED = 8
 
 
-def table_of(places: Places, block: int, device: torch.device, keep: bool) -> Table:
-    """Return the table on the device, from the cache where it is there already.
+def tables_of(
+    places: Places, gradients: bytes, block: int, device: torch.device, reserve: bool, memory: dict[str, Any]
+) -> Tables:
+    """Return the tables on the device, from the memory of the parameter group where they are there already.
 
-    With `keep`, memory is put aside for a later capture of the same step into a graph.
+    With `reserve`, memory is put aside for a later capture of the same step into a graph.
     """
-    if device.type == "cpu":
-        return built(places, block)
-    if torch.cuda.is_current_stream_capturing():
-        # Never from the cache, which may drop what the graph goes on reading. The copy becomes a node of the graph:
-        # it reads the host's memory, which is kept, at every replay, and writes to memory of the graph's own pool,
-        # which lives as long as the graph. Nor into the cache: before the first replay nothing has been copied.
-        table = built(places, block)
-        reserved = _reserve.get(len(table.numbers))
-        source = (reserved.pop() if reserved else _pinned(len(table.numbers))).copy_(table.numbers)
-        _read_by_graphs.append(source)
-        return Table(source.to(device, non_blocking=True), table.blocks)
-    key = (device, torch.cuda.current_stream(device).cuda_stream, block, places)
-    cached = _tables.pop(key, None)
-    if cached is None:
-        table = built(places, block)
-        size = len(table.numbers)
-        if keep and len(_reserve.setdefault(size, [])) < _MOST_RESERVED:
-            _reserve[size].append(_pinned(size))
-        # The pinned memory may go at once: torch lends it to nobody else before the copy is done.
-        numbers = _pinned(size).copy_(table.numbers).to(device, non_blocking=True)
-        cached = Table(numbers, table.blocks)
-        if len(_tables) >= MOST_TABLES:
-            _tables.pop(next(iter(_tables)))
-    _tables[key] = cached  # last, as the most recently used
-    return cached
+
+    def bring(kind: str, key: tuple[Hashable, ...], build: Callable[[], _Numbers]) -> _Numbers:
+        if device.type == "cpu":
+            return build()
+        if torch.cuda.is_current_stream_capturing():
+            return _for_a_graph(build(), device)
+        # By what a table holds, so that none goes stale; and by stream, so that the memory of one that is dropped is
+        # used again only after the kernels that read it: both are work of the same stream.
+        kept = memory.setdefault(kind, {})
+        key = (device, torch.cuda.current_stream(device).cuda_stream, *key)
+        found: _Numbers | None = kept.pop(key, None)
+        if found is None:
+            found = _brought(build(), device, reserve)
+            if len(kept) >= MOST_TABLES[kind]:
+                kept.pop(next(iter(kept)))
+        kept[key] = found  # last, as the most recently used
+        return found
+
+    rows = bring("rows", (block, places), lambda: built(places, block))
+    grads = bring("gradients", (gradients,), lambda: _Numbers(_integers(gradients), 0))
+    return Tables(rows.values, grads.values, rows.blocks)
+
+
+def _brought(table: _Numbers, device: torch.device, reserve: bool) -> _Numbers:
+    size = len(table.values)
+    if reserve and len(_reserve.setdefault(size, [])) < _MOST_RESERVED:
+        _reserve[size].append(_pinned(size))
+    # The pinned memory may go at once: torch lends it to nobody else before the copy is done.
+    return table._replace(values=_pinned(size).copy_(table.values).to(device, non_blocking=True))
+
+
+def _for_a_graph(table: _Numbers, device: torch.device) -> _Numbers:
+    # Never one that is kept, which may be dropped while the graph goes on reading it. The copy becomes a node of the
+    # graph: it reads the host's memory, which is kept, at every replay, and writes to memory of the graph's own pool,
+    # which lives as long as the graph. Nor is it kept: before the first replay nothing has been copied.
+    reserved = _reserve.get(len(table.values))
+    source = (reserved.pop() if reserved else _pinned(len(table.values))).copy_(table.values)
+    _read_by_graphs.append(source)
+    return table._replace(values=source.to(device, non_blocking=True))
 
 
 def _pinned(size: int) -> Tensor:

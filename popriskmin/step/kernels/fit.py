@@ -37,6 +37,7 @@ class State(NamedTuple):
     shapes: list[torch.Size]
     layout: Layout
     sizes: bytes
+    memory: dict[str, Any]  # what the kernel itself keeps of them
 
 
 def packed(numbers: Iterable[int], count: int) -> bytes:
@@ -48,8 +49,7 @@ def fits_as_usual(lists: Lists, state_steps: list[Tensor], known: State | None) 
     """Return what the kernel is told if all is dense, on one device, list by list of one type, and lies alike.
 
     That is the usual case, and soon seen. None says only that it is not the usual case. `known` is what this returned
-    for the step before. The device is the CPU or one for CUDA; there the steps may be counted on either, and no tensor
-    is empty.
+    for the step before. The device is the CPU or one for CUDA, where the steps may be counted on either.
     """
     params, grads = lists.params, lists.grads
     held = [*lists.held, state_steps]
@@ -63,16 +63,14 @@ def fits_as_usual(lists: Lists, state_steps: list[Tensor], known: State | None) 
             found = known
             good = _layout(params) == known.layout and len(set(map(_dtype, params))) == 1
         else:
-            sizes = list(map(Tensor.numel, params))
             layout = _layout(params)
-            found = State(held, addresses, shapes, layout, packed(sizes, len(params)))
+            found = State(held, addresses, shapes, layout, packed(map(Tensor.numel, params), len(params)), {})
             good = (
                 (layout is None or all(map(is_dense, params)))
                 and all(_are_usual(tensors, found, device) for tensors in lists.held if tensors)
                 and not any(map(Tensor.is_neg, params))
                 and all(map(_is_counter, state_steps))
                 and (_are_on(state_steps, -1) or _are_on(state_steps, device))
-                and (device < 0 or 0 not in sizes)
             )
         for given in (grads, lists.grad_vars) if lists.grad_vars else (grads,):
             good = good and _are_usual(given, found, device) and not any(map(Tensor.is_neg, given))

@@ -5,6 +5,8 @@ import re
 import pytest
 from step.kernels.triton_problems import TYPES, f32, f64, needs_triton
 
+from popriskmin.step.kernels.cuda_table import COLUMNS
+
 
 def compiled(kernel, types, **flags):
     """Return the assembly that Triton makes of a kernel for an A100."""
@@ -14,13 +16,13 @@ def compiled(kernel, types, **flags):
     from popriskmin.step.kernels import cuda_step
 
     wide = f64 if f64 in (types[0], types[2]) else f32
-    flags = {"PHASE": "all", "MASK": "snr", "DECOUPLED": True, "BIAS": True, "COLUMNS": 11, "BLOCK": 1024} | flags
+    flags = {"PHASE": "all", "MASK": "snr", "DECOUPLED": True, "BIAS": True, "COLUMNS": COLUMNS, "BLOCK": 1024} | flags
     off = ["AMSGRAD", "COUPLED", "MAXIMIZE", "DEBIAS", "GIVEN", "MASK_DECAY", "FROM_END", "TENSOR_STEPS", "TENSOR_LR"]
     constants = {**dict.fromkeys(off, False), "CHUNK": 4096, "C": cuda_step.TYPES[wide], **flags}
     constants |= {name: cuda_step.TYPES[t] for name, t in zip("PGMVSXZ", [*types, types[3], types[3], types[1]])}
     function = getattr(cuda_step, kernel)
-    kinds = {"table": "*i64", "lr_at": "*fp64", "partials": "*fp64" if wide == f64 else "*fp32", "tensors": "i32",
-             "blocks": "i32"}  # fmt: skip
+    kinds = {"table": "*i64", "gradients": "*i64", "lr_at": "*fp64", "tensors": "i32", "blocks": "i32"}
+    kinds["partials"] = "*fp64" if wide == f64 else "*fp32"
     number = "i64" if wide == f64 else "i32"
     names = function.arg_names
     signature = {name: "constexpr" if name in constants else kinds.get(name, number) for name in names}

@@ -19,7 +19,8 @@ from step.kernels.triton_problems import (
 )
 from strategies import made_up_variances
 
-from popriskmin.step.kernels import cuda, cuda_table
+from popriskmin.step.kernels import cuda
+from popriskmin.step.kernels.fit import fits_as_usual
 from popriskmin.step.lists import Lists
 
 GRID = [
@@ -109,7 +110,8 @@ def test_a_captured_graph_steps_like_the_loop(drawn):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        cuda.step(ours.lists(grads[0]), ours.steps, hyper)
+        lists = ours.lists(grads[0])
+        cuda.step(lists, ours.steps, hyper, fits_as_usual(lists, ours.steps, None))
     torch.cuda.current_stream().wait_stream(stream)
     static = ours.lists(grads[1])
     torch.cuda.synchronize()
@@ -121,7 +123,6 @@ def test_a_captured_graph_steps_like_the_loop(drawn):
             target.copy_(torch.as_tensor(value))
         lr.mul_(0.5)
         graph.replay()
-        cuda_table._tables.clear()
         _ = [torch.full((4096,), -1, device="cuda") for _ in range(50)]
     lr.fill_(0.01)
     for i, g in enumerate(grads):
@@ -132,17 +133,17 @@ def test_a_captured_graph_steps_like_the_loop(drawn):
 
 
 @hardware
-def test_another_stream_gets_a_table_of_its_own():
+def test_another_stream_gets_tables_of_its_own():
     grads = gradients({"seed": 1, "scale": 1.0, "steps": 1}, LARGE)[0]
     made = Problem(LARGE, (f32,) * 4, False, device="cuda")
     lists = made.lists(grads)
-    cuda_table._tables.clear()
-    cuda.step(lists, made.steps, hyperparameters({}))
+    state = fits_as_usual(lists, made.steps, None)
+    cuda.step(lists, made.steps, hyperparameters({}), state)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        cuda.step(lists, made.steps, hyperparameters({}))
+        cuda.step(lists, made.steps, hyperparameters({}), state)
     torch.cuda.synchronize()
-    assert len(cuda_table._tables) == 2
+    assert [len(kept) for kept in state.memory.values()] == [2, 2]
 
 
 @hardware

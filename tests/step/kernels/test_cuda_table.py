@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from popriskmin.step.kernels import cuda_table
-from popriskmin.step.kernels.cuda_table import COLUMNS, Places, built, table_of
+from popriskmin.step.kernels.cuda_table import COLUMNS, MOST_TABLES, Places, built, tables_of
 
 BLOCK = 1024
 
@@ -15,19 +15,19 @@ def places(sizes, addresses=None, steps=None):
     """Return tensors of these sizes, all of whose addresses are the same."""
     packed = lambda numbers: struct.pack(f"{len(sizes)}q", *numbers)  # noqa: E731
     addresses = packed(addresses or [16] * len(sizes))
-    return Places(packed(sizes), *[addresses] * 7, packed(steps or [8] * len(sizes)))
+    return Places(packed(sizes), *[addresses] * 5, packed(steps or [8] * len(sizes)))
 
 
 class Streams:
     """Stand in for what the tables ask of CUDA; the meta device for one of its devices."""
 
     def __init__(self, monkeypatch):
-        self.capturing, self.current, self.allocated = False, 1, []
+        self.capturing, self.current, self.allocated, self.memory = False, 1, [], {}
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: self)
         monkeypatch.setattr(cuda_table, "_pinned", self.pinned)
-        for name, empty in (("_tables", {}), ("_reserve", {}), ("_read_by_graphs", [])):
-            monkeypatch.setattr(cuda_table, name, empty)
+        monkeypatch.setattr(cuda_table, "_reserve", {})
+        monkeypatch.setattr(cuda_table, "_read_by_graphs", [])
 
     @property
     def cuda_stream(self):
@@ -38,60 +38,79 @@ class Streams:
         self.allocated.append(torch.full((size,), -1))
         return self.allocated[-1]
 
-    def table(self, n, keep=True):
-        return table_of(places([n]), BLOCK, torch.device("meta"), keep)
+    def tables(self, n, gradient=16, reserve=True):
+        packed = struct.pack("q", gradient)
+        return tables_of(places([n]), packed, BLOCK, torch.device("meta"), reserve, self.memory)
 
 
 def test_a_table_lists_tensors_and_blocks():
-    sizes, addresses = [1, BLOCK, BLOCK + 1, 8], [16, 32, 48, 60]
-    table = built(places(sizes, addresses, steps=[1, 2, 3, 4]), BLOCK)
+    sizes, addresses = [1, BLOCK, 0, BLOCK + 1, 8], [16, 32, 0, 48, 60]
+    table = built(places(sizes, addresses, steps=[1, 2, 3, 4, 5]), BLOCK)
     assert table.blocks == 5
-    *rows, owners = table.numbers.split([COLUMNS] * 4 + [5])
-    assert owners.tolist() == [0, 1, 2, 2, 3]
-    expected = zip(sizes, [0, 1, 2, 4], [1, 1, 1, 0], *[addresses] * 7, [1, 2, 3, 4])
+    *rows, owners = table.values.split([COLUMNS] * 5 + [5])
+    assert owners.tolist() == [0, 1, 3, 3, 4]
+    expected = zip(sizes, [0, 1, 2, 2, 4], [1, 1, 1, 1, 0], *[addresses] * 5, [1, 2, 3, 4, 5])
     assert [row.tolist() for row in rows] == [list(row) for row in expected]
 
 
-@pytest.mark.parametrize("odd", range(7))
+@pytest.mark.parametrize("odd", range(5))
 def test_one_tensor_off_its_alignment_is_enough(odd):
     held = places([5])
     off = held._replace(**{Places._fields[1 + odd]: struct.pack("q", 40)})
-    assert [built(x, BLOCK).numbers[2].item() for x in (held, off)] == [1, 0]
+    assert [built(x, BLOCK).values[2].item() for x in (held, off)] == [1, 0]
     # A step count is read by itself.
-    assert built(held._replace(steps=struct.pack("q", 4)), BLOCK).numbers[2] == 1
+    assert built(held._replace(steps=struct.pack("q", 4)), BLOCK).values[2] == 1
+
+
+def test_on_the_host_the_tables_are_made_anew():
+    tables = tables_of(places([5]), struct.pack("2q", 16, 24), BLOCK, torch.device("cpu"), False, {})
+    assert (tables.rows[0], tables.gradients.tolist(), tables.blocks) == (5, [16, 24], 1)
 
 
 def test_a_default_device_does_not_matter():
     torch.set_default_device("meta")
     try:
-        assert built(places([3, 5]), BLOCK).numbers.device.type == "cpu"
+        assert built(places([3, 5]), BLOCK).values.device.type == "cpu"
     finally:
         torch.set_default_device(None)
 
 
 def test_tables_are_kept_while_they_are_used(monkeypatch):
-    monkeypatch.setattr(cuda_table, "MOST_TABLES", 2)
+    monkeypatch.setitem(MOST_TABLES, "rows", 2)
     streams = Streams(monkeypatch)
-    one, two = streams.table(1), streams.table(2)
-    assert streams.table(1) is one
-    streams.table(3)
-    assert streams.table(1) is one
-    assert streams.table(2) is not two
+    one, two = streams.tables(1).rows, streams.tables(2).rows
+    assert streams.tables(1).rows is one
+    streams.tables(3)
+    assert streams.tables(1).rows is one
+    assert streams.tables(2).rows is not two
     streams.current = 2
-    assert streams.table(1) is not one
+    assert streams.tables(1).rows is not one
 
 
-def test_a_graph_gets_a_table_that_nobody_else_uses(monkeypatch):
+def test_gradients_at_other_addresses_want_a_small_table_only(monkeypatch):
     streams = Streams(monkeypatch)
-    eager = streams.table(1)
+    one, other = streams.tables(1, gradient=16), streams.tables(1, gradient=32)
+    assert other.rows is one.rows
+    assert other.gradients is not one.gradients
+    assert streams.tables(1, gradient=16).gradients is one.gradients
+    for gradient in range(48, 48 + 16 * MOST_TABLES["gradients"], 16):
+        streams.tables(1, gradient=gradient)
+    assert len(streams.memory["gradients"]) == MOST_TABLES["gradients"]
+    assert streams.tables(1, gradient=16).gradients is not one.gradients
+
+
+def test_a_graph_gets_tables_that_nobody_else_uses(monkeypatch):
+    streams = Streams(monkeypatch)
+    eager = streams.tables(1)
     streams.capturing = True
-    captured = streams.table(1)
-    assert captured is not eager
+    captured = streams.tables(1)
+    assert captured.rows is not eager.rows
+    assert captured.gradients is not eager.gradients
     assert captured.blocks == eager.blocks == 1
-    assert len(cuda_table._tables) == 1
+    assert [len(kept) for kept in streams.memory.values()] == [1, 1]
     # The host's memory was allocated before, and holds what the graph will read.
-    (source,) = cuda_table._read_by_graphs
-    assert any(source is memory for memory in streams.allocated)
-    assert source[0] == 1
+    rows, gradients = cuda_table._read_by_graphs
+    assert all(any(source is memory for memory in streams.allocated) for source in (rows, gradients))
+    assert (rows[0], gradients.tolist()) == (1, [16])
     streams.capturing = False
-    assert streams.table(1) is eager
+    assert streams.tables(1).rows is eager.rows
