@@ -108,8 +108,8 @@ class PRM(CheckedOptimizer):
         True takes the implementation that works on whole lists, False a loop over tensors, slower, with the same
         result. None takes lists where nothing is fused and torch allows it, else the loop.
     fused
-        None takes the fused kernel for whatever fits it on the CPU. True insists on it, on a CUDA device too, and
-        raises saying why where it cannot be had; False does without.
+        None takes the fused kernel for whatever fits it, on the CPU or CUDA. True insists on it, and raises saying why
+        where it cannot be had; False does without.
 
     Raises
     ------

@@ -71,8 +71,8 @@ def prm(
         Tensors of shape `()` that count the steps taken; each is increased by 1. With `capturable` they lie on
         the parameter's device and no value is read back to the host.
     foreach, fused
-        Which implementation. With None for both, the fused kernel takes what fits it on the CPU, and foreach the
-        rest (not tensor subclasses that torch does not list as supported, and nothing with `differentiable`).
+        Which implementation. With None for both, the fused kernel takes what fits it, and foreach the rest (not
+        tensor subclasses that torch does not list as supported, and nothing with `differentiable`).
     coefficient
         The boundary's `a`, see `popriskmin.mask.boundary_coefficient`.
     mask_eps

@@ -7,6 +7,7 @@ import torch
 
 from popriskmin import PRM
 from popriskmin.mask import Hyperparameters
+from popriskmin.step import kernels
 from popriskmin.step.kernels import cpu, fit, fused_prm
 from popriskmin.step.lists import Lists
 
@@ -114,6 +115,68 @@ def test_a_mixed_list_takes_the_kernel_and_foreach():
     everything, _ = stepped(params, grads, fused=True)
     for a, b in zip(everything, ours):
         assert torch.equal(a, b)
+
+
+@needs_kernel
+def test_a_group_of_several_types_goes_by_parts_that_are_remembered(monkeypatch):
+    params = [torch.nn.Parameter(torch.randn(3, 4).to(t)) for t in (torch.float32, torch.bfloat16, torch.float32)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = PRM(params, lr=0.1)
+    optimizer.step()
+    states = list(optimizer._memories[0].values())
+    assert [len(state.shapes) for state in states] == [2, 1]
+    monkeypatch.setattr(kernels, "misfit", None)  # looked at singly no more
+    optimizer.step()
+    assert all(a is b for a, b in zip(optimizer._memories[0].values(), states))
+    assert all(state["step"] == 2 for state in optimizer.state.values())
+
+
+@needs_kernel
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_images_in_channels_last_take_the_quick_way(monkeypatch, amsgrad):
+    """With a kernel of 1 by 1, whose gradient may tell other strides for the dimensions that have one element."""
+    monkeypatch.setattr(kernels, "misfit", None)
+    results = []
+    for how in ({"fused": True}, {"foreach": False}):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 5, 1))
+        model = model.to(memory_format=torch.channels_last)
+        optimizer = PRM(model.parameters(), lr=0.1, amsgrad=amsgrad, **how)
+        for _ in range(3):
+            optimizer.zero_grad()
+            x = torch.randn(2, 3, 6, 6).to(memory_format=torch.channels_last)
+            model(x).square().mean().backward()
+            model[2].weight.grad = model[2].weight.grad.contiguous().as_strided((5, 4, 1, 1), (4, 1, 4, 4))
+            optimizer.step()
+        results.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("stride", "alike"), [((4, 1, 4, 4), True), ((4, 1, 1, 1), True), ((1, 5, 1, 1), False)])
+def test_strides_of_dimensions_with_one_element_say_nothing(stride, alike):
+    param = torch.ones(5, 4, 1, 1)
+    grad = torch.ones(20).as_strided((5, 4, 1, 1), stride)
+    assert (fit.matched(grad, param) is grad) == alike
+    held, steps = lists(**dict.fromkeys(Lists._fields, param) | {"grads": grad})
+    assert fit.misfit(held, steps, 0) is None
+    assert (fit.fits_as_usual(held, steps, None) is not None) == alike
+
+
+@pytest.mark.parametrize(("device", "name"), [("cpu", ""), ("meta", " for meta")])
+def test_a_missing_kernel_is_told_once_where_the_step_is_called(device, name, monkeypatch, recwarn):
+    kernels._warn_without_kernel.cache_clear()
+    monkeypatch.setitem(kernels.KERNELS, device, kernels.Kernel(lambda: "no compiler", cpu.step))
+    param = torch.nn.Parameter(torch.ones(3, device=device))
+    param.grad = torch.ones_like(param)
+    optimizer = PRM([param], lr=0.1)
+    for _ in range(2):
+        optimizer.step()
+    (told,) = [warning for warning in recwarn if "fused" in str(warning.message)]
+    assert str(told.message) == f"PRM works without its fused step{name}, several times slower: no compiler"
+    assert told.filename == __file__
+    assert optimizer.state[param]["step"] == 2
 
 
 def test_devices_without_a_kernel_are_left_to_foreach_at_once():
