@@ -27,12 +27,15 @@ from tables_runs import Arm, Stack, train
 SEEDS = 5
 PROBES = (0, 500)
 ADAMW_DECAYS = (0.01, 1.0, 10.0)
+# Weights of the first layer's absolute values in the loss.
+PENALTIES = (1e-4, 1e-3, 1e-2)
+Z_2 = {"mask": "threshold", "softness": 4.0}
 
 FIRST = [
     Arm("adamw", "adamw", decays=ADAMW_DECAYS),
     Arm("snr", "prm"),
     Arm("soft", "prm", options={"mask": "soft"}),
-    Arm("threshold z=2", "prm", options={"mask": "threshold", "softness": 4.0}),
+    Arm("threshold z=2", "prm", options=Z_2),
     Arm("threshold z=3", "prm", options={"mask": "threshold", "softness": 9.0}),
     Arm("sgd", "sgd", rates=(0.003, 0.01, 0.03, 0.1)),
 ]
@@ -41,19 +44,25 @@ SECOND = [
     Arm("hard", "prm", options={"mask": "hard"}),
 ]
 THIRD = [
-    Arm("adamw, L1 on the first layer", "adamw", decays=(1e-4, 1e-3, 1e-2), l1=True),
+    Arm("adamw, L1 on the first layer", "adamw", decays=PENALTIES, l1=True),
     Arm("adamw, averaged", "adamw", decays=ADAMW_DECAYS, average=True),
     Arm("adamw-matched to soft", "matched", options={"mask": "soft"}, follows="soft"),
     Arm("adamw-matched to snr", "matched", follows="snr"),
 ]
-ARMS = {arm.name: arm for arm in [*FIRST, *SECOND, *THIRD]}
+FOURTH = [
+    Arm("snr, L1 on the first layer", "prm", decays=PENALTIES, l1=True),
+    Arm("threshold z=2, L1 on the first layer", "prm", decays=PENALTIES, l1=True, options=Z_2),
+    Arm("soft, L1 on the first layer", "prm", decays=PENALTIES, l1=True, options={"mask": "soft"}),
+    Arm("hard, L1 on the first layer", "prm", decays=PENALTIES, l1=True, options={"mask": "hard"}),
+]
+ARMS = {arm.name: arm for arm in [*FIRST, *SECOND, *THIRD, *FOURTH]}
 REFERENCES = "references"
 
 
 def wanted(tables: list[str], probes: list[int]) -> Iterator[tuple[str, int, list[str]]]:
     """Yield what is to be done in its order: the arms that matter most, on all tables, before the others."""
-    names = [[arm.name for arm in group] for group in (FIRST, SECOND, THIRD)]
-    for arms in (names[0], names[1], [REFERENCES, *names[2]]):
+    names = [[arm.name for arm in group] for group in (FIRST, SECOND, THIRD, FOURTH)]
+    for arms in (names[0], names[1], [REFERENCES, *names[2]], names[3]):
         for table in tables:
             for number in probes:
                 yield table, number, arms

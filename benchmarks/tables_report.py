@@ -21,6 +21,7 @@ RIVALS = ("adamw", "sgd", PENALTY, "adamw, averaged")
 BASE = "adamw"
 Z_2 = "threshold z=2"
 FIRST_OF_PRM = ("snr", "debias", "soft", "hard", Z_2, "threshold z=3")
+TOGETHER = tuple(f"{mask}, L1 on the first layer" for mask in ("snr", Z_2, "soft", "hard"))
 REFERENCES = "references"
 RESULTS = "results.json"
 MARKS = ("<!-- tables: made by benchmarks/tables.py report -->", "<!-- end of the tables -->")
@@ -132,7 +133,7 @@ def prm_arms(cells: dict[Key, dict[str, Cell]]) -> list[str]:
 def summary(cells: dict[Key, dict[str, Cell]], probes: int) -> dict[str, Any]:
     """Return for each arm, over the tables that have it: better, unclear, worse than AdamW, and the mean ratio."""
     mine = [arms for key, arms in cells.items() if key[1] == probes]
-    names = [*RIVALS[1:], *prm_arms(cells), "adamw-matched to soft", "adamw-matched to snr"]
+    names = [*RIVALS[1:], *prm_arms(cells), *TOGETHER, "adamw-matched to soft", "adamw-matched to snr"]
     found: dict[str, Any] = {}
     for name in names:
         there = [arms for arms in mine if name in arms]
@@ -250,6 +251,9 @@ def page(cells: dict[Key, dict[str, Cell]], common: dict[Key, dict[str, Cell]], 
     if further:
         mine = {f"{table} + {level}": cells[table, level] for table, level in sorted(cells) if table in further}
         parts += ["### From none of such columns to many", "", *loss_table(mine), ""]
+    together = together_tables(common)
+    if together:
+        parts += ["### A mask and the penalty together", "", *together, ""]
     parts += ["### Rules", "", *rules_table(found["rules"])]
     return "\n".join(parts) + "\n"
 
@@ -272,6 +276,33 @@ def loss_table(mine: dict[str, dict[str, Cell]]) -> list[str]:
         there = arms.get(REFERENCES, {})
         cell += [f"{np.mean(there[name]['loss']):.3f}" if name in there else "" for name in references]
         lines.append(f"| {' | '.join(cell)} |")
+    return lines
+
+
+def together_tables(common: dict[Key, dict[str, Cell]]) -> list[str]:
+    """Return the arms that have a mask and the penalty beside the penalty alone: how often better, and every loss."""
+    there = {key: arms for key, arms in common.items() if all(name in arms for name in (PENALTY, *TOGETHER))}
+    levels = sorted({key[1] for key in there})
+    if not there:
+        return []
+    lines = [
+        "| better, unclear, worse than the penalty alone (loss over the penalty's) | "
+        + " | ".join(f"{level} columns that say nothing" for level in levels)
+        + " |",
+        f"| --- |{' --- |' * len(levels)}",
+    ]
+    for name in TOGETHER:
+        cells = []
+        for level in levels:
+            mine = [arms for key, arms in there.items() if key[1] == level]
+            better = ", ".join(map(str, counts([verdict(arms, name, PENALTY) for arms in mine])))
+            cells.append(f"{better} ({mean_ratio([ratio(arms, name, PENALTY) for arms in mine]):.3f})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    names = [BASE, PENALTY, *TOGETHER]
+    lines += ["", f"| table | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
+    for (table, level), arms in there.items():
+        losses = (f"{np.mean(arms[name]['loss']):.3f}" for name in names)
+        lines.append(f"| {table} + {level} | {' | '.join(losses)} |")
     return lines
 
 

@@ -107,6 +107,7 @@ def test_the_study_resumes_and_reports(monkeypatch, tmp_path, capsys):
     words = ["--tables", "wine", "iris", "--probes", "0", "3", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["tables.py", "run", *words, "--cache", str(tmp_path / "cache")])
     few = [arm for name, arm in tables.ARMS.items() if name in ("adamw", "snr", "soft", "adamw-matched to soft")]
+    monkeypatch.setattr(tables, "FOURTH", [])
     monkeypatch.setattr(tables, "FIRST", few[:3])
     monkeypatch.setattr(tables, "SECOND", few[3:])
     monkeypatch.setattr(tables, "THIRD", [])
@@ -153,6 +154,15 @@ def test_the_study_resumes_and_reports(monkeypatch, tmp_path, capsys):
     assert "iris + " not in text
     assert text.count("| soft | 2 |") == 2
     assert json.loads((out / "results.json").read_text())["rules"]["always soft"]["cases"] == [2, 2]
+    # The arms with a mask and the penalty, once they are there.
+    assert "the penalty together" not in text
+    more = [{**row, "arm": name} for row in rows if row["arm"] == "soft" for name in tables_report.TOGETHER]
+    more += [{**row, "arm": tables_report.PENALTY} for row in rows if row["arm"] == "adamw"]
+    tables_report.write([*rows, *more], out, written)
+    text = written.read_text()
+    assert text.count("### A mask and the penalty together") == 1
+    assert text.count("\n| iris + 3 |") == 1
+    assert all(f"| {name} | " in text for name in tables_report.TOGETHER)
     written.write_text("no marks")
     with pytest.raises(SystemExit, match="page.md needs the lines"):
         tables_report.write(tables.read(out), out, written)
