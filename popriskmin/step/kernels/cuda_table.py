@@ -19,7 +19,7 @@ COLUMNS = 9
 
 # Tables kept for a parameter group: of each kind one is in use, more where steps differ, or where gradients change
 # their addresses at every step.
-MOST_TABLES = {"rows": 32, "gradients": 256}
+MOST_TABLES = {"rows": 8, "gradients": 256}
 
 
 class Places(NamedTuple):

@@ -64,7 +64,9 @@ def fits_as_usual(lists: Lists, state_steps: list[Tensor], known: State | None) 
             good = _layout(params) == known.layout and len(set(map(_dtype, params))) == 1
         else:
             layout = _layout(params)
-            found = State(held, addresses, shapes, layout, packed(map(Tensor.numel, params), len(params)), {})
+            sizes = packed(map(Tensor.numel, params), len(params))
+            # What a kernel keeps it finds by addresses, whatever objects stand for them.
+            found = State(held, addresses, shapes, layout, sizes, {} if known is None else known.memory)
             good = (
                 (layout is None or all(map(is_dense, params)))
                 and all(_are_usual(tensors, found, device) for tensors in lists.held if tensors)

@@ -154,6 +154,18 @@ def test_images_in_channels_last_take_the_quick_way(monkeypatch, amsgrad):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_what_a_kernel_keeps_outlives_the_objects():
+    """Sharded parameters may come as other tensors at the same addresses."""
+    held, steps = lists()
+    known = fit.fits_as_usual(held, steps, None)
+    known.memory["tables"] = 1
+    assert fit.fits_as_usual(held, steps, known) is known
+    again = Lists(*[[tensor.detach() for tensor in tensors] for tensors in held])
+    found = fit.fits_as_usual(again, steps, known)
+    assert found is not known
+    assert found.memory is known.memory
+
+
 @pytest.mark.parametrize(("stride", "alike"), [((4, 1, 4, 4), True), ((4, 1, 1, 1), True), ((1, 5, 1, 1), False)])
 def test_strides_of_dimensions_with_one_element_say_nothing(stride, alike):
     param = torch.ones(5, 4, 1, 1)
