@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from penalized import Penalized
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from popriskmin.compare import Task, Trial, compare
 from popriskmin.compare.answer.statistics import interval
+from popriskmin.compare.penalized import L1AdamW
 from popriskmin.tasks.table import passes
 
 functional = nn.functional
@@ -32,7 +32,7 @@ SEEDS = 5
 PRM: list[dict[str, Any]] = [{"mask": "soft"}]
 PENALTY = "AdamW with an L1 penalty"
 FIGURES = {"adamw": "AdamW", "prm": "snr", "prm mask=soft": "soft", "adamw-matched": "AdamW matched to snr"}
-ARMS = {f"L1 {strength:g}": (Penalized, {"strength": strength}) for strength in (1e-4, 1e-3, 1e-2)}
+ARMS = {f"L1 {strength:g}": (L1AdamW, {"l1": strength}) for strength in (1e-4, 1e-3, 1e-2)}
 
 
 @dataclasses.dataclass

@@ -13,7 +13,6 @@ from sklearn.datasets import load_digits
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 
 import beyond_columns
-import penalized
 
 
 def drawn(problem, number=600):
@@ -52,21 +51,6 @@ def test_the_marked_token_tells_the_class():
     marked = x[x[..., 0] == 3]
     assert len(marked) == len(x)
     assert torch.equal(labels, 2 * (marked[:, 1] > 0).long() + (marked[:, 2] > 0).long())
-
-
-def test_the_penalty_is_that_of_the_loss():
-    x = torch.randn(8, 5)
-    models = [torch.nn.Linear(5, 3) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    ours = penalized.Penalized(models[0].parameters(), strength=0.1, lr=0.01)
-    plain = torch.optim.AdamW(models[1].parameters(), lr=0.01)
-    for _ in range(5):
-        for model, optimizer, strength in ((models[0], ours, 0), (models[1], plain, 0.1)):
-            optimizer.zero_grad()
-            (model(x).square().mean() + strength * model.weight.abs().sum()).backward()
-            optimizer.step()
-    for one, other in zip(models[0].parameters(), models[1].parameters()):
-        torch.testing.assert_close(one, other)
 
 
 def test_the_script(monkeypatch, tmp_path, capsys):
