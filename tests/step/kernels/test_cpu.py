@@ -128,7 +128,9 @@ def test_agrees_with_the_loop_and_touches_nothing_else(
         # A scalar on the boundary of the hard mask, or of a type's rounding, may fall to either side.
         hard = options["mask"] == "hard"
         pooled = options["reduction"] == "per_tensor"
-        assert close.double().mean() > (0.98 if hard or state_dtype == torch.bfloat16 else 0.9999) or (hard and pooled)
+        # With beta2 = 0 a step divides by one gradient, which may be tiny: then both are off float64's by as much.
+        loose = 0.98 if hard or state_dtype == torch.bfloat16 else 0.995 if options["betas"][1] == 0 else 0.9999
+        assert close.double().mean() > loose or (hard and pooled)
     for a, b in zip(state, expected):
         assert a["step"] == b["step"] == len(steps)
         for name in ("exp_avg", "exp_avg_sq", "exp_avg_var"):
