@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class L1AdamW(torch.optim.AdamW):
@@ -45,16 +45,9 @@ class L1AdamW(torch.optim.AdamW):
         super().__init__(params, **options)
         self.l1 = l1
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; the penalty's gradient stays in `p.grad`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p.dim() > 1:
-                    p.grad.add_(p.sign(), alpha=self.l1)
-        super().step()
-        return loss
+    # Here and not in `step`: torch runs the hooks of a step for each class whose step it has wrapped.
+    def _init_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *others: Any) -> Any:
+        """Gather the tensors of a step as AdamW does, the penalty's gradient added; `p.grad` stays as it is."""
+        found = super()._init_group(group, params, grads, *others)  # type: ignore[no-untyped-call]
+        grads[:] = [g.add(p.sign(), alpha=self.l1) if p.dim() > 1 else g for p, g in zip(params, grads)]
+        return found

@@ -44,6 +44,19 @@ def test_a_closure_is_called_once_with_gradients():
     assert calls == [True]
 
 
+def test_hooks_run_once_and_gradients_stay():
+    w = nn.Parameter(torch.ones(2, 2))
+    w.grad = torch.zeros_like(w)
+    torch.optim.AdamW([w])  # torch then wraps the step of this class too
+    optimizer = L1AdamW([w], l1=0.1)
+    steps = []
+    optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    optimizer.step()
+    assert steps == [1]
+    assert (w < 1).all()
+    assert (w.grad == 0).all()
+
+
 @pytest.mark.parametrize("l1", [-1e-3, float("nan"), float("inf")])
 def test_a_bad_strength_is_named(l1):
     with pytest.raises(ValueError, match=f"l1 must be a finite number of at least 0, got {l1!r}"):
