@@ -73,10 +73,9 @@ def fused_prm(
         if param.numel() == 0:
             empty.append(i)
             continue
-        reason = _misfit_here(lists, state_steps, hyper, i)
+        reason = _refusal(hyper, param) or misfit(lists, state_steps, i)
         if reason is None:
-            key = (param.device, *(tensors[i].dtype for tensors in lists if tensors))
-            cohorts.setdefault(key, []).append(i)
+            cohorts.setdefault(_kind(lists, state_steps, i), []).append(i)
         elif insist:
             raise RuntimeError(f"fused=True, but tensor {i} of a parameter group cannot take it: {reason}")
         else:
@@ -125,9 +124,8 @@ def _usual_parts(
     if whole is not None:
         return [whole]
     places: dict[object, list[int]] = {}
-    for i, param in enumerate(lists.params):
-        dtypes = [tensors[i].dtype for tensors in lists if tensors]
-        places.setdefault((param.device, state_steps[i].device, *dtypes), []).append(i)
+    for i in range(len(lists.params)):
+        places.setdefault(_kind(lists, state_steps, i), []).append(i)
     if len(places) == 1:
         return None
     parts = []
@@ -139,40 +137,33 @@ def _usual_parts(
     return parts
 
 
+def _kind(lists: Lists, state_steps: list[Tensor], i: int) -> tuple[object, ...]:
+    """Return devices and types at a place: what agrees in them can go into one call of a kernel."""
+    return (lists.params[i].device, state_steps[i].device, *(tensors[i].dtype for tensors in lists if tensors))
+
+
 def _usual(
     lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, memory: dict[Any, State], key: object
 ) -> _Part | None:
-    kernel = KERNELS.get(lists.params[0].device.type)
-    if kernel is None or kernel.unusable() is not None or hyper.mask not in cpu.MASK_CODES:
-        return None
-    if _misfit_of_lr(hyper, lists.params[0]) is not None:
+    if _refusal(hyper, lists.params[0]) is not None:
         return None
     state = fits_as_usual(lists, state_steps, memory.get(key))
-    if state is None or (lists.params[0].is_cpu and not state_steps[0].is_cpu):
+    if state is None:
         return None
     memory[key] = state
     return _Part(lists, state_steps, state)
 
 
-def _misfit_of_lr(hyper: Hyperparameters, param: Tensor) -> str | None:
-    if isinstance(hyper.lr, Tensor) and hyper.lr.device.type not in ("cpu", param.device.type):
-        return f"lr is on {hyper.lr.device}, the parameter on {param.device}"
-    return None
-
-
-def _misfit_here(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, i: int) -> str | None:
-    device = lists.params[i].device.type
+def _refusal(hyper: Hyperparameters, param: Tensor) -> str | None:
+    """Return why no kernel steps a parameter on its device with these numbers, whatever its tensors are."""
+    device = param.device.type
     if device not in KERNELS:
         return f"there is no kernel for {device}"
-    kernel = KERNELS[device]
-    reason = _misfit_of_lr(hyper, lists.params[i])
-    if reason is not None:
-        return reason
-    if device == "cpu" and state_steps[i].device.type != "cpu":
-        return f"its step counter is on {state_steps[i].device}"
+    if isinstance(hyper.lr, Tensor) and hyper.lr.device.type not in ("cpu", device):
+        return f"lr is on {hyper.lr.device}, the parameter on {param.device}"
     if hyper.mask not in cpu.MASK_CODES:
         return f"the kernels do not know the mask {hyper.mask!r}"
-    return kernel.unusable() or misfit(lists, state_steps, i)
+    return KERNELS[device].unusable()
 
 
 def describe() -> dict[str, str]:

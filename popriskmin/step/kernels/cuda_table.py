@@ -47,15 +47,8 @@ class Tables(NamedTuple):
     blocks: int
 
 
-class _Numbers(NamedTuple):
-    """A table, and what else is to be known of it on the host."""
-
-    values: Tensor
-    blocks: int
-
-
-def built(places: Places, block: int) -> _Numbers:
-    """Return the table of rows on the host, for blocks of so many elements, and how many blocks there are."""
+def built(places: Places, block: int) -> Tensor:
+    """Return the table of rows on the host, for blocks of so many elements."""
     n, *addresses, steps = _integers(b"".join(places)).view(len(places), -1)
     blocks = (n + (block - 1)).div(block, rounding_mode="floor")
     joined = addresses[0]
@@ -63,7 +56,7 @@ def built(places: Places, block: int) -> _Numbers:
         joined = joined | column
     rows = torch.stack([n, blocks.cumsum(0) - blocks, (joined % 16 == 0).long(), *addresses, steps], 1)
     owners = torch.repeat_interleave(torch.arange(len(n), device="cpu"), blocks)
-    return _Numbers(torch.cat([rows.flatten(), owners]), len(owners))
+    return torch.cat([rows.flatten(), owners])
 
 
 def _integers(packed: bytes) -> Tensor:
@@ -85,7 +78,7 @@ def tables_of(
     With `reserve`, memory is put aside for a later capture of the same step into a graph.
     """
 
-    def bring(kind: str, key: tuple[Hashable, ...], build: Callable[[], _Numbers]) -> _Numbers:
+    def bring(kind: str, key: tuple[Hashable, ...], build: Callable[[], Tensor]) -> Tensor:
         if device.type == "cpu":
             return build()
         if torch.cuda.is_current_stream_capturing():
@@ -94,7 +87,7 @@ def tables_of(
         # used again only after the kernels that read it: both are work of the same stream.
         kept = memory.setdefault(kind, {})
         key = (device, torch.cuda.current_stream(device).cuda_stream, *key)
-        found: _Numbers | None = kept.pop(key, None)
+        found: Tensor | None = kept.pop(key, None)
         if found is None:
             found = _brought(build(), device, reserve)
             if len(kept) >= MOST_TABLES[kind]:
@@ -103,26 +96,26 @@ def tables_of(
         return found
 
     rows = bring("rows", (block, places), lambda: built(places, block))
-    grads = bring("gradients", (gradients,), lambda: _Numbers(_integers(gradients), 0))
-    return Tables(rows.values, grads.values, rows.blocks)
+    grads = bring("gradients", (gradients,), lambda: _integers(gradients))
+    return Tables(rows, grads, len(rows) - COLUMNS * places.tensors)
 
 
-def _brought(table: _Numbers, device: torch.device, reserve: bool) -> _Numbers:
-    size = len(table.values)
+def _brought(table: Tensor, device: torch.device, reserve: bool) -> Tensor:
+    size = len(table)
     if reserve and len(_reserve.setdefault(size, [])) < _MOST_RESERVED:
         _reserve[size].append(_pinned(size))
     # The pinned memory may go at once: torch lends it to nobody else before the copy is done.
-    return table._replace(values=_pinned(size).copy_(table.values).to(device, non_blocking=True))
+    return _pinned(size).copy_(table).to(device, non_blocking=True)
 
 
-def _for_a_graph(table: _Numbers, device: torch.device) -> _Numbers:
+def _for_a_graph(table: Tensor, device: torch.device) -> Tensor:
     # Never one that is kept, which may be dropped while the graph goes on reading it. The copy becomes a node of the
     # graph: it reads the host's memory, which is kept, at every replay, and writes to memory of the graph's own pool,
     # which lives as long as the graph. Nor is it kept: before the first replay nothing has been copied.
-    reserved = _reserve.get(len(table.values))
-    source = (reserved.pop() if reserved else _pinned(len(table.values))).copy_(table.values)
+    reserved = _reserve.get(len(table))
+    source = (reserved.pop() if reserved else _pinned(len(table))).copy_(table)
     _read_by_graphs.append(source)
-    return table._replace(values=source.to(device, non_blocking=True))
+    return source.to(device, non_blocking=True)
 
 
 def _pinned(size: int) -> Tensor:

@@ -45,9 +45,9 @@ class Streams:
 
 def test_a_table_lists_tensors_and_blocks():
     sizes, addresses = [1, BLOCK, 0, BLOCK + 1, 8], [16, 32, 0, 48, 60]
-    table = built(places(sizes, addresses, steps=[1, 2, 3, 4, 5]), BLOCK)
-    assert table.blocks == 5
-    *rows, owners = table.values.split([COLUMNS] * 5 + [5])
+    held = places(sizes, addresses, steps=[1, 2, 3, 4, 5])
+    assert tables_of(held, struct.pack("5q", *addresses), BLOCK, torch.device("cpu"), False, {}).blocks == 5
+    *rows, owners = built(held, BLOCK).split([COLUMNS] * 5 + [5])
     assert owners.tolist() == [0, 1, 3, 3, 4]
     expected = zip(sizes, [0, 1, 2, 2, 4], [1, 1, 1, 1, 0], *[addresses] * 5, [1, 2, 3, 4, 5])
     assert [row.tolist() for row in rows] == [list(row) for row in expected]
@@ -57,9 +57,9 @@ def test_a_table_lists_tensors_and_blocks():
 def test_one_tensor_off_its_alignment_is_enough(odd):
     held = places([5])
     off = held._replace(**{Places._fields[1 + odd]: struct.pack("q", 40)})
-    assert [built(x, BLOCK).values[2].item() for x in (held, off)] == [1, 0]
+    assert [built(x, BLOCK)[2].item() for x in (held, off)] == [1, 0]
     # A step count is read by itself.
-    assert built(held._replace(steps=struct.pack("q", 4)), BLOCK).values[2] == 1
+    assert built(held._replace(steps=struct.pack("q", 4)), BLOCK)[2] == 1
 
 
 def test_on_the_host_the_tables_are_made_anew():
@@ -70,7 +70,7 @@ def test_on_the_host_the_tables_are_made_anew():
 def test_a_default_device_does_not_matter():
     torch.set_default_device("meta")
     try:
-        assert built(places([3, 5]), BLOCK).values.device.type == "cpu"
+        assert built(places([3, 5]), BLOCK).device.type == "cpu"
     finally:
         torch.set_default_device(None)
 
