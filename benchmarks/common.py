@@ -96,3 +96,36 @@ def in_turns(actions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
             action()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def transformer_training(
+    make: Build,
+    width: int = 192,
+    heads: int = 6,
+    layers: int = 4,
+    vocabulary: int = 256,
+    sequences: int = 16,
+    length: int = 64,
+    device: str = "cpu",
+    autocast: torch.dtype | None = None,
+) -> Callable[[], None]:
+    """Return one training step of a transformer; of a small one with the default sizes, 1.9 million parameters."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(vocabulary, width),
+        torch.nn.TransformerEncoder(layer, layers, enable_nested_tensor=False),
+        torch.nn.Linear(width, vocabulary),
+    ).to(device)
+    tokens = torch.randint(vocabulary, (sequences, length + 1)).to(device)
+    optimizer = make(model.parameters())
+
+    def train() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            logits = model(tokens[:, :-1])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+
+    return train

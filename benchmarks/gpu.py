@@ -29,7 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from common import gpt2_shapes, header, small_shapes  # noqa: E402 - the sources, whatever is installed
+from common import gpt2_shapes, header, small_shapes, transformer_training  # noqa: E402 - the sources, whatever is installed
 
 from popriskmin import PRM  # noqa: E402
 from popriskmin.step.kernels import cuda  # noqa: E402
@@ -241,36 +241,18 @@ def part_blocks() -> dict[str, Any]:
 def part_training() -> dict[str, Any]:
     """Time whole training steps of a GPT-2-like model of 162 million parameters, in bfloat16 by autocast."""
     names = ["AdamW(fused=True)", "AdamW(foreach=True)", "PRM(fused=True)", "PRM(foreach=True)"]
+    sizes = {"width": 768, "heads": 12, "layers": 12, "vocabulary": 50257, "sequences": 8, "length": 512}
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(3):  # in turns, so that a slow moment hits all
         for name in names:
-            times[name].append(milliseconds(_training(name), 10))
+            kind, own, _ = OPTIMIZERS[name]
+            make = functools.partial(kind, lr=1e-4, **own)
+            step = transformer_training(make, **sizes, device="cuda", autocast=torch.bfloat16)
+            times[name].append(milliseconds(step, 10))
+            del step
             gc.collect()
             torch.cuda.empty_cache()
     return {name: {"ms": statistics.median(found), "turns": found} for name, found in times.items()}
-
-
-def _training(name: str) -> Callable[[], None]:
-    torch.manual_seed(0)
-    layer = torch.nn.TransformerEncoderLayer(768, 12, 3072, dropout=0.0, batch_first=True, norm_first=True)
-    model = torch.nn.Sequential(
-        torch.nn.Embedding(50257, 768),
-        torch.nn.TransformerEncoder(layer, 12, enable_nested_tensor=False),
-        torch.nn.Linear(768, 50257, bias=False),
-    ).cuda()
-    tokens = torch.randint(50257, (8, 513), device="cuda")
-    kind, own, _ = OPTIMIZERS[name]
-    optimizer = kind(model.parameters(), lr=1e-4, **own)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16):
-            logits = model(tokens[:, :-1])
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-
-    return step
 
 
 def part_tests() -> dict[str, Any]:

@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ADAMW, ADAMW_FUSED, OPTIMIZERS, build, gpt2_shapes, header, in_turns, small_shapes
+from common import (
+    ADAMW,
+    ADAMW_FUSED,
+    OPTIMIZERS,
+    build,
+    gpt2_shapes,
+    header,
+    in_turns,
+    small_shapes,
+    transformer_training,
+)
 
 from popriskmin import PRM
 
@@ -47,27 +57,6 @@ def table(seconds: dict[str, list[float]], baseline: str) -> None:
     print(f"| | ms | times {baseline} |\n| --- | ---: | ---: |")
     for name, taken in seconds.items():
         print(f"| `{name}` | {1e3 * statistics.median(taken):.2f} | {ratio(seconds, name, baseline):.2f} |")
-
-
-def transformer_training(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[], None]:
-    """Return one training step of a small transformer: 16 sequences of 64 tokens, 1.9 million parameters."""
-    torch.manual_seed(0)
-    layer = torch.nn.TransformerEncoderLayer(192, 6, 768, dropout=0.0, batch_first=True, norm_first=True)
-    model = torch.nn.Sequential(
-        torch.nn.Embedding(256, 192),
-        torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False),
-        torch.nn.Linear(192, 256),
-    )
-    tokens = torch.randint(256, (16, 65))
-    optimizer = make(model.parameters())
-
-    def train() -> None:
-        optimizer.zero_grad()
-        logits = model(tokens[:, :-1])
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        optimizer.step()
-
-    return train
 
 
 def memory_of_a_step(shapes: list[Any]) -> float | None:

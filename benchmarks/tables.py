@@ -12,6 +12,7 @@ Results are one JSON line for each table, number of probes and arm, appended as 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 import warnings
@@ -29,13 +30,12 @@ PROBES = (0, 500)
 ADAMW_DECAYS = (0.01, 1.0, 10.0)
 # Weights of the first layer's absolute values in the loss.
 PENALTIES = (1e-4, 1e-3, 1e-2)
-Z_2 = {"mask": "threshold", "softness": 4.0}
 
 FIRST = [
     Arm("adamw", "adamw", decays=ADAMW_DECAYS),
     Arm("snr", "prm"),
     Arm("soft", "prm", options={"mask": "soft"}),
-    Arm("threshold z=2", "prm", options=Z_2),
+    Arm("threshold z=2", "prm", options={"mask": "threshold", "softness": 4.0}),
     Arm("threshold z=3", "prm", options={"mask": "threshold", "softness": 9.0}),
     Arm("sgd", "sgd", rates=(0.003, 0.01, 0.03, 0.1)),
 ]
@@ -50,10 +50,9 @@ THIRD = [
     Arm("adamw-matched to snr", "matched", follows="snr"),
 ]
 FOURTH = [
-    Arm("snr, L1 on the first layer", "prm", decays=PENALTIES, l1=True),
-    Arm("threshold z=2, L1 on the first layer", "prm", decays=PENALTIES, l1=True, options=Z_2),
-    Arm("soft, L1 on the first layer", "prm", decays=PENALTIES, l1=True, options={"mask": "soft"}),
-    Arm("hard, L1 on the first layer", "prm", decays=PENALTIES, l1=True, options={"mask": "hard"}),
+    dataclasses.replace(arm, name=f"{arm.name}, L1 on the first layer", decays=PENALTIES, l1=True)
+    for arm in [*FIRST, *SECOND]
+    if arm.name in ("snr", "threshold z=2", "soft", "hard")
 ]
 ARMS = {arm.name: arm for arm in [*FIRST, *SECOND, *THIRD, *FOURTH]}
 REFERENCES = "references"

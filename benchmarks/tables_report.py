@@ -263,7 +263,7 @@ def loss_table(mine: dict[str, dict[str, Cell]]) -> list[str]:
     names = [name for name in (*RIVALS, *FIRST_OF_PRM) if any(name in arms for arms in mine.values())]
     references = list(next((arms[REFERENCES] for arms in mine.values() if REFERENCES in arms), {}))
     head = ["table, rows x columns", *names, *references]
-    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    lines = heading(head)
     for label, arms in mine.items():
         base = arms[BASE]
         cell = [f"{label}, {base['rows']} x {round(np.mean(base['columns']))}"]
@@ -279,27 +279,28 @@ def loss_table(mine: dict[str, dict[str, Cell]]) -> list[str]:
     return lines
 
 
+def heading(names: Sequence[str]) -> list[str]:
+    """Return the first two lines of a table whose columns, but for the first, hold numbers."""
+    return [f"| {' | '.join(names)} |", f"| --- |{' ---: |' * (len(names) - 1)}"]
+
+
 def together_tables(common: dict[Key, dict[str, Cell]]) -> list[str]:
     """Return the arms that have a mask and the penalty beside the penalty alone: how often better, and every loss."""
     there = {key: arms for key, arms in common.items() if all(name in arms for name in (PENALTY, *TOGETHER))}
     levels = sorted({key[1] for key in there})
     if not there:
         return []
-    lines = [
-        "| better, unclear, worse than the penalty alone (loss over the penalty's) | "
-        + " | ".join(f"{level} columns that say nothing" for level in levels)
-        + " |",
-        f"| --- |{' --- |' * len(levels)}",
-    ]
+    better = "better, unclear, worse than the penalty alone (loss over the penalty's)"
+    lines = heading([better, *(f"{level} columns that say nothing" for level in levels)])
     for name in TOGETHER:
         cells = []
         for level in levels:
             mine = [arms for key, arms in there.items() if key[1] == level]
-            better = ", ".join(map(str, counts([verdict(arms, name, PENALTY) for arms in mine])))
-            cells.append(f"{better} ({mean_ratio([ratio(arms, name, PENALTY) for arms in mine]):.3f})")
+            verdicts = ", ".join(map(str, counts([verdict(arms, name, PENALTY) for arms in mine])))
+            cells.append(f"{verdicts} ({mean_ratio([ratio(arms, name, PENALTY) for arms in mine]):.3f})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     names = [BASE, PENALTY, *TOGETHER]
-    lines += ["", f"| table | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
+    lines += ["", *heading(["table", *names])]
     for (table, level), arms in there.items():
         losses = (f"{np.mean(arms[name]['loss']):.3f}" for name in names)
         lines.append(f"| {table} + {level} | {' | '.join(losses)} |")
