@@ -172,9 +172,9 @@ def _compare(parser: _CompareParser, known: argparse.Namespace) -> int:
         from popriskmin.compare import compare
         from popriskmin.compare.flags import add_task_options, option_fields
         from popriskmin.compare.loading import installed_tasks, load_task_class, make_task
-        from popriskmin.compare.runs.arms import describe_options, parse_arm, parse_arm_lr, parse_options
-        from popriskmin.compare.runs.runner import RunError
         from popriskmin.compare.text import brief, last_frame
+        from popriskmin.compare.training.arms import describe_options, parse_arm, parse_arm_lr, parse_options
+        from popriskmin.compare.training.runner import RunError
     except ImportError as error:
         needed = f"popriskmin compare needs a package that is not installed: {error.name}"
         print(f"{needed}; {GET_COMPARE}", file=sys.stderr)

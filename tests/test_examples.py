@@ -46,7 +46,7 @@ def test_stop_early(monkeypatch, capsys):
 
 
 def test_the_risk_benchmark_resumes_and_draws(monkeypatch, tmp_path, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     import risk
     import risk_runs
 
@@ -71,7 +71,7 @@ def test_the_risk_benchmark_resumes_and_draws(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["breast cancer, 40% wrong labels", "friedman", "text, 600 windows", "grokking"])
 def test_the_runs_of_the_risk_benchmark(monkeypatch, name):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     import risk_runs
 
     torch.manual_seed(0)
@@ -129,7 +129,7 @@ def test_scaling_draws_both_curves(monkeypatch, tmp_path):
 
 
 def test_false_claims_are_counted(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     import false_claims
 
     monkeypatch.setattr(sys, "argv", ["false_claims.py", "--draws", "100"])
@@ -196,7 +196,7 @@ def test_included_files_are_there():
 def test_scripts_that_the_documentation_runs_are_there():
     found = set()
     for page in PAGES:
-        found |= set(re.findall(r"\bpython ((?:examples|benchmarks)/\w+\.py)", (ROOT / page).read_text()))
+        found |= set(re.findall(r"\bpython ((?:examples|benchmarks|experiments)/\w+\.py)", (ROOT / page).read_text()))
     assert found
     assert all((ROOT / name).exists() for name in found), found
 

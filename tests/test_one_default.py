@@ -1,4 +1,4 @@
-"""The study of one default, `benchmarks/one_default.py`, on tasks of a second."""
+"""The study of one default, `experiments/one_default.py`, on tasks of a second."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture
 def study(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     import one_default
 
     small = {

@@ -3,8 +3,8 @@
 Needs, in a clone of the repository, `pip install -e '.[compare]'`.
 """
 
-from popriskmin.compare.answer.results import Results
-from popriskmin.compare.experiment import compare
+from popriskmin.compare.comparison import compare
+from popriskmin.compare.report.results import Results
 from popriskmin.compare.task import Task, Trial
 
 __all__ = ["Results", "Task", "Trial", "compare"]

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from popriskmin.diagnosis.noise import enough_steps, mean_and_variance, weights
 from popriskmin.mask import corrections
-from popriskmin.optimizer.initializing import made_state_alone
-from popriskmin.optimizer.reading import Held, held, recompute, to_host
+from popriskmin.optimizer.checkpoint_probe import made_state_alone
+from popriskmin.optimizer.mask_state import Held, held, recompute, to_host
 from popriskmin.optimizer.unwrap import unwrapped_prm
 from popriskmin.step.lists import sum_dtype
 from popriskmin.step.shards import whole

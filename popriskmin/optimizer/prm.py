@@ -13,7 +13,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from popriskmin.mask import Hyperparameters
 from popriskmin.optimizer.base import CheckedOptimizer
 from popriskmin.optimizer.checkpoint import STATE_FORMAT, new_state
-from popriskmin.optimizer.initializing import makes_state_alone
+from popriskmin.optimizer.checkpoint_probe import makes_state_alone
 from popriskmin.optimizer.options import check_options, check_variances, name_of, plain, with_numbers
 from popriskmin.optimizer.stats import Row, mask_stats
 from popriskmin.step.compat import check_graph_capture

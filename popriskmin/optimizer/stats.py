@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from popriskmin.mask import corrections, evaluate, finish_signal_and_noise
-from popriskmin.optimizer.reading import Held, as_wide_reals, held, joined, recompute, to_host
+from popriskmin.optimizer.mask_state import Held, as_wide_reals, held, joined, recompute, to_host
 from popriskmin.step.lists import sum_dtype
 from popriskmin.step.shards import local_part, over_ranks
 

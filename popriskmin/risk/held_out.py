@@ -28,7 +28,7 @@ GROWTH = 0.05
 NEIGHBOUR = 0.25
 
 # Of one look, and how many in a row have to say so. More of either costs more on the way to an alarm than it saves in
-# false ones: chosen on six of the ten data sets of benchmarks/risk_rivals.py.
+# false ones: chosen on six of the ten data sets of experiments/risk_rivals.py.
 CONFIDENCE = 0.7
 IN_A_ROW = 2
 

@@ -9,7 +9,7 @@ from typing import Any, overload
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
-from popriskmin.optimizer.initializing import made_state_alone, makes_state_alone
+from popriskmin.optimizer.checkpoint_probe import made_state_alone, makes_state_alone
 from popriskmin.optimizer.options import check_counts
 from popriskmin.optimizer.prm import PRM
 from popriskmin.optimizer.unwrap import described, unwrapped

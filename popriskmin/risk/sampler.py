@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from popriskmin.mask import boundary_coefficient
-from popriskmin.risk.exchange import Kept, Reuse, compare, keep, restored, state_of
+from popriskmin.risk.expected_fall import same_pass
+from popriskmin.risk.gradient_pairs import Kept, Reuse, compare, keep, restored, state_of
 from popriskmin.risk.pace import Pace
 from popriskmin.risk.parts import by_part
 from popriskmin.risk.series import RiskEstimate, Sample, Series
-from popriskmin.risk.terms import same_pass
 
 EVERY_AT_FIRST = 8
 

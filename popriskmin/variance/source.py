@@ -13,8 +13,8 @@ from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from popriskmin.optimizer.initializing import makes_state_alone
-from popriskmin.optimizer.reading import parameter_names
+from popriskmin.optimizer.checkpoint_probe import makes_state_alone
+from popriskmin.optimizer.mask_state import parameter_names
 from popriskmin.optimizer.unwrap import described, unwrapped
 from popriskmin.step.lists import as_real, compute_dtype, sum_dtype
 from popriskmin.step.shards import is_sharded

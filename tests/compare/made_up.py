@@ -1,9 +1,9 @@
 """Runs made up for tests of the answer."""
 
-from popriskmin.compare.answer.figures import read_run
-from popriskmin.compare.runs.arms import make_arms
-from popriskmin.compare.runs.runner import Job
-from popriskmin.compare.runs.train import Configuration
+from popriskmin.compare.report.run_summary import read_run
+from popriskmin.compare.training.arms import make_arms
+from popriskmin.compare.training.runner import Job
+from popriskmin.compare.training.train import Configuration
 
 ARMS = make_arms()
 METRICS = {"accuracy": "max", "loss": "min"}

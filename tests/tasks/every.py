@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from popriskmin.compare.runs.arms import make_arms
-from popriskmin.compare.runs.digest import content_digest
-from popriskmin.compare.runs.train import Configuration, run
+from popriskmin.compare.training.arms import make_arms
+from popriskmin.compare.training.fingerprint import content_digest
+from popriskmin.compare.training.train import Configuration, run
 
 
 def check_task(task, lr=1e-3):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tasks.every import check_joined, check_task
 
-from popriskmin.compare.runs.digest import content_digest
+from popriskmin.compare.training.fingerprint import content_digest
 from popriskmin.tasks import dpo_hub
 from popriskmin.tasks.dpo import Dpo
 from popriskmin.tasks.dpo_pairs import log_probabilities

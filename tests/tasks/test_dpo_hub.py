@@ -10,8 +10,8 @@ from frameworks import framework
 transformers = framework("transformers")
 tokenizers = framework("tokenizers")
 
-from popriskmin.compare.runs.arms import make_arms  # noqa: E402
-from popriskmin.compare.runs.train import Configuration, run  # noqa: E402
+from popriskmin.compare.training.arms import make_arms  # noqa: E402
+from popriskmin.compare.training.train import Configuration, run  # noqa: E402
 from popriskmin.tasks import dpo_hub  # noqa: E402
 from popriskmin.tasks.dpo import Dpo  # noqa: E402
 from popriskmin.tasks.dpo_pairs import log_probabilities  # noqa: E402

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tasks.every import check_task
 
-from popriskmin.compare.runs.arms import ADAMW, make_arms
-from popriskmin.compare.runs.train import Configuration, run
+from popriskmin.compare.training.arms import ADAMW, make_arms
+from popriskmin.compare.training.train import Configuration, run
 from popriskmin.tasks.sparse import Sparse
 
 SMALL = {"inputs": 40, "informative": 4, "examples": 60, "steps": 12, "batch_size": 8}

@@ -12,8 +12,8 @@ from sklearn.datasets import load_wine
 from tasks.every import check_joined
 
 from popriskmin.compare.loading import make_task
-from popriskmin.compare.runs.arms import ADAMW, make_arms
-from popriskmin.compare.runs.train import Configuration, run
+from popriskmin.compare.training.arms import ADAMW, make_arms
+from popriskmin.compare.training.train import Configuration, run
 from popriskmin.tasks.table import Table, passes
 
 
@@ -158,7 +158,7 @@ def test_the_command_on_a_file(tmp_path):
 
 
 def test_an_edited_file_makes_new_runs(tmp_path):
-    from popriskmin.compare.runs.digest import source_digest
+    from popriskmin.compare.training.fingerprint import source_digest
 
     path = tmp_path / "mine.csv"
     path.write_text("x,y\n" + "\n".join(f"{i},{i % 2}" for i in range(60)))

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from popriskmin.compare.runs.arms import make_arms
-from popriskmin.compare.runs.train import Configuration, run, seed_everything
+from popriskmin.compare.training.arms import make_arms
+from popriskmin.compare.training.train import Configuration, run, seed_everything
 from popriskmin.tasks.text import BLOCK, CHARACTERS, CONTEXT, Text, Transformer, predict, reference, windows
 
 SMALL = {"steps": 3, "batch_size": 4, "width": 8}

@@ -68,7 +68,7 @@ def test_the_sources_measure_the_same(seed):
 
 
 def test_the_benchmark_prints_its_tables(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     import variance as benchmark
 
     threads = torch.get_num_threads()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from popriskmin.mask import Hyperparameters
 from popriskmin.step.kernels import cpu, cuda
-from popriskmin.step.kernels.fit import State, fits_as_usual, matched, misfit
+from popriskmin.step.kernels.eligible import State, fits_as_usual, matched, misfit
 from popriskmin.step.lists import Lists
 
 

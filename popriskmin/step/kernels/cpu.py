@@ -17,7 +17,7 @@ from torch import Tensor
 
 from popriskmin.mask import Hyperparameters
 from popriskmin.step.compat import bump_versions
-from popriskmin.step.kernels.fit import State, packed
+from popriskmin.step.kernels.eligible import State, packed
 from popriskmin.step.lists import Lists
 
 # As in cpu.c.
@@ -126,7 +126,7 @@ def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, state:
     Parameters
     ----------
     lists
-        Tensors that `popriskmin.step.kernels.fit` found to fit; those of one list are of one dtype.
+        Tensors that `popriskmin.step.kernels.eligible` found to fit; those of one list are of one dtype.
     state_steps
         Float32 counters on the CPU.
     hyper

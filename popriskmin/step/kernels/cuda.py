@@ -29,7 +29,7 @@ from torch import Tensor
 from popriskmin.mask import Corrections, Hyperparameters, corrections, floor, largest
 from popriskmin.step.compat import bump_versions
 from popriskmin.step.kernels.cuda_table import COLUMNS, Places, Tables, tables_of
-from popriskmin.step.kernels.fit import State, packed
+from popriskmin.step.kernels.eligible import State, packed
 from popriskmin.step.lists import Lists, count_up
 
 # Elements of one program: eight for each of its 128 threads, so that many loads are under way at once.

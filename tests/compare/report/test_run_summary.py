@@ -1,0 +1,49 @@
+"""What a run reached, and which configuration is chosen."""
+
+import pytest
+from compare.made_up import ARMS, METRICS, made_up
+
+from popriskmin.compare.report.run_summary import choose
+
+
+def test_the_three_figures():
+    run = made_up(ARMS[0], 0, 0.1, validation=[0.1, 0.7, 0.6], test=[0.2, 0.8, 0.9])
+    assert run.figures["final"]["accuracy"] == pytest.approx((0.6, 0.9))
+    # The test value where validation was best, not the best test value.
+    assert run.figures["best"]["accuracy"] == pytest.approx((0.7, 0.8))
+    assert run.figures["best"]["loss"] == pytest.approx((0.3, 0.2))
+    assert run.best_step == 10
+    assert run.figures["area"]["accuracy"][1] == pytest.approx((0.5 * 0.2 + 0.8 + 0.5 * 0.9) / 2)
+
+
+def test_a_metric_to_be_small():
+    run = made_up(ARMS[0], 0, 0.1, [0.1, 0.7, 0.6], [0.2, 0.8, 0.9], metrics={"loss": "min", "accuracy": "max"})
+    assert run.best_step == 10
+    assert run.figures["best"]["loss"] == pytest.approx((0.3, 0.2))
+
+
+def test_a_diverged_run_has_a_best_but_no_end():
+    run = made_up(ARMS[0], 0, 0.1, [0.1, 0.7, None], [0.2, 0.8, None], status="diverged")
+    assert run.figures["final"]["accuracy"] is None
+    assert run.figures["area"]["accuracy"] is None
+    assert run.figures["best"]["accuracy"] == pytest.approx((0.7, 0.8))
+    assert made_up(ARMS[0], 0, 0.1, [], [], status="failed").figures["best"]["accuracy"] is None
+
+
+def test_the_choice_sees_validation_alone():
+    runs = [made_up(ARMS[0], seed, lr, [0, v], [0, t]) for seed in (0, 1) for lr, v, t in
+            [(0.1, 0.5, 0.9), (0.2, 0.6, 0.1), (0.3, 0.4, 1.0)]]  # fmt: skip
+    assert choose(runs, "final", METRICS)[0] == (0.2, 0.1)
+    assert choose(runs, "final", {"loss": "min", "accuracy": "max"})[0] == (0.2, 0.1)
+
+
+def test_a_configuration_that_diverged_with_one_seed_has_no_end_but_may_have_the_best_stop():
+    runs = [
+        made_up(ARMS[0], 0, 0.1, [0, 0.9], [0, 0.9]),
+        made_up(ARMS[0], 1, 0.1, [0, 0.9], [0, 0.9], status="diverged"),
+        made_up(ARMS[0], 0, 0.2, [0, 0.3], [0, 0.3]),
+        made_up(ARMS[0], 1, 0.2, [0, 0.3], [0, 0.3]),
+    ]
+    assert choose(runs, "final", METRICS)[0] == (0.2, 0.1)
+    assert choose(runs, "best", METRICS)[0] == (0.1, 0.1)
+    assert choose(runs[:2], "final", METRICS)[0] is None

@@ -1,0 +1,104 @@
+"""Digests: what makes a task another one."""
+
+import sys
+
+import torch
+from tiny import Tiny
+
+from popriskmin.compare import Task
+from popriskmin.compare.loading import load_task_class
+from popriskmin.compare.training.fingerprint import source_digest
+
+FILE = """
+from popriskmin.compare import Task
+
+class Mine(Task):
+    metrics = {"x": "max"}
+    def trial(self, seed): ...
+"""
+
+
+def test_the_digest_follows_the_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def digest_of(text):
+        (tmp_path / "mine.py").write_text(text, encoding="utf-8")
+        return source_digest(load_task_class(str(tmp_path / "mine.py"))())
+
+    assert digest_of(FILE) == digest_of(FILE) != digest_of(FILE + "# ändert sich")
+    assert source_digest(Tiny()) is not None
+
+
+TYPED = """
+import dataclasses
+
+SCALE = {scale}
+DATA = torch.arange({data})
+NAMES = {{"a", "b", "c", "d"}}
+
+def helper(x):
+    return [y + {add} for y in x]
+
+@dataclasses.dataclass
+class Typed(Task):
+    noise: float = 0.5
+    metrics = {{"x": "{better}"}}
+
+    def trial(self, seed):
+        return helper([SCALE, DATA, NAMES & {{"x", "y"}}]){comment}
+"""
+GIVEN = {"scale": 1.0, "data": 3, "add": 1, "better": "max", "comment": ""}
+
+
+def typed(line=0, **changes):
+    """Return the digest of a task that has no file: its cell begins at a line, in a namespace of its own."""
+    namespace = {"Task": Task, "torch": torch, "__name__": "typed_at_a_prompt"}
+    exec(compile("\n" * line + TYPED.format(**{**GIVEN, **changes}), f"<cell {line}>", "exec"), namespace)
+    return source_digest(namespace["Typed"]())
+
+
+def test_a_task_without_a_file_is_known_by_its_code(monkeypatch):
+    import types
+
+    # dataclasses looks its module up.
+    monkeypatch.setitem(sys.modules, "typed_at_a_prompt", types.ModuleType("typed_at_a_prompt"))
+    assert typed() == typed() == typed(line=7) == typed(comment="  # the same")
+
+
+def test_a_task_without_a_file_changes_with_all_it_uses(monkeypatch):
+    import types
+
+    monkeypatch.setitem(sys.modules, "typed_at_a_prompt", types.ModuleType("typed_at_a_prompt"))
+    changes = [{}, {"scale": 2.0}, {"data": 4}, {"add": 2}, {"better": "min"}]
+    assert len({typed(**change) for change in changes}) == len(changes)
+
+
+def test_a_task_from_standard_input_has_the_same_digest_in_another_process():
+    import subprocess
+
+    text = "import torch\nfrom popriskmin.compare import Task\nfrom popriskmin.compare.training.fingerprint import source_digest\n"
+    text += TYPED.format(**GIVEN) + "\nprint(source_digest(Typed()))"
+    found = [
+        subprocess.run([sys.executable, "-"], input=text, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert found[0] == found[1] != ""
+
+
+def test_the_content_of_data_files_belongs_to_the_source(tmp_path):
+    class Reads(Task):
+        metrics = {"error": "min"}
+        path = str(tmp_path / "data.csv")
+
+        @property
+        def files(self):
+            return [self.path]
+
+        def trial(self, seed):
+            raise AssertionError
+
+    (tmp_path / "data.csv").write_text("a,b\n1,2\n")
+    first = source_digest(Reads())
+    assert source_digest(Reads()) == first
+    (tmp_path / "data.csv").write_text("a,b\n1,3\n")
+    assert source_digest(Reads()) != first

@@ -1,0 +1,202 @@
+"""The study of tables: networks side by side are trained as each alone, it resumes, and reports what was run."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+import torch
+from sklearn.ensemble import RandomForestClassifier
+
+from popriskmin.compare.training import arms as compared
+from popriskmin.compare.training.runner import factors
+from popriskmin.compare.training.train import Configuration, run
+from popriskmin.tasks import sparse, table
+from popriskmin.tasks.sparse import Sparse
+from popriskmin.tasks.table import Table
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import sparse_map  # noqa: E402
+import tables  # noqa: E402
+import tables_data  # noqa: E402
+import tables_report  # noqa: E402
+import tables_runs  # noqa: E402
+
+SOFT = compared.Arm("prm mask=soft", "prm", {"mask": "soft"})
+PAIRS = {
+    "adamw": compared.ADAMW,
+    "snr": compared.Arm("prm", "prm"),
+    "soft": SOFT,
+    "debias": compared.Arm("prm debias=True", "prm", {"debias": True}),
+    "adamw-matched to soft": compared.Arm("matched", "adamw-matched", {"mask": "soft"}, follows="prm mask=soft"),
+}
+
+
+@pytest.mark.parametrize("data", ["wine", "diabetes"])
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_networks_side_by_side_are_trained_as_each_alone(name, data):
+    """Of two configurations and seeds each evaluation's figures, against `popriskmin compare`."""
+    task, seeds = Table(data=data, probes=7, steps=20, hidden=9), [0, 3]
+    found = tables._train(tables_runs.Stack(task, seeds), tables.ARMS[name], {})["configurations"]
+    metric = next(iter(task.metrics))
+    for (lr, decay), (i, seed) in zip([(1e-3, 1.0), (1e-2, 0.01)], enumerate(seeds)):
+        configuration = Configuration(lr, decay, seed)
+        trace = factors(run(task, SOFT, configuration)) if PAIRS[name].follows else None
+        records = run(task, PAIRS[name], configuration, trace)
+        evaluations = [record for record in records if record["kind"] == "evaluation"]
+        best = min(evaluations, key=lambda record: record["validation"][metric])
+        mine = found[f"{lr:g} {decay:g}"]
+        assert mine["final"][1][0][i] == pytest.approx(evaluations[-1]["test"][metric], rel=1e-3)
+        assert mine["best"][0][0][i] == pytest.approx(best["validation"][metric], rel=1e-3)
+        assert mine["best"][1][0][i] == pytest.approx(best["test"][metric], rel=1e-3)
+        assert mine["step"][i] == best["step"]
+
+
+def test_the_open_share_is_that_of_the_optimizer():
+    torch.manual_seed(0)
+    parts = [[torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(4))] for _ in range(3)]
+    optimizer = tables_runs.build(tables.ARMS["soft"], [{"params": part} for part in parts])
+    for _ in range(5):
+        for part in parts:
+            for parameter in part:
+                parameter.grad = 2 + torch.randn_like(parameter)
+        optimizer.step()
+    q, active = tables_runs.openness(optimizer, parts, 5)
+    stats = optimizer.get_mask_stats(by="group")
+    assert q.tolist() == pytest.approx([stats[i]["mean_q"] for i in range(3)], rel=1e-5)
+    assert active.tolist() == pytest.approx([stats[i]["active_fraction"] for i in range(3)])
+    assert 0 < q.mean() < 1
+
+
+@pytest.mark.parametrize("model", ["linear", "network"])
+def test_models_of_the_sparse_task_side_by_side(model):
+    task = Sparse(model=model, inputs=30, informative=3, examples=60, steps=30, hidden=5)
+    found = tables_runs.train(sparse_map.SparseStack(task, [0, 1]), sparse_map.ARMS[2])[0]["configurations"]
+    for seed in (0, 1):
+        records = run(task, SOFT, Configuration(0.01, 0.1, seed))
+        last = [record for record in records if record["kind"] == "evaluation"][-1]
+        assert found["0.01 0.1"]["final"][1][0][seed] == pytest.approx(last["test"]["excess risk"], rel=1e-3)
+
+
+def test_an_average_and_a_penalty_do_what_they_say():
+    stack = tables_runs.Stack(Table(data="wine", probes=30, steps=60), [0])
+    plain, averaged = (tables_runs.Arm("a", "adamw", (0.03,), (0.01,), average=average) for average in (False, True))
+    one, other = (tables_runs.train(stack, arm)[0]["configurations"]["0.03 0.01"] for arm in (plain, averaged))
+    assert one["final"] != other["final"]
+    # The penalty's weight is in place of the decay: with weight 0 it is AdamW without decay.
+    none = tables_runs.Arm("a", "adamw", (0.01,), (0.0,))
+    penalized = tables_runs.Arm("a", "adamw", (0.01,), (0.0, 0.1), l1=True)
+    one, other = (tables_runs.train(stack, arm)[0]["configurations"] for arm in (none, penalized))
+    assert one["0.01 0"] == other["0.01 0"] != other["0.01 0.1"]
+
+
+@pytest.fixture
+def _short(monkeypatch):
+    monkeypatch.setattr(tables_data, "STEPS", 10)
+    monkeypatch.setattr(tables, "SEEDS", 3)
+    forest = RandomForestClassifier(5, random_state=0)
+    monkeypatch.setattr(table, "trees", lambda classifies, seed: {"forest": forest})
+
+
+@pytest.mark.usefixtures("_short")
+def test_the_study_resumes_and_reports(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--tables", "wine", "iris", "--probes", "0", "3", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["tables.py", "run", *words, "--cache", str(tmp_path / "cache")])
+    few = [arm for name, arm in tables.ARMS.items() if name in ("adamw", "snr", "soft", "adamw-matched to soft")]
+    monkeypatch.setattr(tables, "FOURTH", [])
+    monkeypatch.setattr(tables, "FIRST", few[:3])
+    monkeypatch.setattr(tables, "SECOND", few[3:])
+    monkeypatch.setattr(tables, "THIRD", [])
+    tables.main()
+    made = {path.name: path.read_text() for path in out.glob("*.jsonl")}
+    assert sorted(made) == ["iris.jsonl", "wine.jsonl"]
+    assert all(text.count("\n") == 2 * 5 for text in made.values())
+    # A kill in the middle of a line: it is made again, and nothing else is.
+    path = out / "wine.jsonl"
+    path.write_text(made["wine.jsonl"][:-40])
+    capsys.readouterr()
+    tables.main()
+    made_again = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wine + ")]
+    assert [line.split(":")[0] for line in made_again] == ["wine + 3, references"]
+    again = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    before = [json.loads(line) for line in made["wine.jsonl"].splitlines()]
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in before]
+
+    monkeypatch.setattr(sys, "argv", ["tables.py", "report", "--out", str(out)])
+    tables.main()
+    printed = capsys.readouterr().out
+    assert "| wine, 89 x 13 |" in printed
+    assert "| soft | 2 |" in printed
+    found = json.loads((out / "results.json").read_text())
+    assert found["rules"]["always soft"]["cases"] == [2, 2]
+    cell = next(cell for cell in found["cells"] if (cell["table"], cell["probes"]) == ("wine", 3))
+    row = next(row for row in before if (row["probes"], row["arm"]) == (3, "soft"))
+    best = min(row["configurations"].values(), key=lambda one: sum(one["best"][0][0]))
+    assert cell["arms"]["soft"]["loss"] == best["best"][1][0]
+    written = tmp_path / "page.md"
+    written.write_text("before\n" + "\nold\n".join(tables_report.MARKS) + "\nafter\n")
+    for _ in range(2):
+        tables_report.write(tables.read(out), out, written)
+        text = written.read_text()
+        assert text.startswith("before\n<!--")
+        assert text.endswith("-->\nafter\n")
+        assert "old" not in text
+        assert text.count("| wine, 89 x 13 |") == 1
+    # What only one table has is shown, and counts in no summary and no rule.
+    rows = tables.read(out)
+    tables_report.write([*rows, *({**row, "probes": 9} for row in rows if row["table"] == "wine")], out, written)
+    text = written.read_text()
+    assert [text.count(f"| wine + {probes}, 89 x") for probes in (0, 3, 9)] == [1, 1, 1]
+    assert "iris + " not in text
+    assert text.count("| soft | 2 |") == 2
+    assert json.loads((out / "results.json").read_text())["rules"]["always soft"]["cases"] == [2, 2]
+    # The arms with a mask and the penalty, once they are there.
+    assert "the penalty together" not in text
+    more = [{**row, "arm": name} for row in rows if row["arm"] == "soft" for name in tables_report.TOGETHER]
+    more += [{**row, "arm": tables_report.PENALTY} for row in rows if row["arm"] == "adamw"]
+    tables_report.write([*rows, *more], out, written)
+    text = written.read_text()
+    assert text.count("### A mask and the penalty together") == 1
+    assert text.count("\n| iris + 3 |") == 1
+    assert all(f"| {name} | " in text for name in tables_report.TOGETHER)
+    written.write_text("no marks")
+    with pytest.raises(SystemExit, match="page.md needs the lines"):
+        tables_report.write(tables.read(out), out, written)
+    assert all((out / name).stat().st_size > 5000 for name in ("ratios.png", "rule.png", "masks.png"))
+
+
+def test_the_map_resumes_and_draws(monkeypatch, tmp_path):
+    monkeypatch.setattr(sparse_map, "INPUTS", 20)
+    monkeypatch.setattr(sparse_map, "STEPS", 8)
+    monkeypatch.setattr(sparse_map, "SHARES", (0.1, 1.0))
+    monkeypatch.setattr(sparse_map, "PER_INPUT", (2.0,))
+    monkeypatch.setattr(sparse_map, "NOISES", (1.0,))
+    monkeypatch.setattr(sys, "argv", ["sparse_map.py", "--out", str(tmp_path)])
+    sparse_map.main()
+    first = (tmp_path / "map.json").read_text()
+    points = json.loads(first)
+    assert [point["share"] for point in points] == [0.1, 1.0]
+    points[1].pop("soft")
+    (tmp_path / "map.json").write_text(json.dumps(points))
+    sparse_map.main()
+    assert json.loads((tmp_path / "map.json").read_text()) == json.loads(first)
+    assert (tmp_path / "map.png").stat().st_size > 5000
+
+
+def test_the_default_of_the_sparse_task(monkeypatch, tmp_path):
+    monkeypatch.setitem(sparse.SCALES, "default", {"inputs": 20, "informative": 2, "examples": 30, "steps": 5})
+    monkeypatch.setattr(sys, "argv", ["sparse_map.py", "--default", "--out", str(tmp_path)])
+    sparse_map.main()
+    text = (tmp_path / "default.json").read_text()
+    found = json.loads(text)
+    names = [arm.name for arm in sparse_map.DEFAULT_ARMS]
+    assert [one["arm"] for one in found if one["model"] == "network"] == names
+    assert [one["arm"] for one in found if one["model"] == "linear"][: len(names)] == names
+    assert {"Lasso", "ridge"} < {one["arm"] for one in found}
+    (tmp_path / "default.json").write_text(json.dumps(found[:2]))
+    sparse_map.main()
+    assert json.loads((tmp_path / "default.json").read_text()) == found
