@@ -19,12 +19,22 @@ from popriskmin.mask.evaluate import (
     largest,
     signal_and_noise,
 )
-from popriskmin.mask.hyperparameters import BOUNDARIES, REDUCTIONS, VARIANCES, Hyperparameters, boundary_coefficient
+from popriskmin.mask.hyperparameters import (
+    BOUNDARIES,
+    ORIGINS,
+    REDUCTIONS,
+    VARIANCES,
+    Hyperparameters,
+    boundary_coefficient,
+    mean_coefficient,
+)
 from popriskmin.mask.masks import MASKS, Mask, hard, none, snr, soft, threshold
+from popriskmin.mask.shrink import loading, pulling_gradient, shrunk
 
 __all__ = [
     "BOUNDARIES",
     "MASKS",
+    "ORIGINS",
     "REDUCTIONS",
     "VARIANCES",
     "Corrections",
@@ -38,7 +48,11 @@ __all__ = [
     "floor",
     "hard",
     "largest",
+    "loading",
+    "mean_coefficient",
     "none",
+    "pulling_gradient",
+    "shrunk",
     "signal_and_noise",
     "snr",
     "soft",

@@ -33,8 +33,11 @@ class Prepared:
 def dtype_of_state(name: str, param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
     """Return the dtype of a state tensor: `state_dtype`, or by default the parameter's, float32 at least.
 
-    Bfloat16 is for `v`, `s` and the maximum of `v` alone: the mean `m`, and complex parameters, keep float32.
+    Bfloat16 is for `v`, `s` and the maximum of `v` alone: the mean `m`, and complex parameters, keep float32. The
+    first weights, `start`, are as the parameter is.
     """
+    if name == "start":
+        return param.dtype
     if state_dtype is None:
         double = param.dtype in (torch.float64, torch.complex128)
         state_dtype = torch.float64 if double else torch.float32
@@ -62,6 +65,8 @@ def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
     for name in names:
         dtype = dtype_of_state(name, param, group["state_dtype"])
         state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    if group["shrink_to"] == "start":
+        state["start"] = param.detach().clone(memory_format=torch.preserve_format)
     return state
 
 
@@ -111,6 +116,19 @@ def replaced_lr(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]
     return None
 
 
+def without_start(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> str | None:
+    """Say where a checkpoint lacks the first weights that its group shrinks to."""
+    states = [
+        saved["state"].get(key) for group in groups if group.get("shrink_to") == "start" for key in group["params"]
+    ]
+    if all("start" in state for state in states if state):
+        return None
+    return (
+        "the checkpoint does not hold the weights that training started from: shrink_to='start' takes those that the "
+        "parameters have now"
+    )
+
+
 def prepare_state(
     saved_state: Mapping[Any, Any],
     prepared_groups: list[dict[str, Any]],
@@ -151,6 +169,8 @@ def _prepare_one(key: Any, saved: Mapping[str, Any], param: Tensor, group: Mappi
     if "exp_avg_var" not in state:
         dtype = dtype_of_state("exp_avg_var", param, group["state_dtype"])
         state["exp_avg_var"] = implied_variance(state, group).to(dtype)
+    if group["shrink_to"] == "start" and "start" not in state:
+        state["start"] = param.detach().clone(memory_format=torch.preserve_format)
     return {name: Prepared(value) if isinstance(value, Tensor) else value for name, value in state.items()}
 
 

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popriskmin.mask import BOUNDARIES, MASKS, REDUCTIONS, VARIANCES, boundary_coefficient
+from popriskmin.mask import (
+    BOUNDARIES,
+    MASKS,
+    ORIGINS,
+    REDUCTIONS,
+    VARIANCES,
+    boundary_coefficient,
+    mean_coefficient,
+)
 from popriskmin.optimizer.mask_state import parameter_names
 from popriskmin.step.functional import choose_implementation
 from popriskmin.step.shards import is_sharded
@@ -88,7 +96,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name, value in (("betas[0]", betas[0]), ("betas[1]", betas[1]), ("rho", options["rho"])):
         if not (isinstance(_number(value), Real) and 0 <= float(_number(value)) < 1):
             raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
-    for name in ("eps", "mask_eps", "softness", "weight_decay"):
+    for name in ("eps", "mask_eps", "softness", "weight_decay", "shrinkage"):
         value = options[name]
         if name == "mask_eps" and value is None:
             continue
@@ -99,12 +107,22 @@ def check_options(options: Mapping[str, Any]) -> None:
     eps = float(_number(options["eps"]))
     if options["mask_eps"] is None and eps * eps == float("inf"):
         raise ValueError(f"eps must be so small that its square is finite, or mask_eps be given, got eps={eps!r}")
+    if options["shrinkage"] and options["batch_size"] == options["n_dataset"]:
+        mean_coefficient(options["batch_size"], options["n_dataset"], options["variance"])
     check_counts(options)
     _check_switches(options)
-    known_values = {"mask": MASKS, "boundary": BOUNDARIES, "reduction": REDUCTIONS, "variance": VARIANCES}
+    known_values = {
+        "mask": MASKS,
+        "boundary": BOUNDARIES,
+        "reduction": REDUCTIONS,
+        "variance": VARIANCES,
+        "shrink_to": ORIGINS,
+    }
     for name, known in known_values.items():
         if not isinstance(options[name], str) or options[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {options[name]!r}")
+    if options["shrinkage"]:
+        mean_coefficient(options["batch_size"], options["n_dataset"], options["variance"])
     if options["boundary"] == "empirical":
         boundary_coefficient("empirical", options["batch_size"], options["n_dataset"])
     if options["debias"] and not options["bias_correction"]:
@@ -154,7 +172,9 @@ def check_counts(options: Mapping[str, Any]) -> None:
     for name, value in (("batch_size", batch_size), ("n_dataset", n)):
         if value is not None and not (isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1):
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-    if batch_size is not None and n is not None and n <= batch_size:
+    # Batches of the whole data set have no variance between them, unless it is given.
+    whole = options.get("variance") == "given" and n == batch_size
+    if batch_size is not None and n is not None and n <= batch_size and not whole:
         raise ValueError(f"n_dataset must be larger than batch_size, got n_dataset={n} and batch_size={batch_size}")
 
 

@@ -17,9 +17,10 @@ from popriskmin.mask import (
     evaluate_lists,
     finish_signal_and_noise,
     largest,
+    loading,
     signal_and_noise,
 )
-from popriskmin.step.lists import Lists, are_plain, compute_dtype, count_up, local_parts
+from popriskmin.step.lists import Lists, are_plain, compute_dtype, count_up, local_parts, shrinks
 from popriskmin.step.rounding import random_bits, round_stochastically
 from popriskmin.step.shards import over_ranks
 
@@ -32,12 +33,16 @@ FEWEST_JOINED = 4
 
 
 def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor_steps: bool) -> None:
-    """Step whole lists at a time, in place. Temporaries stay within two lists the size of the parameters."""
+    """Step whole lists at a time, in place.
+
+    Temporaries stay within two lists the size of the parameters, and five with shrinkage.
+    """
     if not lists.params:
         return
     count_up(state_steps)
-    for indices, t in _cohorts(lists, state_steps, tensor_steps):
+    for indices, t in _cohorts(lists, state_steps, hyper, tensor_steps):
         whole = lists.of(indices)
+        own = hyper if shrinks(hyper, whole.params[0]) else hyper._replace(shrinkage=0.0)
         # All of them lie alike over the ranks, or none is taken apart. Parts may be empty: every rank has all of them.
         cohort = local_parts(whole)
         cohort = cohort if are_plain(cohort.params) else whole
@@ -50,17 +55,17 @@ def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparame
         on_host = cohort.params[0].device.type == "cpu" and not tensor_steps and are_plain(cohort.params)
         # The random bits go by the place in the whole tensor, so tensors that need them stay whole.
         on_host = on_host and cohort.exp_avg_vars[0].dtype != torch.bfloat16
-        if hyper.reduction == "per_tensor" and hyper.mask != "none" and c.open is not True:
+        if own.reduction == "per_tensor" and own.mask != "none" and c.open is not True:
             blocks = list(_blocks(cohort, cut=on_host, join=False))
             for block in blocks:
-                _advance(block, c, hyper, dtype)
-            q = _pooled_mask(whole, cohort, blocks, c, hyper, dtype)
+                _advance(block, c, own, dtype)
+            q = _pooled_mask(whole, cohort, blocks, c, own, dtype)
             for block in blocks:
-                _move(block, [q[i] for i in block.owners], c, hyper, dtype)
+                _move(block, [q[i] for i in block.owners], c, own, dtype)
         else:
             for block in _blocks(cohort, cut=on_host, join=on_host):
-                _advance(block, c, hyper, dtype)
-                _move(block, _mask(block, c, hyper, dtype), c, hyper, dtype)
+                _advance(block, c, own, dtype)
+                _move(block, _mask(block, c, own, dtype), c, own, dtype)
 
 
 class _Block(NamedTuple):
@@ -70,8 +75,10 @@ class _Block(NamedTuple):
     owners: list[int]
 
 
-def _cohorts(lists: Lists, state_steps: list[Tensor], tensor_steps: bool) -> Iterator[tuple[list[int], Any]]:
-    """Yield the places of tensors that agree in device, types and step count, and that count.
+def _cohorts(
+    lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor_steps: bool
+) -> Iterator[tuple[list[int], Any]]:
+    """Yield the places of tensors that agree in device, types, step count and shrinkage, and that count.
 
     With `tensor_steps` the count stays on the device, as one tensor with an entry for each place.
     """
@@ -80,7 +87,7 @@ def _cohorts(lists: Lists, state_steps: list[Tensor], tensor_steps: bool) -> Ite
         if p.numel() > 0:
             t = None if tensor_steps else state_steps[i].item()
             dtypes = [tensors[i].dtype for tensors in lists if tensors]
-            cohorts.setdefault((type(p), p.device, *dtypes, t), []).append(i)
+            cohorts.setdefault((type(p), p.device, shrinks(hyper, p), *dtypes, t), []).append(i)
     for key, indices in cohorts.items():
         yield indices, torch.stack([state_steps[i] for i in indices]) if tensor_steps else key[-1]
 
@@ -250,6 +257,13 @@ def _mask(block: _Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dt
     torch._foreach_clamp_max_(signals, bound)
     noises = list(torch._foreach_div(_widen(block.lists.exp_avg_vars, dtype), _each(c.bias_var, block)))
     torch._foreach_clamp_max_(noises, bound)
+    return _evaluate(signals, noises, block, c, hyper)
+
+
+def _evaluate(
+    signals: list[Tensor], noises: list[Tensor], block: _Block, c: Corrections, hyper: Hyperparameters
+) -> list[Tensor]:
+    """Return `q` of bounded signals and noises, and overwrite both."""
     if MASKS[hyper.mask].of_mean:
         torch._foreach_mul_(noises, _each(c.k, block))
     elif hyper.debias:
@@ -305,9 +319,14 @@ def _move(
     hyper: Hyperparameters,
     dtype: torch.dtype,
 ) -> None:
-    """Decay the parameters and take the Adam step, multiplied by `q` (of the parameter's shape, or `()`)."""
+    """Decay the parameters, take the Adam step multiplied by `q` (of the parameter's shape, or `()`), and shrink."""
     params = _widen(block.lists.params, dtype)
     _decay(params, q if hyper.mask_decay else None, block, hyper)
+    second_moments = block.lists.max_exp_avg_sqs if hyper.amsgrad else block.lists.exp_avg_sqs
+    roots = torch._foreach_sqrt(_widen(second_moments, dtype))
+    torch._foreach_div_(roots, _each(c.bias2**0.5, block))
+    torch._foreach_add_(roots, hyper.eps)
+    pulls = _pulls(block, q, roots, c, hyper, dtype)
     exp_avgs = _widen(block.lists.exp_avgs, dtype)
     if q is None:
         steps = exp_avgs
@@ -317,10 +336,6 @@ def _move(
         torch._foreach_mul_(q, exp_avgs)
         steps = q
     del exp_avgs
-    second_moments = block.lists.max_exp_avg_sqs if hyper.amsgrad else block.lists.exp_avg_sqs
-    roots = torch._foreach_sqrt(_widen(second_moments, dtype))
-    torch._foreach_div_(roots, _each(c.bias2**0.5, block))
-    torch._foreach_add_(roots, hyper.eps)
     step_size = hyper.lr / c.bias1
     if isinstance(step_size, Tensor):
         # A tensor cannot be the factor of addcdiv, and must not be read back to become one.
@@ -328,7 +343,46 @@ def _move(
         torch._foreach_addcdiv_(params, steps, roots)
     else:
         torch._foreach_addcdiv_(params, steps, roots, -step_size)
+    if pulls is not None:
+        _shrink(params, pulls, block, dtype)
     _write_back(block.lists.params, params)
+
+
+def _pulls(
+    block: _Block, q: list[Tensor] | None, roots: list[Tensor], c: Corrections, hyper: Hyperparameters, dtype: torch.dtype
+) -> list[Tensor] | None:
+    """Return how far shrinkage pulls, see `popriskmin.mask.pulling_gradient`; None where it does not."""
+    if not hyper.shrinkage or (not isinstance(c.t, Tensor) and c.t <= 1):
+        return None
+    factor = loading(hyper.shrinkage, hyper.mean_coefficient)
+    noises = list(torch._foreach_div(_widen(block.lists.exp_avg_vars, dtype), _each(c.bias_var, block)))
+    torch._foreach_clamp_max_(noises, largest(dtype))
+    pulls = list(torch._foreach_sqrt(noises))
+    torch._foreach_mul_(pulls, factor)
+    if q is not None:
+        if hyper.reduction == "per_param":
+            signals = list(torch._foreach_mul(noises, factor * factor))
+            torch._foreach_clamp_max_(signals, largest(dtype))
+            q = _evaluate(signals, noises, block, c, hyper)
+        torch._foreach_mul_(pulls, q)
+    torch._foreach_div_(pulls, roots)
+    torch._foreach_mul_(pulls, _each(hyper.lr, block))
+    if isinstance(c.t, Tensor):
+        for pull, t in zip(pulls, _each(c.t, block)):
+            pull.masked_fill_(t <= 1, 0)
+    return pulls
+
+
+def _shrink(params: list[Tensor], pulls: list[Tensor], block: _Block, dtype: torch.dtype) -> None:
+    """Move the parameters by the pulls, as `popriskmin.mask.shrunk` does."""
+    starts = _widen(block.lists.starts, dtype)
+    distances = list(torch._foreach_sub(params, starts)) if starts else params
+    moves = list(torch._foreach_maximum(distances, torch._foreach_neg(pulls)))
+    torch._foreach_minimum_(moves, pulls)
+    torch._foreach_sub_(params, moves)
+    for param, distance, pull, start in zip(params, distances, pulls, starts):
+        # The difference of two rounded numbers need not give back the second.
+        param.copy_(torch.where(distance.abs() <= pull, start, param))
 
 
 def _decay(params: list[Tensor], q: list[Tensor] | None, block: _Block, hyper: Hyperparameters) -> None:

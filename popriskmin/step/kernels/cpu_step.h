@@ -10,7 +10,7 @@
 typedef struct {
     REAL sign, coupled_decay, pull, beta2, one_minus_beta2, rho, blend, inv_centre, given_rho, given_blend;
     REAL inv_bias1, inv_bias_var, k, coefficient, softness, mask_eps, min_q, bound;
-    REAL keep, masked_decay, step_size, inv_root_bias2, eps;
+    REAL keep, masked_decay, step_size, inv_root_bias2, eps, lr, loading, loading_squared;
     int debias, has_blend, from_grad;
 } NAME(constants);
 
@@ -47,6 +47,9 @@ static NAME(constants) NAME(convert)(const numbers *x) {
     c.step_size = (REAL)x->step_size;
     c.inv_root_bias2 = (REAL)x->inv_root_bias2;
     c.eps = (REAL)x->eps;
+    c.lr = (REAL)x->lr;
+    c.loading = (REAL)x->loading;
+    c.loading_squared = (REAL)(x->loading * x->loading);
     return c;
 }
 
@@ -153,6 +156,50 @@ TARGET static void NAME(move)(int mask, int64_t n, REAL *p, const REAL *m, const
     case MASK_THRESHOLD: NAME(move_loop)(MASK_THRESHOLD, c->debias, n, p, m, v, s, given, c); break;
     default: NAME(move_loop)(MASK_NONE, 0, n, p, m, v, s, given, c);
     }
+}
+
+/* Shrinkage, after the step: p is pulled to its origin; see popriskmin.mask.shrink. */
+TARGET INLINE void NAME(pull_loop)(int mask, int debias, int to_start, int64_t n, REAL *restrict p,
+                                   const REAL *restrict v, const REAL *restrict s, const REAL *restrict start, REAL given,
+                                   const NAME(constants) *constants) {
+    const NAME(constants) c = *constants;
+    for (int64_t i = 0; i < n; i++) {
+        REAL noise = NAME(at_most)(s[i] * c.inv_bias_var, c.bound), q = given;
+        if (mask != MASK_NONE)
+            q = NAME(mask)(mask, debias, noise * c.loading_squared, noise, &c);
+        REAL divisor = SQRT(v[i]) * c.inv_root_bias2 + c.eps;
+        REAL pull = c.lr * ((q * (SQRT(noise) * c.loading)) / divisor);
+        REAL origin = to_start ? start[i] : 0;
+        REAL distance = p[i] - origin;
+        REAL moved = p[i] + (distance > 0 ? -pull : pull);
+        p[i] = (distance < 0 ? -distance : distance) <= pull ? origin : moved;
+    }
+}
+
+#define PULL(mask, debias)                                                                                             \
+    (start ? NAME(pull_loop)(mask, debias, 1, n, p, v, s, start, given, c)                                             \
+           : NAME(pull_loop)(mask, debias, 0, n, p, v, s, NULL, given, c))
+TARGET static void NAME(pull)(int mask, int64_t n, REAL *p, const REAL *v, const REAL *s, const REAL *start, REAL given,
+                              const NAME(constants) *c) {
+    switch (mask) {
+    case MASK_SNR: PULL(MASK_SNR, c->debias); break;
+    case MASK_SOFT: PULL(MASK_SOFT, c->debias); break;
+    case MASK_HARD: PULL(MASK_HARD, c->debias); break;
+    case MASK_THRESHOLD: PULL(MASK_THRESHOLD, c->debias); break;
+    default: PULL(MASK_NONE, 0);
+    }
+}
+#undef PULL
+
+/* The same where v and s are stored in bfloat16; n is at most AHEAD. */
+TARGET static void NAME(pull_narrow)(int mask, int64_t n, REAL *p, const uint16_t *v, const uint16_t *s,
+                                     const REAL *start, REAL given, const NAME(constants) *c) {
+    REAL wide_v[AHEAD], wide_s[AHEAD];
+    for (int64_t i = 0; i < n; i++) {
+        wide_v[i] = (REAL)from_bfloat16(v[i]);
+        wide_s[i] = (REAL)from_bfloat16(s[i]);
+    }
+    NAME(pull)(mask, n, p, wide_v, wide_s, start, given, c);
 }
 
 /* Both at once, for tensors in the arithmetic type, with v and s there too or with `narrow` in bfloat16, and for the
@@ -351,7 +398,7 @@ TARGET static void NAME(round_state)(int64_t n, int64_t start, uint32_t key, REA
 TARGET static void NAME(work_in_chunks)(const job *job, const tensor *t, const numbers *x, const NAME(constants) *c,
                                         int64_t begin, int64_t end, int what, REAL given, double *sums) {
     int narrow = job->s_type == TYPE_BFLOAT16, reads_p = (what & MOVE) || x->coupled;
-    REAL buffers[7][CHUNK];
+    REAL buffers[8][CHUNK];
     for (int64_t start = begin; start < end; start += CHUNK) {
         int64_t n = end - start < CHUNK ? end - start : CHUNK;
         REAL *p = reads_p ? NAME(load)(t->p, job->p_type, start, n, buffers[0]) : NULL;
@@ -377,7 +424,12 @@ TARGET static void NAME(work_in_chunks)(const job *job, const tensor *t, const n
         if (sums)
             NAME(add_up)(n, m, s, sums);
         if (what & MOVE) {
-            NAME(move)(t->pooled ? MASK_NONE : x->mask, n, p, m, maximum ? maximum : v, s, given, c);
+            int mask = t->pooled ? MASK_NONE : x->mask;
+            NAME(move)(mask, n, p, m, maximum ? maximum : v, s, given, c);
+            if (t->pulled) {
+                const REAL *to = t->start ? NAME(load)(t->start, job->p_type, start, n, buffers[7]) : NULL;
+                NAME(pull)(mask, n, p, maximum ? maximum : v, s, to, given, c);
+            }
             NAME(store)(t->p, job->p_type, start, n, p);
         }
     }
@@ -415,6 +467,14 @@ TARGET static void NAME(work_in_place)(const job *job, const tensor *t, const nu
                 NAME(raise_maximum)(n, maximum + i, v_i);
         } else {
             NAME(move)(MASK_NONE, n, p + i, m + i, maximum ? maximum + i : (REAL *)v + i, NULL, given, c);
+        }
+        if (t->pulled && (what & MOVE)) {
+            int mask = t->pooled ? MASK_NONE : x->mask;
+            const REAL *start = t->start ? (const REAL *)t->start + i : NULL;
+            if (narrow)
+                NAME(pull_narrow)(mask, n, p + i, (uint16_t *)v + i, (uint16_t *)s + i, start, given, c);
+            else
+                NAME(pull)(mask, n, p + i, maximum ? maximum + i : (REAL *)v + i, (REAL *)s + i, start, given, c);
         }
     }
 }

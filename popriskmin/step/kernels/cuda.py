@@ -236,20 +236,21 @@ def _launches(
     if isinstance(hyper.lr, Tensor):
         lr = hyper.lr.to(device) if read_there or not hyper.lr.is_cpu else None
         hyper = hyper._replace(lr=hyper.lr.item() if lr is None else 0.0)
-    # What the kernel does not read is of some type all the same.
+    # What the kernel does not read is of some type all the same; it never shrinks.
     lists = lists._replace(
+        starts=[],
         max_exp_avg_sqs=lists.max_exp_avg_sqs or lists.exp_avg_sqs, grad_vars=lists.grad_vars or lists.grads
     )
     if state is not None:
         counts = set(map(Tensor.item, state_steps)) if state_steps[0].is_cpu and not read_there else {None}
         if len(counts) == 1:
-            params, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, steps = state.addresses
+            params, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, _, steps = state.addresses
             places = Places(state.sizes, params, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima or exp_avg_sqs, steps)
-            types = _Types(*(tensors[0].dtype for tensors in lists))
+            types = _Types(*(tensors[0].dtype for tensors in lists if tensors))
             yield _Launch(places, _gradients(lists, hyper), types, counts.pop(), lr, hyper)
             return
     groups: dict[Any, list[int]] = {}
-    for i, tensors in enumerate(zip(*lists)):
+    for i, tensors in enumerate(zip(*filter(None, lists))):
         t = None if read_there or not state_steps[i].is_cpu else state_steps[i].item()
         groups.setdefault((t, *[tensor.dtype for tensor in tensors]), []).append(i)
     for (t, *dtypes), indices in groups.items():

@@ -155,5 +155,5 @@ def test_a_tensor_of_more_than_two_to_the_31_elements():
     m = torch.zeros(n, dtype=f32, device="cuda")
     v, s = torch.zeros(n, dtype=bf16, device="cuda"), torch.zeros(n, dtype=bf16, device="cuda")
     hyper = hyperparameters({"mask": "none", "lr": 0.5, "weight_decay": 0.0})
-    cuda.step(Lists([w], [g], [m], [v], [s], [], []), [torch.tensor(0.0)], hyper)
+    cuda.step(Lists([w], [g], [m], [v], [s], [], [], []), [torch.tensor(0.0)], hyper)
     assert bool(((w - 0.5).abs_() < 0.05).all())

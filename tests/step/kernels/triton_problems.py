@@ -126,7 +126,7 @@ class Problem:
         variances = [self._seen(z.tensor) for z in self.variances]
         p, *state = [[self._seen(guarded.tensor) for guarded in column] for column in self.columns]
         maxima = state.pop() if self.amsgrad else []
-        return Lists(p, [self._seen(g.tensor) for g in self.grads], *state, maxima, variances)
+        return Lists(p, [self._seen(g.tensor) for g in self.grads], *state, maxima, variances, [])
 
     def check_memory(self, grads):
         for column in [*self.columns, self.grads, self.variances]:
@@ -149,7 +149,7 @@ def gradients(problem, shapes):
 
 def single(made, grads, drawn, capturable):
     """Take a step of a problem with the single-tensor form."""
-    *lists, variances = made.lists(grads)
+    *lists, variances, _ = made.lists(grads)
     prm(*lists, made.steps, foreach=False, capturable=capturable, grad_vars=variances or None, **arguments(drawn))
 
 
