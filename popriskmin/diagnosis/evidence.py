@@ -11,7 +11,8 @@ from torch import Tensor
 
 from popriskmin.diagnosis.noise import first_step, mean_and_variance, weights
 from popriskmin.mask import Hyperparameters, corrections, evaluate
-from popriskmin.optimizer.mask_state import Held, as_wide_reals, held, parameter_names, recompute, to_host
+from popriskmin.optimizer.groups import parameter_names
+from popriskmin.optimizer.mask_state import Held, as_wide_reals, held, recompute, to_host
 from popriskmin.optimizer.prm import PRM
 from popriskmin.step.lists import sum_dtype
 from popriskmin.step.shards import whole

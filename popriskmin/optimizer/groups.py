@@ -1,10 +1,11 @@
-"""Parameter groups from name patterns, with weight decay kept off biases and norms."""
+"""Parameter groups from name patterns, and the names of the parameters in any groups."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -99,6 +100,24 @@ def param_groups(
                 own = {} if decays else {"weight_decay": 0.0}
                 groups.append({"params": members, **options, **own, "pattern": candidate})
     return groups
+
+
+def parameter_names(groups: Sequence[Mapping[str, Any]]) -> list[list[str | int]]:
+    """Return a key for every parameter of each group: its name, or where it has none its place in the whole list.
+
+    A name that several groups share, as when two models are trained together, gets its group's number.
+    """
+    names: list[list[str | int]] = []
+    start = 0
+    for group in groups:
+        count = len(group["params"])
+        names.append(list(group.get("param_names") or range(start, start + count)))
+        start += count
+    uses = Counter(name for group_names in names for name in group_names)
+    return [
+        [f"group {i}: {name}" if uses[name] > 1 else name for name in group_names]
+        for i, group_names in enumerate(names)
+    ]
 
 
 def _checked(model: Any, patterns: Any) -> Mapping[str, Mapping[str, Any]]:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from popriskmin.mask import corrections, evaluate, finish_signal_and_noise
-from popriskmin.optimizer.mask_state import Held, as_wide_reals, held, joined, recompute, to_host
+from popriskmin.optimizer.mask_state import HasMask, Held, as_wide_reals, held, joined, recompute, to_host
 from popriskmin.step.lists import sum_dtype
 from popriskmin.step.shards import local_part, over_ranks
-
-if TYPE_CHECKING:
-    from popriskmin.optimizer.prm import PRM
 
 Row = dict[str, float]
 
@@ -23,12 +20,12 @@ BY = (None, "group", "parameter")
 
 
 @overload
-def mask_stats(optimizer: PRM, by: None = None, local: bool = False) -> Row | None: ...
+def mask_stats(optimizer: HasMask, by: None = None, local: bool = False) -> Row | None: ...
 @overload
-def mask_stats(optimizer: PRM, by: Literal["group"], local: bool = False) -> dict[int, Row]: ...
+def mask_stats(optimizer: HasMask, by: Literal["group"], local: bool = False) -> dict[int, Row]: ...
 @overload
-def mask_stats(optimizer: PRM, by: Literal["parameter"], local: bool = False) -> dict[str | int, Row]: ...
-def mask_stats(optimizer: PRM, by: str | None = None, local: bool = False) -> Any:
+def mask_stats(optimizer: HasMask, by: Literal["parameter"], local: bool = False) -> dict[str | int, Row]: ...
+def mask_stats(optimizer: HasMask, by: str | None = None, local: bool = False) -> Any:
     """Recompute the mask of the last step from the state of a `PRM` optimizer; see `PRM.get_mask_stats`."""
     if by not in BY:
         raise ValueError(f"by must be None, 'group' or 'parameter', got {by!r}")
@@ -41,7 +38,7 @@ def mask_stats(optimizer: PRM, by: str | None = None, local: bool = False) -> An
 
 
 @torch.no_grad()
-def _measured(optimizer: PRM, local: bool, apart: bool) -> Iterator[tuple[Held, int, int, list[float]]]:
+def _measured(optimizer: HasMask, local: bool, apart: bool) -> Iterator[tuple[Held, int, int, list[float]]]:
     """Yield each tensor that has moved, its scalars, the weight of its sums, and six numbers; one transfer a device.
 
     Those are the sums of `q`, of active scalars, signal and noise, and the least and the largest `q`. Unless they are

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from popriskmin.optimizer.mask_state import parameter_names
+from popriskmin.optimizer.groups import parameter_names
 from popriskmin.risk.series import Sample
 
 PARTS = ("group", "parameter")

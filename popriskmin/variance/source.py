@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from popriskmin.optimizer.checkpoint_probe import makes_state_alone
-from popriskmin.optimizer.mask_state import parameter_names
+from popriskmin.optimizer.groups import parameter_names
 from popriskmin.optimizer.unwrap import described, unwrapped
 from popriskmin.step.lists import as_real, compute_dtype, sum_dtype
 from popriskmin.step.shards import is_sharded
