@@ -19,9 +19,11 @@ from popriskmin.optimizer.unwrap import unwrapped_prm
 from popriskmin.step.lists import sum_dtype
 from popriskmin.step.shards import whole
 
-# The share of the way, in the logarithm of the softness, that is taken towards where the target is expected.
+# The share of the way, in the logarithm of the softness, that is taken towards where
+# the target is expected.
 GAIN = 0.5
-# Of larger tensors so many scalars, evenly spaced, stand for all: a mean of that many is as good, and costs little.
+# Of larger tensors so many scalars, evenly spaced, stand for all: a mean of that many
+# is as good, and costs little.
 SAMPLE = 16_384
 # Shares nearer to 0 or 1 have no logarithm to speak of.
 NEAREST = 1e-3
@@ -54,36 +56,46 @@ class Reading(NamedTuple):
 class SoftnessController:
     """Hold the mean `q`, or the share of open scalars, of parameter groups at a target by moving their `softness`.
 
-    After every `every`-th step, each group's mask is recomputed from the state. Where it is more shut than the target
-    the softness falls, else it rises, in the logarithm by half of what `log(q / (1 - q))` is off, and by `rate` for
-    each step at most. Nothing is added to `optimizer.step()`; once in `every` steps this waits for the device. In
-    tensors with more than 16,384 scalars about so many, evenly spaced, are looked at, unless masks are pooled.
+    After every `every`-th step, each group's mask is recomputed from the state. Where
+    it is more shut than the target the softness falls, else it rises, in the logarithm
+    by half of what `log(q / (1 - q))` is off, and by `rate` for each step at most.
+    Nothing is added to `optimizer.step()`; once in `every` steps this waits for the
+    device. In tensors with more than 16,384 scalars about so many, evenly spaced, are
+    looked at, unless masks are pooled.
 
-    The target is no reason to follow noise. Where the group's signal-to-noise ratio is below `floor`, the softness does
-    not fall; if it is lower than at the start it goes back towards that, at the same rate. The ratio is
-    `u**2 / z`, with the squared mean `u**2` and the variance `z` of the gradient estimated without bias from sums of
-    `m^**2` and `s^` over the group (`popriskmin.diagnosis.noise.mean_and_variance`), so that pure noise is at 0.
+    The target is no reason to follow noise. Where the group's signal-to-noise ratio is
+    below `floor`, the softness does not fall; if it is lower than at the start it goes
+    back towards that, at the same rate. The ratio is `u**2 / z`, with the squared mean
+    `u**2` and the variance `z` of the gradient estimated without bias from sums of
+    `m^**2` and `s^` over the group (`popriskmin.diagnosis.noise.mean_and_variance`), so
+    that pure noise is at 0.
 
     Parameters
     ----------
     optimizer
-        A `PRM`, wrapped by a framework or not (`popriskmin.unwrap`). The controller attaches itself with
-        `register_step_post_hook`; `remove()` takes it off. Under `ZeroRedundancyOptimizer` every rank's controller
-        holds that rank's part of the parameters at the target, and moves that rank's softness.
+        A `PRM`, wrapped by a framework or not (`popriskmin.unwrap`). The controller
+        attaches itself with `register_step_post_hook`; `remove()` takes it off. Under
+        `ZeroRedundancyOptimizer` every rank's controller holds that rank's part of the
+        parameters at the target, and moves that rank's softness.
     mean_q, active_fraction
-        The target, in (0, 1); one of the two. Active is a scalar with `q >= 1/2`: with `mask="snr"` and `softness=1`
-        that is the `active_fraction` of `get_mask_stats()`, which does not depend on the softness as such. With
-        `reduction="per_tensor"` all scalars of a tensor are active or none; the target is met as nearly as whole
-        tensors allow, and the softness then goes to and fro about the border of one.
+        The target, in (0, 1); one of the two. Active is a scalar with `q >= 1/2`: with
+        `mask="snr"` and `softness=1` that is the `active_fraction` of
+        `get_mask_stats()`, which does not depend on the softness as such. With
+        `reduction="per_tensor"` all scalars of a tensor are active or none; the target
+        is met as nearly as whole tensors allow, and the softness then goes to and fro
+        about the border of one.
     groups
-        Numbers of the groups to control. None takes all but those with `mask="none"`, later ones too.
+        Numbers of the groups to control. None takes all but those with `mask="none"`,
+        later ones too.
     every
         Steps between two corrections.
     rate
-        Bound on the change of the logarithm of the softness, per step: 0.01 lets it double in 70 steps.
+        Bound on the change of the logarithm of the softness, per step: 0.01 lets it
+        double in 70 steps.
     floor
-        Signal-to-noise ratio of a single gradient below which the mask is not opened. For `beta1 = 0.9` a ratio of
-        0.053 means that the mean gradient holds as much signal as noise.
+        Signal-to-noise ratio of a single gradient below which the mask is not opened.
+        For `beta1 = 0.9` a ratio of 0.053 means that the mean gradient holds as much
+        signal as noise.
     bounds
         Least and largest softness.
 
@@ -92,13 +104,15 @@ class SoftnessController:
     TypeError
         For another optimizer.
     ValueError
-        For arguments out of range; for a group with `mask="hard"` or "none", which do not depend on the softness, with
-        `softness=0`, or with a `min_q` that the target lies below. The same in `step()`, if a group is changed to that.
+        For arguments out of range; for a group with `mask="hard"` or "none", which do
+        not depend on the softness, with `softness=0`, or with a `min_q` that the target
+        lies below. The same in `step()`, if a group is changed to that.
 
     Notes
     -----
-    The softness is saved with the optimizer, the count of steps with `state_dict()` of the controller; load both, and
-    going on is bit for bit the uninterrupted run. A captured graph keeps the softness that it was captured with.
+    The softness is saved with the optimizer, the count of steps with `state_dict()` of
+    the controller; load both, and going on is bit for bit the uninterrupted run. A
+    captured graph keeps the softness that it was captured with.
 
     Examples
     --------

@@ -27,7 +27,8 @@ class Diagnosis:
     rows
         One `Row` for each parameter tensor, in the optimizer's order.
     note
-        Where there is nothing to say yet, why; where the figures are of a part of the model, of which; else empty.
+        Where there is nothing to say yet, why; where the figures are of a part of the
+        model, of which; else empty.
     """
 
     rows: list[Row]
@@ -48,36 +49,43 @@ class Diagnosis:
 def diagnose(optimizer: Optimizer | Iterable[Optimizer], threshold: float = 0.2) -> Diagnosis:
     """Say which layers the mask holds shut, and why, and what to try.
 
-    The state is read and nothing changed. This waits for the device, and with sharded parameters for all ranks, each of
-    which must ask. A layer is shut where the mean `q` of its scalars that have gradients is below `threshold`. Then the
-    first of these is the cause:
+    The state is read and nothing changed. This waits for the device, and with sharded
+    parameters for all ranks, each of which must ask. A layer is shut where the mean `q`
+    of its scalars that have gradients is below `threshold`. Then the first of these is
+    the cause:
 
-    - **dead**: no gradient, for at least 99% of its scalars; or one that only rounding makes, as that of a bias before
-      a normalization layer.
+    - **dead**: no gradient, for at least 99% of its scalars; or one that only rounding
+      makes, as that of a bias before a normalization layer.
     - **epsilon**: without `mask_eps` its mean `q` would be twice as large or more.
-    - **strict**: the plain mask (`mask="snr"`, `softness=1`, `boundary="batch"`) would be twice as open or more, and
-      let it move: what is stricter is the group's own mask, softness or boundary.
+    - **strict**: the plain mask (`mask="snr"`, `softness=1`, `boundary="batch"`) would
+      be twice as open or more, and let it move: what is stricter is the group's own
+      mask, softness or boundary.
     - **weak**: its mean gradient holds more signal than noise (`over_noise` is beyond
-      `popriskmin.diagnosis.noise.needed_ratio`), and still it is held back against the other modules: their mean `q` is
-      more than 3 times as large, or they are at their noise and this one is 3 times as far above it.
-    - **decay**: the weight decay's step is more than half the masked gradient step, and more than twice what it is of
-      the step without the mask, while `lr * weight_decay` times the steps so far is above 0.05. Not looked for in
-      vectors and small tensors.
-    - **slowed**: more signal than noise, as in the rest of the model; all move by smaller steps. No fault.
+      `popriskmin.diagnosis.noise.needed_ratio`), and still it is held back against the
+      other modules: their mean `q` is more than 3 times as large, or they are at their
+      noise and this one is 3 times as far above it.
+    - **decay**: the weight decay's step is more than half the masked gradient step, and
+      more than twice what it is of the step without the mask, while `lr * weight_decay`
+      times the steps so far is above 0.05. Not looked for in vectors and small tensors.
+    - **slowed**: more signal than noise, as in the rest of the model; all move by
+      smaller steps. No fault.
     - **noise**: about what pure noise gives. No fault: it is what the mask is for.
 
-    **What cannot be seen.** A signal much weaker than the noise of the mean gradient, which hundreds of steps of an
-    unmasked optimizer would add up, looks like noise. So does a true gradient that drifts within about ten steps: for
-    any gradients that do not change on the whole, independent or not, `s^ = (v^ - m^**2) / beta1` on average, so the
-    state has no third number that would tell drift from noise. `variance="given"` does not take one for the other.
+    **What cannot be seen.** A signal much weaker than the noise of the mean gradient,
+    which hundreds of steps of an unmasked optimizer would add up, looks like noise. So
+    does a true gradient that drifts within about ten steps: for any gradients that do
+    not change on the whole, independent or not, `s^ = (v^ - m^**2) / beta1` on average,
+    so the state has no third number that would tell drift from noise.
+    `variance="given"` does not take one for the other.
 
     Parameters
     ----------
     optimizer
-        A `PRM`, wrapped by a framework or not (`popriskmin.unwrap`), that has taken some dozens of steps. Before the
-        first the diagnosis has no rows, and says so. Or several, as where each parameter has its own, stepped in the
-        backward pass: modules are then compared over all of them, and groups and parameters without a name are counted
-        through.
+        A `PRM`, wrapped by a framework or not (`popriskmin.unwrap`), that has taken
+        some dozens of steps. Before the first the diagnosis has no rows, and says so.
+        Or several, as where each parameter has its own, stepped in the backward pass:
+        modules are then compared over all of them, and groups and parameters without a
+        name are counted through.
     threshold
         The mean `q` below which a layer counts as shut, in (0, 1].
 

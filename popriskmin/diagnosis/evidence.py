@@ -17,13 +17,15 @@ from popriskmin.optimizer.prm import PRM
 from popriskmin.step.lists import sum_dtype
 from popriskmin.step.shards import whole
 
-# A mean gradient so much smaller than its noise (both squared) is that of one which has been 0 for some 100 steps.
+# A mean gradient so much smaller than its noise (both squared) is that of one which has
+# been 0 for some 100 steps.
 SILENT = 1e-9
-# Squared gradients that are so much smaller than the tensor's mean one are what rounding leaves of a gradient of 0, as
-# that of a key's bias in attention.
+# Squared gradients that are so much smaller than the tensor's mean one are what
+# rounding leaves of a gradient of 0, as that of a key's bias in attention.
 ROUNDING = 1e-10
-# And of a whole tensor's: beside the model's largest, and so much beside its own module's. The bias of a convolution
-# before a normalization has 1e-10 of the squared gradient of its weights.
+# And of a whole tensor's: beside the model's largest, and so much beside its own
+# module's. The bias of a convolution before a normalization has 1e-10 of the squared
+# gradient of its weights.
 ROUNDING_IN_MODULE = 1e-8
 
 
@@ -84,7 +86,8 @@ class Evidence(NamedTuple):
 def read(optimizers: Sequence[PRM]) -> list[Evidence]:
     """Return what is known of every tensor that has elements and has stepped or could, over several optimizers.
 
-    Groups and unnamed parameters are counted through; names that several optimizers have get their group's number.
+    Groups and unnamed parameters are counted through; names that several optimizers
+    have get their group's number.
     """
     found = [pair for optimizer, names in zip(optimizers, _names(optimizers)) for pair in _found(optimizer, *names)]
     numbers = iter(to_host([sums for _, sums in found if sums is not None]))
@@ -117,7 +120,8 @@ def _sums(one: Held) -> Tensor:
     m, s, c, signal, noise, q = recompute(one.state, t, hyper)
     dtype, v = m.dtype, one.state["exp_avg_sq"]
     _, w, v, divisor = as_wide_reals(m, one.param, v, one.state["max_exp_avg_sq"] if hyper.amsgrad else v)
-    # Corrected even where the step is not: what is expected of noise is expected of the corrected averages.
+    # Corrected even where the step is not: what is expected of noise is expected of the
+    # corrected averages.
     full = corrections(t, hyper._replace(bias_correction=True))
     mean_sq, spread = (m / full.bias1).square(), s / full.bias_var
     mean_v = v.sum() / v.numel()  # not mean(), for which gloo of torch 2.7 lacks an average over ranks

@@ -1,7 +1,8 @@
 """What the state of an optimizer says of a gradient's mean and variance, and what pure noise alone would say.
 
-Pure functions. The running mean `m^` of a gradient without any signal is not 0: its square has the mean `k(t) * z`,
-with `z` the gradient's variance. What is above that is signal.
+Pure functions. The running mean `m^` of a gradient without any signal is not 0: its
+square has the mean `k(t) * z`, with `z` the gradient's variance. What is above that is
+signal.
 """
 
 from __future__ import annotations
@@ -44,14 +45,16 @@ def enough_steps(hyper: Hyperparameters) -> int:
 def weights(t: float, hyper: Hyperparameters) -> Weights:
     """Return the weights after `t` steps, for bias-corrected `m^` and `s^`.
 
-    With `debias`, `mask="threshold"` or a variance that is given, `s^` is unbiased: `leak = 0`, `own = 1`. Else step
-    `j` adds `(g - m(j-1))**2`, whose mean is `z + k(inf) * (1 - b**(j-1)) * z + b**(j-1) * u**2` with `b = beta1**2`:
-    at first `m` is 0 and the squared mean counts as noise. Averaged with the weights `rho**(t-j)`.
+    With `debias`, `mask="threshold"` or a variance that is given, `s^` is unbiased:
+    `leak = 0`, `own = 1`. Else step `j` adds `(g - m(j-1))**2`, whose mean is `z +
+    k(inf) * (1 - b**(j-1)) * z + b**(j-1) * u**2` with `b = beta1**2`: at first `m` is
+    0 and the squared mean counts as noise. Averaged with the weights `rho**(t-j)`.
 
     Raises
     ------
     ValueError
-        Before the second step (the first, with a given variance), where nothing tells mean and variance apart.
+        Before the second step (the first, with a given variance), where nothing tells
+        mean and variance apart.
 
     Examples
     --------
@@ -69,7 +72,8 @@ def weights(t: float, hyper: Hyperparameters) -> Weights:
     if hyper.given or hyper.unbiased:
         return Weights(k, 0.0, 1.0)
     b, rho = hyper.beta1**2, hyper.rho
-    # The sum of rho**(t-j) * b**(j-1) over the steps; its closed form divides 0 by 0 where the two are equal.
+    # The sum of rho**(t-j) * b**(j-1) over the steps; its closed form divides 0 by 0
+    # where the two are equal.
     total = t * b ** (t - 1) if math.isclose(b, rho, rel_tol=1e-6) else (rho**t - b**t) / (rho - b)
     leak = total * (1 - rho) / (1 - rho**t)
     return Weights(k, leak, 1 + (1 - hyper.beta1) / (1 + hyper.beta1) * (1 - leak))
@@ -81,15 +85,17 @@ def mean_and_variance(signal: Any, noise: Any, w: Weights) -> tuple[Any, Any]:
     Parameters
     ----------
     signal, noise
-        `m^**2` and `s^`, bias-corrected: numbers, tensors of one shape, or sums of both over the same scalars, as the
-        estimates are linear. Units of the squared gradient.
+        `m^**2` and `s^`, bias-corrected: numbers, tensors of one shape, or sums of both
+        over the same scalars, as the estimates are linear. Units of the squared
+        gradient.
     w
         From `weights`.
 
     Returns
     -------
     mean_sq, variance
-        Of the type of the input. Where nothing but noise is, the first is as often below 0 as above.
+        Of the type of the input. Where nothing but noise is, the first is as often
+        below 0 as above.
 
     Examples
     --------
@@ -104,9 +110,10 @@ def mean_and_variance(signal: Any, noise: Any, w: Weights) -> tuple[Any, Any]:
 def needed_ratio(shape: tuple[int, ...]) -> float:
     """Return how many times what pure noise gives a tensor's mean `m^**2 / z` must be, to be called coherent.
 
-    At least 2, where the mean holds as much signal as noise. Noise alone passes it one time in ten thousand, if it
-    holds as many independent numbers as assumed here: 1 in a vector, whose entries often follow one error; in larger
-    tensors the root of their number, 32 at most. The quantile of chi-squared is that of Wilson and Hilferty.
+    At least 2, where the mean holds as much signal as noise. Noise alone passes it one
+    time in ten thousand, if it holds as many independent numbers as assumed here: 1 in
+    a vector, whose entries often follow one error; in larger tensors the root of their
+    number, 32 at most. The quantile of chi-squared is that of Wilson and Hilferty.
 
     Examples
     --------

@@ -28,24 +28,27 @@ def log(
     Parameters
     ----------
     optimizer
-        A `PRM`, wrapped by a framework or not. Under `ZeroRedundancyOptimizer` the figures are this rank's.
+        A `PRM`, wrapped by a framework or not. Under `ZeroRedundancyOptimizer` the
+        figures are this rank's.
     monitor
         Adds what a `RiskMonitor` has to say.
     diagnosis
-        Count the tensors by what `diagnose` finds, each of its causes in a figure of its own, as `prm/diagnosis/noise`.
-        All ranks must ask.
+        Count the tensors by what `diagnose` finds, each of its causes in a figure of
+        its own, as `prm/diagnosis/noise`. All ranks must ask.
     local
-        Under FSDP2: this rank's shards alone, without a message, so that one rank may log by itself. Without it all
-        ranks must ask.
+        Under FSDP2: this rank's shards alone, without a message, so that one rank may
+        log by itself. Without it all ranks must ask.
 
     Returns
     -------
     dict
-        Empty before the first step. Then, for everything together, `prm/mean_q` and the other numbers of
-        `get_mask_stats`. `prm/lr` and `prm/softness`; where there are several groups, these and the statistics come
-        for each, as `prm/group0/lr`. From the monitor, as soon as it has them: `prm/verdict`, 1 for "improving", 0 for
-        "unclear" and -1 for "overfitting"; `prm/fresh`, `prm/reused`, `prm/fresh_total` and `prm/reused_total` of its
-        estimate; `prm/held_out`, the mean held-out loss of the last look, and `prm/best_step`.
+        Empty before the first step. Then, for everything together, `prm/mean_q` and the
+        other numbers of `get_mask_stats`. `prm/lr` and `prm/softness`; where there are
+        several groups, these and the statistics come for each, as `prm/group0/lr`. From
+        the monitor, as soon as it has them: `prm/verdict`, 1 for "improving", 0 for
+        "unclear" and -1 for "overfitting"; `prm/fresh`, `prm/reused`, `prm/fresh_total`
+        and `prm/reused_total` of its estimate; `prm/held_out`, the mean held-out loss
+        of the last look, and `prm/best_step`.
 
     Raises
     ------

@@ -28,9 +28,10 @@ _logger = logging.getLogger("popriskmin")
 class PRMCallback(Callback):  # type: ignore[misc]
     """Put the mask's statistics, the risk monitor's verdict and the diagnosis into what Lightning logs.
 
-    They come every `log_every_n_steps` steps of the optimizer, to every logger and into `trainer.callback_metrics`. The
-    monitor's state goes into Lightning's checkpoints. What the mask holds shut by a fault (`popriskmin.diagnose`) is
-    said at the end of training.
+    They come every `log_every_n_steps` steps of the optimizer, to every logger and into
+    `trainer.callback_metrics`. The monitor's state goes into Lightning's checkpoints.
+    What the mask holds shut by a fault (`popriskmin.diagnose`) is said at the end of
+    training.
 
     Parameters
     ----------
@@ -38,8 +39,9 @@ class PRMCallback(Callback):  # type: ignore[misc]
         Makes the risk monitor for the module's PRM, as `RiskMonitor` itself does, or
         `lambda optimizer: RiskMonitor(optimizer, held_out=losses)`. None makes none.
     stop
-        End training where the verdict is "overfitting" on any rank, looked at where it is logged. With `keep_best`
-        among the monitor's options `callback.monitor.restore_best()` then brings the best weights back.
+        End training where the verdict is "overfitting" on any rank, looked at where it
+        is logged. With `keep_best` among the monitor's options
+        `callback.monitor.restore_best()` then brings the best weights back.
     diagnosis
         Log how many tensors `diagnose` finds in which condition.
 
@@ -48,7 +50,8 @@ class PRMCallback(Callback):  # type: ignore[misc]
     ValueError
         For `stop` without `monitor`, or where nothing is logged.
     TypeError
-        When training begins, where the module's optimizers are not one PRM, beside others if need be.
+        When training begins, where the module's optimizers are not one PRM, beside
+        others if need be.
 
     Examples
     --------

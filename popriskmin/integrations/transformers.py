@@ -29,9 +29,10 @@ _logger = logging.getLogger("popriskmin")
 def prm_cls_and_kwargs(args: TrainingArguments, **options: Any) -> tuple[Any, dict[str, Any]]:
     """Return what a `Trainer` takes as `optimizer_cls_and_kwargs`, so that it builds a `PRM` itself when it needs one.
 
-    That is the way to hand over PRM where the trainer changes the model first (`peft_config`, FSDP), or makes it
-    (`model_init`). A trainer that does not take the argument, as TRL's `DPOTrainer`, takes it as an attribute, before
-    `train()`: `trainer.optimizer_cls_and_kwargs = prm_cls_and_kwargs(args)`.
+    That is the way to hand over PRM where the trainer changes the model first
+    (`peft_config`, FSDP), or makes it (`model_init`). A trainer that does not take the
+    argument, as TRL's `DPOTrainer`, takes it as an attribute, before `train()`:
+    `trainer.optimizer_cls_and_kwargs = prm_cls_and_kwargs(args)`.
 
     Parameters
     ----------
@@ -52,14 +53,14 @@ def prm_cls_and_kwargs(args: TrainingArguments, **options: Any) -> tuple[Any, di
 def prm_optimizer(model: nn.Module, args: TrainingArguments, **options: Any) -> PRM:
     """Return a `PRM` for a model, for a `Trainer`'s `optimizers=(prm_optimizer(model, args), None)`.
 
-    Its groups are those of the Trainer's own optimizer, so that a checkpoint of its AdamW goes on; its parameters have
-    their names.
+    Its groups are those of the Trainer's own optimizer, so that a checkpoint of its
+    AdamW goes on; its parameters have their names.
 
     Parameters
     ----------
     model
-        As it will be trained: what the trainer itself adds to it, as with `peft_config`, this optimizer does not have.
-        `prm_cls_and_kwargs` does.
+        As it will be trained: what the trainer itself adds to it, as with
+        `peft_config`, this optimizer does not have. `prm_cls_and_kwargs` does.
     args, options
         As in `prm_cls_and_kwargs`.
     """
@@ -81,7 +82,8 @@ class _Factory:
         groups = []
         for decays, decay in ((True, weight_decay), (False, 0.0)):
             members = [(name, param) for name, param in named if (name in decaying) == decays]
-            # The Trainer keeps an empty group, too, of which torch has to be told that it has names.
+            # The Trainer keeps an empty group, too, of which torch has to be told that
+            # it has names.
             groups.append({"params": members, "weight_decay": decay, **({} if members else {"param_names": []})})
         return PRM(groups, **options)
 
@@ -89,32 +91,36 @@ class _Factory:
 class PRMCallback(TrainerCallback):  # type: ignore[misc]
     """Put the mask's statistics, the risk monitor's verdict and the diagnosis into what a `Trainer` logs.
 
-    They are then in `log_history` and wherever `report_to` leads. The monitor's state goes into the Trainer's
-    checkpoints. What the mask holds shut by a fault (`popriskmin.diagnose`) is said at the end of training.
+    They are then in `log_history` and wherever `report_to` leads. The monitor's state
+    goes into the Trainer's checkpoints. What the mask holds shut by a fault
+    (`popriskmin.diagnose`) is said at the end of training.
 
     Parameters
     ----------
     trainer
-        Add the callback to it: `trainer.add_callback(PRMCallback(trainer))`. It has to know the trainer, because
-        transformers tells its trackers before the callbacks of a user may add to the logs.
+        Add the callback to it: `trainer.add_callback(PRMCallback(trainer))`. It has to
+        know the trainer, because transformers tells its trackers before the callbacks
+        of a user may add to the logs.
     monitor
-        Makes the risk monitor for the optimizer that the trainer has when training begins, as `RiskMonitor` itself
-        does, or `lambda optimizer: RiskMonitor(optimizer, held_out=losses)`. None makes none.
+        Makes the risk monitor for the optimizer that the trainer has when training
+        begins, as `RiskMonitor` itself does, or `lambda optimizer:
+        RiskMonitor(optimizer, held_out=losses)`. None makes none.
     stop
-        End training where the verdict is "overfitting", which is looked at whenever the Trainer logs. On several
-        ranks the first decides. With `keep_best` among the monitor's options `callback.monitor.restore_best()` then
-        brings the best weights back.
+        End training where the verdict is "overfitting", which is looked at whenever the
+        Trainer logs. On several ranks the first decides. With `keep_best` among the
+        monitor's options `callback.monitor.restore_best()` then brings the best weights
+        back.
     diagnosis
         Log how many tensors `diagnose` finds in which condition.
     resume_from
-        The folder of the checkpoint that training goes on from, where that is not `checkpoint-STEP` in `output_dir`
-        nor `args.resume_from_checkpoint`.
+        The folder of the checkpoint that training goes on from, where that is not
+        `checkpoint-STEP` in `output_dir` nor `args.resume_from_checkpoint`.
 
     Raises
     ------
     ValueError
-        For `stop` without `monitor`, or where nothing is logged; when training begins, where the optimizer holds
-        nothing of what is trainable.
+        For `stop` without `monitor`, or where nothing is logged; when training begins,
+        where the optimizer holds nothing of what is trainable.
     TypeError
         When training begins, for another optimizer than `PRM`.
 

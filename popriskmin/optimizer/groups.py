@@ -11,6 +11,9 @@ from typing import Any
 
 from torch import nn
 
+# A parameter group of an optimizer: "params", and options by their names.
+Group = Mapping[str, Any]
+
 _NORMS: tuple[type[nn.Module], ...] = tuple(
     kind
     for kind in (
@@ -102,7 +105,7 @@ def param_groups(
     return groups
 
 
-def parameter_names(groups: Sequence[Mapping[str, Any]]) -> list[list[str | int]]:
+def parameter_names(groups: Sequence[Group]) -> list[list[str | int]]:
     """Return a key for every parameter of each group: its name, or where it has none its place in the whole list.
 
     A name that several groups share, as when two models are trained together, gets its group's number.

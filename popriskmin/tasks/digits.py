@@ -20,8 +20,9 @@ TRAINING, VALIDATION = 1000, 300
 class Digits(Task):
     """scikit-learn's 1,797 digits of 8 x 8 pixels, a small network, and many wrong labels.
 
-    From each seed the images are split into 1,000 for training, 300 for validation and 497 for test. A share of the
-    training and validation labels is replaced by a class drawn at random; the test labels stay clean.
+    From each seed the images are split into 1,000 for training, 300 for validation and
+    497 for test. A share of the training and validation labels is replaced by a class
+    drawn at random; the test labels stay clean.
     """
 
     noise: float = option(0.4, "share of the training and validation labels that are replaced at random")

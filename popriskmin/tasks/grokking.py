@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from popriskmin.compare.task import Metrics, Task, Trial, check_least, complete, option
 from popriskmin.tasks.text import HEADS, Layer
 
-# "paper" is the setting of the published figures, as far as it is known: learning rate, decay, batch and width are not.
+# "paper" is the setting of the published figures, as far as it is known: learning rate,
+# decay, batch and width are not.
 SCALES = {
     "test": {"prime": 7, "share": 0.5, "layers": 1, "width": 16, "batch_size": 16, "steps": 30},
     "default": {"prime": 59, "share": 0.4, "layers": 1, "width": 128, "batch_size": 128, "steps": 1600},
@@ -25,9 +26,10 @@ EVALUATIONS = 60
 class Grokking(Task):
     """Learn `a * b^-1 mod p` from a share of all pairs (Power et al., arXiv:2201.02177).
 
-    Each example is the four tokens `a / b =`; the answer is read at the last. All `p (p - 1)` pairs are shuffled from
-    the seed: the first `share` is for training, again and again, and half of the others each for validation and test.
-    What counts is the first step with 95% of held-out pairs right.
+    Each example is the four tokens `a / b =`; the answer is read at the last. All `p (p
+    - 1)` pairs are shuffled from the seed: the first `share` is for training, again and
+    again, and half of the others each for validation and test. What counts is the first
+    step with 95% of held-out pairs right.
     """
 
     scale: Literal["test", "default", "paper"] = option("default", "which values the options below have by default")

@@ -25,10 +25,11 @@ HELD_OUT = 0.1  # share of the pixels, for validation
 class Inr(Task):
     """Fit a network to noisy pixels of one of scikit-learn's photographs, and compare it with the clean ones.
 
-    The network takes random Fourier features of a place (Tancik et al., arXiv:2006.10739) and gives the brightness, in
-    [0, 1] where the image is clean. Noise, features and batches come from the seed. The metric is the peak
-    signal-to-noise ratio in decibels: for the test against all clean pixels; for the validation against a tenth of the
-    noisy ones, which are not trained on.
+    The network takes random Fourier features of a place (Tancik et al.,
+    arXiv:2006.10739) and gives the brightness, in [0, 1] where the image is clean.
+    Noise, features and batches come from the seed. The metric is the peak
+    signal-to-noise ratio in decibels: for the test against all clean pixels; for the
+    validation against a tenth of the noisy ones, which are not trained on.
     """
 
     scale: Literal["test", "default", "paper"] = option("default", "which values the options below have by default")

@@ -21,7 +21,8 @@ SCALES = {
     "default": {"examples": 1000, "width": 128, "epochs": 40},
     "paper": {"examples": 10_000, "width": 512, "epochs": 100},
 }
-# Of all examples: so many are for training at most, then for validation, and the rest for test.
+# Of all examples: so many are for training at most, then for validation, and the rest
+# for test.
 PARTS = {"digits": (1000, 300), "breast-cancer": (280, 90), "fashion": (10_000, 2_000)}
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
 
@@ -30,9 +31,10 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package da
 class LabelNoise(Task):
     """Train on labels of which some are wrong, choose on labels that are as wrong, and test on right ones.
 
-    A wrong label is one of the other classes: any of them ("symmetric"), or always the next one ("class-dependent").
-    With `imbalance` the classes' sizes fall in training and validation by equal factors, and the metrics tell the
-    common half of the classes (head) from the rare half (tail). All is drawn from the seed.
+    A wrong label is one of the other classes: any of them ("symmetric"), or always the
+    next one ("class-dependent"). With `imbalance` the classes' sizes fall in training
+    and validation by equal factors, and the metrics tell the common half of the classes
+    (head) from the rare half (tail). All is drawn from the seed.
     """
 
     scale: Literal["test", "default", "paper"] = option("default", "which values the options below have by default")

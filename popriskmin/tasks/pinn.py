@@ -33,10 +33,12 @@ class Batch(NamedTuple):
 class Pinn(Task):
     """Solve `u_t + speed * u_x = 0` on a ring, `u(x, 0) = sin x`, from noisy values of `u(x, 0)`.
 
-    A network of tanh units takes place and time and is trained on three squared errors: to noisy initial values, which
-    are drawn once from the seed and used in batches of 32; of the equation, at fresh places and times; and between the
-    two ends of the ring. The metric is the relative l2 error `|u - truth| / |truth|`: for the test on a grid of places
-    and times, against the exact `sin(x - speed * t)`; for the validation on further noisy initial values.
+    A network of tanh units takes place and time and is trained on three squared errors:
+    to noisy initial values, which are drawn once from the seed and used in batches of
+    32; of the equation, at fresh places and times; and between the two ends of the
+    ring. The metric is the relative l2 error `|u - truth| / |truth|`: for the test on a
+    grid of places and times, against the exact `sin(x - speed * t)`; for the validation
+    on further noisy initial values.
     """
 
     scale: Literal["test", "default", "paper"] = option("default", "which values the options below have by default")

@@ -30,10 +30,12 @@ RIDGE = np.logspace(-2, 4, 25)  # strengths that are tried
 class Sparse(Task):
     """A linear function of a few of many inputs, seen through noise.
 
-    Inputs are independent and standard normal, targets are their sum weighted with coefficients of size 0.5 to 1.5 and
-    either sign, plus noise. Which inputs have one, and all else, comes from the seed. The metric is the excess risk:
-    the squared distance to the function without noise, on 2,000 test points. On the 300 points for validation, whose
-    targets have noise too, it is the squared error less the variance of the noise, which is the same on average.
+    Inputs are independent and standard normal, targets are their sum weighted with
+    coefficients of size 0.5 to 1.5 and either sign, plus noise. Which inputs have one,
+    and all else, comes from the seed. The metric is the excess risk: the squared
+    distance to the function without noise, on 2,000 test points. On the 300 points for
+    validation, whose targets have noise too, it is the squared error less the variance
+    of the noise, which is the same on average.
     """
 
     model: Literal["linear", "network"] = option("linear", "linear: started at zero; network: one hidden layer")
@@ -95,8 +97,9 @@ class Sparse(Task):
     def references(self, seed: int) -> dict[str, Metrics]:
         """Return the excess risk of the Lasso, of ridge regression, and of who knows which inputs matter.
 
-        The strength of the first two comes from cross-validation; the third is least squares on the inputs that matter.
-        All see the examples that training sees, of fresh ones the first 10,000.
+        The strength of the first two comes from cross-validation; the third is least
+        squares on the inputs that matter. All see the examples that training sees, of
+        fresh ones the first 10,000.
         """
         prepared = self.prepare(seed)
         x, y = (part[:MOST].numpy().astype(np.float64) for part in prepared.training.all())

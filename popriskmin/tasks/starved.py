@@ -18,10 +18,12 @@ HELD_OUT = 2000
 class Starved(Task):
     """A regression with easy and hard examples; a router decides who gets a second block, by trial and error.
 
-    A body answers for every example, and a second block adds to its answer where the router says so. During training
-    the router draws its decision, and learns by REINFORCE from the squared error that followed, less the batch's mean:
-    its gradient is right on average and mostly noise, while body and second block get ordinary gradients. For the test
-    the likelier decision is taken. The targets have no noise, and each batch is fresh.
+    A body answers for every example, and a second block adds to its answer where the
+    router says so. During training the router draws its decision, and learns by
+    REINFORCE from the squared error that followed, less the batch's mean: its gradient
+    is right on average and mostly noise, while body and second block get ordinary
+    gradients. For the test the likelier decision is taken. The targets have no noise,
+    and each batch is fresh.
     """
 
     steps: int = option(1500, "optimizer steps")
@@ -90,7 +92,8 @@ class Routed(nn.Module):
     def forward(self, x: Tensor, seen: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return answers and the router's logits, both of shape (n, 1).
 
-        `chosen` is 1 where the second block is used; by default where the router's logit is above 0.
+        `chosen` is 1 where the second block is used; by default where the router's
+        logit is above 0.
         """
         logits: Tensor = self.router(seen)
         if chosen is None:
@@ -120,7 +123,8 @@ def routed_loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
 def measure(model: nn.Module, data: tuple[Tensor, ...]) -> Metrics:
     """Return the squared error, and how well the router tells hard from easy: 1 or 1/2 for a guess.
 
-    Which of the two it sends to the second block makes no difference: the body then does the other one.
+    Which of the two it sends to the second block makes no difference: the body then
+    does the other one.
     """
     x, seen, y, hard, _ = data
     answers, logits = model(x, seen)

@@ -26,9 +26,11 @@ CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 class Text(Task):
     """A small transformer that learns to predict the next character of Python's language reference.
 
-    The text, `pydoc_data.topics`, differs a little between versions of Python, so compare figures of one version only.
-    It is cut into blocks of 4,096 characters, of which every tenth is for validation, every tenth for test, and the
-    others are for training; they are the same for all seeds. From each seed come the weights and the training windows.
+    The text, `pydoc_data.topics`, differs a little between versions of Python, so
+    compare figures of one version only. It is cut into blocks of 4,096 characters, of
+    which every tenth is for validation, every tenth for test, and the others are for
+    training; they are the same for all seeds. From each seed come the weights and the
+    training windows.
     """
 
     steps: int = option(400, "optimizer steps")
@@ -143,7 +145,8 @@ def encoded() -> Tensor:
 def reference() -> str:
     """Return the language reference as one text, of `CHARACTERS` only, a paragraph in each line."""
     paragraphs = (tidy(paragraph) for topic in sorted(topics) for paragraph in topics[topic].split("\n\n"))
-    # Topics contain each other. A paragraph stays only once, or what is held out would be in the training text too.
+    # Topics contain each other. A paragraph stays only once, or what is held out would
+    # be in the training text too.
     return "\n".join(dict.fromkeys(paragraphs))
 
 

@@ -2,8 +2,9 @@
 
 References
 ----------
-Chatterjee and Zielinski, "On the Generalization Mystery in Deep Learning", arXiv:2203.10036, and "Making Coherence Out
-of Nothing At All", arXiv:2008.01217 (m-coherence).
+Chatterjee and Zielinski, "On the Generalization Mystery in Deep Learning",
+arXiv:2203.10036, and "Making Coherence Out of Nothing At All", arXiv:2008.01217
+(m-coherence).
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ class Agreement(NamedTuple):
     examples
         `m`, the number of examples.
     alpha
-        `|mean_i g_i|**2 / mean_i |g_i|**2`, from 0 (they cancel) to 1 (all alike); `1 / m` for orthogonal ones. NaN
-        where every gradient is zero.
+        `|mean_i g_i|**2 / mean_i |g_i|**2`, from 0 (they cancel) to 1 (all alike); `1 /
+        m` for orthogonal ones. NaN where every gradient is zero.
     m_coherence
-        `m * alpha`: how many of the examples a small step along the gradient of one helps, on average. 1 for orthogonal
-        gradients, `m` for identical ones.
+        `m * alpha`: how many of the examples a small step along the gradient of one
+        helps, on average. 1 for orthogonal gradients, `m` for identical ones.
     unbiased
-        `(m * alpha - 1) / (m - 1)`: the mean of `g_i . g_j` over pairs of different examples over that of `|g_i|**2`,
-        which does not depend on `m`, an unbiased estimate over another. 0 where they do not agree on average, 1 where
-        they are alike.
+        `(m * alpha - 1) / (m - 1)`: the mean of `g_i . g_j` over pairs of different
+        examples over that of `|g_i|**2`, which does not depend on `m`, an unbiased
+        estimate over another. 0 where they do not agree on average, 1 where they are
+        alike.
     """
 
     examples: int
@@ -52,14 +54,16 @@ class Coherence(NamedTuple):
 def coherence(model: nn.Module, loss: Loss, *batch: Any, chunk_size: int = 16) -> Coherence:
     """Say how well the gradients of a batch's examples agree, over all parameters and over each.
 
-    The measure is m-coherence (Chatterjee and Zielinski): where examples share their gradients, a step for one helps
-    others, and what is learnt from them is expected to generalize. The model and its gradients are left as they are.
-    This waits for the device.
+    The measure is m-coherence (Chatterjee and Zielinski): where examples share their
+    gradients, a step for one helps others, and what is learnt from them is expected to
+    generalize. The model and its gradients are left as they are. This waits for the
+    device.
 
     Parameters
     ----------
     model
-        Any module; its parameters that require gradients are looked at. See `Examples` for batch normalization.
+        Any module; its parameters that require gradients are looked at. See `Examples`
+        for batch normalization.
     loss
         `loss(model, *batch)`, the mean loss of a batch, of shape (), as for `Examples`.
     batch
@@ -70,13 +74,14 @@ def coherence(model: nn.Module, loss: Loss, *batch: Any, chunk_size: int = 16) -
     Returns
     -------
     Coherence
-        `overall`, and `by_parameter` from name to the same for that parameter's gradient alone.
+        `overall`, and `by_parameter` from name to the same for that parameter's
+        gradient alone.
 
     Raises
     ------
     ValueError
-        For a model without parameters that require gradients, batch normalization, fewer than two examples, or a
-        `chunk_size` below 1.
+        For a model without parameters that require gradients, batch normalization,
+        fewer than two examples, or a `chunk_size` below 1.
 
     Examples
     --------

@@ -29,44 +29,54 @@ class Moments(NamedTuple):
 class Examples(Source):
     """Measure the variance of a batch's gradient from the exact gradients of its examples (`torch.func`).
 
-    `backward` takes the place of `loss.backward()`. With `g_i` the gradient of example i of b, `p.grad` is their mean,
-    and each step takes, exact but for rounding and with `Sigma = mean_i(g_i**2) - p.grad**2`::
+    `backward` takes the place of `loss.backward()`. With `g_i` the gradient of example
+    i of b, `p.grad` is their mean, and each step takes, exact but for rounding and with
+    `Sigma = mean_i(g_i**2) - p.grad**2`::
 
         z = Sigma / (b - 1)
 
-    which is unbiased for the variance of `p.grad` where the examples are independent. They are taken `chunk_size` at a
-    time: memory for so many gradients, and one more buffer of the parameters' size until the step.
+    which is unbiased for the variance of `p.grad` where the examples are independent.
+    They are taken `chunk_size` at a time: memory for so many gradients, and one more
+    buffer of the parameters' size until the step.
 
-    Clipping by norm multiplies `z` as it does `p.grad`, squared: see `Source`. A backward pass besides, of a term that
-    holds no examples, adds to `p.grad` and nothing to `z`; a second call of `backward` adds to both.
+    Clipping by norm multiplies `z` as it does `p.grad`, squared: see `Source`. A
+    backward pass besides, of a term that holds no examples, adds to `p.grad` and
+    nothing to `z`; a second call of `backward` adds to both.
 
     Parameters
     ----------
     optimizer
-        `PRM(..., variance="given")`, or with groups that have it; only those are measured. Build it first.
+        `PRM(..., variance="given")`, or with groups that have it; only those are
+        measured. Build it first.
     model
-        The module whose parameters the optimizer holds. In training mode it must not hold batch normalization, under
-        which the gradient of one example depends on the others and per-example gradients do not exist: put it in
-        evaluation mode, or use group or layer normalization, or another source. Dropout is drawn for each example.
+        The module whose parameters the optimizer holds. In training mode it must not
+        hold batch normalization, under which the gradient of one example depends on the
+        others and per-example gradients do not exist: put it in evaluation mode, or use
+        group or layer normalization, or another source. Dropout is drawn for each
+        example.
     loss
-        `loss(model, *batch)` returns the mean loss of a batch, of shape (). It is called on batches of one example,
-        under `torch.func.vmap` and with what that supports.
+        `loss(model, *batch)` returns the mean loss of a batch, of shape (). It is
+        called on batches of one example, under `torch.func.vmap` and with what that
+        supports.
     chunk_size
         How many examples' gradients are held at a time.
 
     Raises
     ------
     ValueError
-        For an optimizer without a group with `variance="given"` or with parameters that are not the model's, a
-        `chunk_size` below 1, or several ranks, over which `backward` would average nothing. In `backward`, for batch
-        normalization and for fewer than two examples.
+        For an optimizer without a group with `variance="given"` or with parameters that
+        are not the model's, a `chunk_size` below 1, or several ranks, over which
+        `backward` would average nothing. In `backward`, for batch normalization and for
+        fewer than two examples.
     RuntimeError
-        In `optimizer.step()`, for a gradient without examples; in `backward`, for one not cleared since the last step.
+        In `optimizer.step()`, for a gradient without examples; in `backward`, for one
+        not cleared since the last step.
 
     Notes
     -----
-    Where batches of `b` are drawn without replacement from `n` examples that are used again and again, `z` is the
-    variance over new examples, and `z * (1 - b / n)` that over batches, which is what the streaming variance sees.
+    Where batches of `b` are drawn without replacement from `n` examples that are used
+    again and again, `z` is the variance over new examples, and `z * (1 - b / n)` that
+    over batches, which is what the streaming variance sees.
 
     Examples
     --------
@@ -102,7 +112,8 @@ class Examples(Source):
         Parameters
         ----------
         batch
-            What the loss takes beside the model: tensors, or containers of them, with the examples along dimension 0.
+            What the loss takes beside the model: tensors, or containers of them, with
+            the examples along dimension 0.
 
         Returns
         -------

@@ -24,47 +24,57 @@ _MESSAGE = 1 << 23
 class Microbatches(Source):
     """Measure the variance of gradients that are accumulated over two or more backward passes before each step.
 
-    With `a_k` what the k-th of K backward passes adds to `p.grad`, whose final value is their sum, each step takes::
+    With `a_k` what the k-th of K backward passes adds to `p.grad`, whose final value is
+    their sum, each step takes::
 
         z = K / (K - 1) * sum_k (a_k - mean(a))**2
 
-    which is unbiased for the variance of `p.grad` where the microbatches are independent and weigh the same. It does
-    not matter whether the loss was divided by K: `z` is on the scale of `p.grad` as it is. The sum of squares grows as
-    each gradient arrives (Welford's method, with the mean read off `p.grad`), in float32 or wider: one buffer of the
-    parameters' size, from the second backward pass on until the step, and no further pass.
+    which is unbiased for the variance of `p.grad` where the microbatches are
+    independent and weigh the same. It does not matter whether the loss was divided by
+    K: `z` is on the scale of `p.grad` as it is. The sum of squares grows as each
+    gradient arrives (Welford's method, with the mean read off `p.grad`), in float32 or
+    wider: one buffer of the parameters' size, from the second backward pass on until
+    the step, and no further pass.
 
-    Clipping by norm and unscaling by a loss scaler multiply `z` as they do `p.grad`, squared: see `Source`. Where the
-    backward passes are of unequal sizes, and weighted accordingly, the differences of the weights count as noise: `z`
-    exceeds the variance by `c**2 / (K - 1)` times the squared mean gradient, with `c` the standard deviation of the
-    sizes over their mean. A parameter that some passes do not reach has had a gradient of zero there.
+    Clipping by norm and unscaling by a loss scaler multiply `z` as they do `p.grad`,
+    squared: see `Source`. Where the backward passes are of unequal sizes, and weighted
+    accordingly, the differences of the weights count as noise: `z` exceeds the variance
+    by `c**2 / (K - 1)` times the squared mean gradient, with `c` the standard deviation
+    of the sizes over their mean. A parameter that some passes do not reach has had a
+    gradient of zero there.
 
     Parameters
     ----------
     optimizer
-        `PRM(..., variance="given")`, or with groups that have it; only those are measured. Build it first.
+        `PRM(..., variance="given")`, or with groups that have it; only those are
+        measured. Build it first.
     ddp
-        The DistributedDataParallel module, when there are several ranks. All but the last backward pass of a step must
-        run under its `no_sync()`. The variances of the ranks are then averaged before the step, in one more reduction
-        of the parameters' size, and divided by their number. With several processes that average no gradients, False.
+        The DistributedDataParallel module, when there are several ranks. All but the
+        last backward pass of a step must run under its `no_sync()`. The variances of
+        the ranks are then averaged before the step, in one more reduction of the
+        parameters' size, and divided by their number. With several processes that
+        average no gradients, False.
     single
-        What a step does that has had one backward pass, which tells no variance, as where one micro-batch is left over
-        at the end of an epoch. "carry on" takes the variance as estimated so far: `s^` stays as it is. With "raise",
-        and at the very first step, which has none to carry on with, it is an error. Two such steps in a row are warned
-        of, once.
+        What a step does that has had one backward pass, which tells no variance, as
+        where one micro-batch is left over at the end of an epoch. "carry on" takes the
+        variance as estimated so far: `s^` stays as it is. With "raise", and at the very
+        first step, which has none to carry on with, it is an error. Two such steps in a
+        row are warned of, once.
 
     Raises
     ------
     ValueError
-        For an optimizer without a group with `variance="given"`, with parameters sharded over ranks, or without
-        `ddp` where there are several ranks.
+        For an optimizer without a group with `variance="given"`, with parameters
+        sharded over ranks, or without `ddp` where there are several ranks.
     RuntimeError
-        In `optimizer.step()`, after fewer than two backward passes (see `single`), or with gradients that were not seen
-        to arrive. In a backward pass, where gradients were neither cleared since the last step nor left alone since the
-        last pass.
+        In `optimizer.step()`, after fewer than two backward passes (see `single`), or
+        with gradients that were not seen to arrive. In a backward pass, where gradients
+        were neither cleared since the last step nor left alone since the last pass.
 
     References
     ----------
-    Welford, "Note on a method for calculating corrected sums of squares and products", Technometrics 4 (1962).
+    Welford, "Note on a method for calculating corrected sums of squares and products",
+    Technometrics 4 (1962).
 
     Examples
     --------
@@ -112,7 +122,8 @@ class Microbatches(Source):
         new, total = as_real(grad.resolve_conj()), as_real(gradient(record))
         dtype = compute_dtype(new, total)
         deviation = torch.sub(new.to(dtype), total.to(dtype), alpha=1 / k)  # from the mean of those before
-        # Welford's sum of squares grows by deviation**2 * k / (k + 1). Twice that is kept: it begins without a factor.
+        # Welford's sum of squares grows by deviation**2 * k / (k + 1). Twice that is
+        # kept: it begins without a factor.
         if record.variance is None:  # k is 1
             record.variance = deviation.square_()
         else:

@@ -53,25 +53,29 @@ class Record:
         self.variance, self.norm, self.seen = None, None, None
 
 
-# Optimizers that have a source; a second one would overwrite what the first has handed over.
+# Optimizers that have a source; a second one would overwrite what the first has handed
+# over.
 _TAKEN: WeakSet[Any] = WeakSet()
 
 
 class Source:
     """Watch the gradients of an optimizer's groups with `variance="given"` and hand their variances to each step.
 
-    A hook on each parameter's gradient accumulator sees every gradient that is about to be added to `p.grad`, after
-    the parameter's own hooks, and nothing of `torch.autograd.grad`. At the end of a backward pass the norms of the
-    gradients are kept. By how much a norm has changed until the step is what clipping, or the unscaling of a loss
-    scaler, has multiplied the gradient by, and the variance is multiplied by its square.
+    A hook on each parameter's gradient accumulator sees every gradient that is about to
+    be added to `p.grad`, after the parameter's own hooks, and nothing of
+    `torch.autograd.grad`. At the end of a backward pass the norms of the gradients are
+    kept. By how much a norm has changed until the step is what clipping, or the
+    unscaling of a loss scaler, has multiplied the gradient by, and the variance is
+    multiplied by its square.
 
-    Gradients that were cleared (by either way of `zero_grad`) start anew, whether a step was taken or not.
+    Gradients that were cleared (by either way of `zero_grad`) start anew, whether a
+    step was taken or not.
 
     Parameters
     ----------
     optimizer
-        With at least one group with `variance="given"`, whose parameters require gradients; or a framework's wrapper
-        around it (`popriskmin.unwrap`).
+        With at least one group with `variance="given"`, whose parameters require
+        gradients; or a framework's wrapper around it (`popriskmin.unwrap`).
     ddp
         The DistributedDataParallel module that the parameters are trained in, if any.
     """
@@ -135,7 +139,8 @@ class Source:
         self._see(record, grad)
         record.count += 1
         self._reached.append(record)
-        # Several parameters of one backward pass, and what runs within it, as checkpointed segments do, ask once each.
+        # Several parameters of one backward pass, and what runs within it, as
+        # checkpointed segments do, ask once each.
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task = task
@@ -148,7 +153,8 @@ class Source:
         if grad is None:
             record.start()
         elif record.taken or record.seen != _identity(grad):
-            # Cleared in place, or changed: this waits for the device, as nothing else here does.
+            # Cleared in place, or changed: this waits for the device, as nothing else
+            # here does.
             if not bool(as_real(grad).any()):
                 record.start()
             elif record.taken:
@@ -174,7 +180,8 @@ class Source:
             self._syncs = bool(ddp.require_backward_grad_sync)
 
     def _after_backward(self) -> None:
-        # DistributedDataParallel finishes its averages in such a callback too, which is queued after this one.
+        # DistributedDataParallel finishes its averages in such a callback too, which is
+        # queued after this one.
         if self._ddp is None:
             self._measure()
         else:
@@ -281,7 +288,8 @@ def norms(grads: Iterable[Tensor]) -> list[Tensor]:
 def _factors(records: list[Record]) -> list[Tensor]:
     """Return the squares of what the gradients were multiplied by since they were measured, each of shape `()`.
 
-    A gradient of zeros does not tell; there what all gradients together were multiplied by is taken.
+    A gradient of zeros does not tell; there what all gradients together were multiplied
+    by is taken.
     """
     now = norms(gradient(record) for record in records)
     factors = [torch.ones_like(norm) for norm in now]
@@ -294,7 +302,8 @@ def _factors(records: list[Record]) -> list[Tensor]:
         new = torch.stack([now[i].to(wide) for i in indices])
         old = torch.stack([norm.to(wide) for i in indices if (norm := records[i].norm) is not None])
         ratio = torch.where(old > 0, new / old, torch.linalg.vector_norm(new) / torch.linalg.vector_norm(old))
-        # Norms that overflow, or all gradients zero: nothing is known, and nothing is changed.
+        # Norms that overflow, or all gradients zero: nothing is known, and nothing is
+        # changed.
         ratio = torch.where(ratio.isfinite(), ratio, torch.ones_like(ratio))
         for i, factor in zip(indices, ratio.square().unbind()):
             factors[i] = factor

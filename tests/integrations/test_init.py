@@ -10,7 +10,7 @@ from torch import nn
 from popriskmin import PRM, RiskMonitor, diagnose
 from popriskmin.diagnosis.row import FAULTS, FINE
 from popriskmin.integrations import VERDICTS, log
-from popriskmin.risk.verdict import IMPROVING, OVERFITTING, UNCLEAR
+from popriskmin.risk.held_out import IMPROVING, OVERFITTING, UNCLEAR
 
 
 def trained(steps=40, groups=1, monitor=None, **options):
