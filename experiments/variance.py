@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from popriskmin import PRM
 from popriskmin.variance import Examples, Microbatches, Ranks
-from popriskmin.variance.examples import example_moments
+from popriskmin.variance.examples import example_gradients
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -90,9 +90,9 @@ def training(batch_size: int, lr: float) -> list[float]:
     ratios = []
     for step in range(1, max(STEPS) + 1):
         batch = torch.randint(len(x), (batch_size,))
-        moments = example_moments(model, loss_of, (x[batch], y[batch]), chunk_size=64)
-        for name, squares in moments.squares.items():
-            z = squares / (moments.examples * (moments.examples - 1))
+        gradients = example_gradients(model, loss_of, (x[batch], y[batch]), chunk_size=64)
+        for name, squares in gradients.squares.items():
+            z = squares / (gradients.examples * (gradients.examples - 1))
             truth[name] = truth.get(name, torch.zeros_like(z)).mul(RHO).add(z, alpha=1 - RHO)
         optimizer.zero_grad()
         loss_of(model, x[batch], y[batch]).backward()

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from popriskmin.diagnosis import diagnose
-from popriskmin.diagnosis.row import FAULTS, FINE
+from popriskmin.diagnosis.rows import FAULTS, FINE
 from popriskmin.optimizer.stats import Row, combined
 from popriskmin.optimizer.unwrap import unwrapped_prm
 from popriskmin.risk import RiskMonitor

@@ -1,4 +1,4 @@
-"""The variance of a gradient that is averaged over ranks, from how the ranks' gradients differ."""
+"""The variance of a gradient that is averaged over ranks, from the ranks' gradients."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from popriskmin.variance.source import Hook, Record, Source, TakesVariances, gra
 
 
 class Ranks(Source):
-    """Measure the variance of gradients that DistributedDataParallel averages over two or more ranks.
+    """Measure the variance of gradients that are averaged over two or more ranks.
 
-    With `g_r` the gradient of rank r of R, of its own examples, and `p.grad` their
-    mean, each step takes::
+    Let `g_r` be the gradient of rank r of R, of its own examples, so that `p.grad` is
+    their mean, which DistributedDataParallel takes. Each step takes::
 
         z = (mean_r(g_r**2) - p.grad**2) / (R - 1)
 
-    which is unbiased for the variance of `p.grad` where the ranks' batches are
-    independent and weigh the same. A communication hook starts, for every bucket, one
-    more reduction beside that of the gradients: of the squares, in float32 or wider,
-    which is the one buffer of the parameters' size that this keeps until the step.
+    This is an unbiased estimate of the variance of `p.grad` if the ranks' batches are
+    independent and have equal weight. For every bucket of gradients a communication
+    hook starts one more reduction, of their squares, in float32 or wider. These are the
+    one buffer of the parameters' size that is kept until the step.
 
-    Gradients accumulated under `no_sync()` are measured by what the ranks' sums differ.
-    Without it each averaged backward pass is measured, and the variances add up.
-    Clipping by norm and unscaling by a loss scaler multiply `z` as they do `p.grad`,
-    squared: see `Source`.
+    For gradients that are accumulated under `no_sync()` the ranks' sums are compared.
+    Without `no_sync()` each averaged backward pass is measured, and the variances add
+    up. Clipping by norm and unscaling by a loss scaler multiply `z` by the square of
+    their factor: see `Source`.
 
     Parameters
     ----------
@@ -58,9 +58,9 @@ class Ranks(Source):
 
     Notes
     -----
-    The difference of squares loses the noise below about `1e-7` of the squared mean, or
-    0.4% of it where the gradients themselves are averaged in bfloat16; there every mask
-    is open anyway.
+    The difference of squares loses noise below about `1e-7` of the squared mean, or
+    below 0.4% of it if the gradients are averaged in bfloat16. A mask with so little
+    noise is open anyway.
 
     Examples
     --------
@@ -104,7 +104,7 @@ class Ranks(Source):
 
     @torch.no_grad()
     def _reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
-        """Start the reduction of the bucket's squares, and let the hook average its gradients."""
+        """Start to reduce the bucket's squares, and let the hook average its gradients."""
         if self._handles:  # a communication hook stays when the source is removed
             assert self._ddp is not None  # noqa: S101
             buffer = as_real(bucket.buffer())
@@ -127,7 +127,7 @@ class Ranks(Source):
             self._reducing = []  # of a backward pass that failed
             for record in self._records.values():
                 if record.param.grad is None:
-                    record.start()  # this rank's backward pass may not reach it, while another's does
+                    record.start()  # another rank's pass may reach it, but not this one's
 
     @torch.no_grad()
     def _measure(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from popriskmin import PRM, RiskMonitor, diagnose
-from popriskmin.diagnosis.row import FAULTS, FINE
+from popriskmin.diagnosis.rows import FAULTS, FINE
 from popriskmin.integrations import VERDICTS, log
 from popriskmin.risk.held_out import IMPROVING, OVERFITTING, UNCLEAR
 
