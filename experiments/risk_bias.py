@@ -2,9 +2,10 @@
 
     python experiments/risk_bias.py
 
-The risk is `h / 2 * |w|^2` in 2,000 dimensions, the minibatch gradient `h * w` and noise of variance 1, always fresh.
-With `lr * h` the first-order terms that the estimate is made of become wrong; the table says how soon. Rows begin far
-from the minimum and go on where the noise holds the weights, so that the risk falls no more.
+The risk is `h / 2 * |w|^2` in 2,000 dimensions, the minibatch gradient `h * w` and
+noise of variance 1, always fresh. With `lr * h` the first-order terms that the estimate
+is made of become wrong; the table says how soon. Rows begin far from the minimum and go
+on where the noise holds the weights, so that the risk falls no more.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Ten small trainings that overfit, on which rules that stop training are compared: what is trained, and on what.
 
-Everything comes with scikit-learn. Held-out labels are as noisy as the training labels, for that is what one has.
-`CHOSEN_ON` names the six on which constants of `popriskmin.risk` were chosen; on the others they were only tried.
+Everything comes with scikit-learn. Held-out labels are as noisy as the training labels,
+for that is what one has. `CHOSEN_ON` names the six on which constants of
+`popriskmin.risk` were chosen; on the others they were only tried.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 functional = nn.functional
 
-# Of each training's data, so many examples at most serve to hold out and to measure the truth.
+# Of each training's data, so many examples at most serve to hold out and to measure the
+# truth.
 MOST_HELD_OUT = 1500
 
 

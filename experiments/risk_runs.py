@@ -1,7 +1,8 @@
 """The runs on which the population-risk estimate is judged: what is trained, and how its held-out loss is measured.
 
-Held-out data has labels as bad as the training data's: the risk is the loss on what the training data was drawn from.
-Where labels are replaced at random, the expectation over the replacement is taken exactly.
+Held-out data has labels as bad as the training data's: the risk is the loss on what the
+training data was drawn from. Where labels are replaced at random, the expectation over
+the replacement is taken exactly.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Measure the sources of the gradient's variance: what they report where the gradient drifts, and what they cost.
 
-    python experiments/variance.py                       # all tables of docs/variance.md
-    python experiments/variance.py --only cost --repeats 41
+    python experiments/variance.py                       # all tables of
+    docs/variance.md python experiments/variance.py --only cost --repeats 41
 
-The truth is known in the first table, where gradients are drawn, and measured in the second, from the gradients of
-single examples of the same batches. Costs are medians of ratios of neighbouring steps, with and without the source.
+The truth is known in the first table, where gradients are drawn, and measured in the
+second, from the gradients of single examples of the same batches. Costs are medians of
+ratios of neighbouring steps, with and without the source.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from studies import header, ratio_in_turns
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -28,10 +29,6 @@ from torch.nn.parallel import DistributedDataParallel
 from popriskmin import PRM
 from popriskmin.variance import Examples, Microbatches, Ranks
 from popriskmin.variance.examples import example_gradients
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-
-from common import header, in_turns
 
 RHO = 0.99
 DRIFTS = [0.0, 0.03, 0.1, 0.3, 1.0]  # of the true gradient in a step, in standard deviations of the batch's gradient
@@ -144,8 +141,7 @@ def costs(repeats: int) -> Iterator[tuple[str, float]]:
         *[(f"`Examples`, chunk_size = {size}", step_of("Examples", size), step_of("")) for size in (1, 4, 16)],
     ]
     for name, with_source, without in cases:
-        seconds = in_turns({"with": with_source, "without": without}, repeats)
-        yield name, statistics.median(a / b for a, b in zip(seconds["with"], seconds["without"]))
+        yield name, ratio_in_turns(with_source, without, repeats)
     yield f"`Ranks`, {RANKS} ranks on one machine, gloo", cost_of_ranks(repeats)
 
 

@@ -2,7 +2,8 @@
 
     python experiments/warmup_end.py
 
-Prints the median length over five seeds, on the digits data with a net of one hidden layer.
+Prints the median length over five seeds, on the digits data with a net of one hidden
+layer.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""What stands between PRM and the frameworks that people train with: figures for their logs, a file per framework."""
+"""PRM in training frameworks: one file each, and the numbers for their logs."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from popriskmin.diagnosis import diagnose
@@ -21,7 +22,7 @@ VERDICTS = {"improving": 1.0, "unclear": 0.0, "overfitting": -1.0}
 def log(
     optimizer: Any, monitor: RiskMonitor | None = None, *, diagnosis: bool = False, local: bool = False
 ) -> dict[str, float]:
-    """Return what there is to log of a `PRM` as one flat dict of floats, for TensorBoard and any other tracker.
+    """Return the log of a `PRM` as one flat dict of floats, for any tracker.
 
     This waits for the device: call it where you log, not at every step.
 
@@ -91,17 +92,17 @@ def log(
 
 
 def _judged(monitor: RiskMonitor) -> dict[str, float]:
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     verdict = monitor.verdict
     if verdict is not None:
-        found["verdict"] = VERDICTS[verdict]
+        values["verdict"] = VERDICTS[verdict]
     with contextlib.suppress(RuntimeError):  # no sample yet
         estimate = monitor.estimate()
-        found |= {name: getattr(estimate, name) for name in ("fresh", "reused", "fresh_total", "reused_total")}
+        values |= {name: getattr(estimate, name) for name in ("fresh", "reused", "fresh_total", "reused_total")}
     if monitor.held_out_curve and monitor.best_step is not None:
-        found |= {"held_out": monitor.held_out_curve[-1][1], "best_step": monitor.best_step}
-    return found
+        values |= {"held_out": monitor.held_out_curve[-1][1], "best_step": monitor.best_step}
+    return values
 
 
-def _prefixed(prefix: str, values: Any) -> dict[str, float]:
+def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": float(value) for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""PRM in Lightning: `lightning` or `pytorch_lightning`, whichever the program has imported."""
+"""PRM in Lightning: `lightning` or `pytorch_lightning`, as the program imported it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _logger = logging.getLogger("popriskmin")
 
 
 class PRMCallback(Callback):  # type: ignore[misc]
-    """Put the mask's statistics, the risk monitor's verdict and the diagnosis into what Lightning logs.
+    """Log the mask's statistics, the risk monitor's verdict and the diagnosis.
 
     They come every `log_every_n_steps` steps of the optimizer, to every logger and into
     `trainer.callback_metrics`. The monitor's state goes into Lightning's checkpoints.
@@ -73,10 +73,10 @@ class PRMCallback(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizer, attach the monitor to it, and give it the state of the checkpoint."""
-        found = [unwrapped(optimizer) for optimizer in trainer.optimizers]
-        prms = [one.optimizer for one in found if isinstance(one.optimizer, PRM)]
+        insides = [unwrapped(optimizer) for optimizer in trainer.optimizers]
+        prms = [inside.optimizer for inside in insides if isinstance(inside.optimizer, PRM)]
         if len(prms) != 1:
-            given = ", ".join(map(described, found)) or "none"
+            given = ", ".join(map(described, insides)) or "none"
             raise TypeError(f"PRMCallback needs a module with one popriskmin.PRM among its optimizers, got {given}")
         if prms[0] is not self._optimizer:
             if self.monitor is not None:
@@ -92,8 +92,9 @@ class PRMCallback(Callback):  # type: ignore[misc]
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log, and stop on the verdict, after the batch with which the optimizer has taken a step."""
-        automatic = pl_module.automatic_optimization  # without it Lightning counts batches, as each may step anything
+        """Log, and stop on the verdict, after a batch that ended a step."""
+        # Without automatic optimization each batch may step anything: batches count.
+        automatic = pl_module.automatic_optimization
         steps = trainer.global_step if automatic else trainer.fit_loop.total_batch_idx + 1
         if steps == self._logged or trainer.log_every_n_steps == 0 or steps % trainer.log_every_n_steps:
             return
@@ -106,9 +107,9 @@ class PRMCallback(Callback):  # type: ignore[misc]
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what the mask holds shut by a fault."""
         if self.diagnosis and self._optimizer is not None:
-            found = diagnose(self._optimizer)
-            if found.problems and trainer.is_global_zero:
-                _logger.warning("%s", found)
+            diagnosis = diagnose(self._optimizer)
+            if diagnosis.problems and trainer.is_global_zero:
+                _logger.warning("%s", diagnosis)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the monitor's state, for Lightning's checkpoints."""

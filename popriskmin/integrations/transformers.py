@@ -27,7 +27,7 @@ _logger = logging.getLogger("popriskmin")
 
 
 def prm_cls_and_kwargs(args: TrainingArguments, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Return what a `Trainer` takes as `optimizer_cls_and_kwargs`, so that it builds a `PRM` itself when it needs one.
+    """Return a `Trainer`'s `optimizer_cls_and_kwargs`, so that it builds a `PRM` itself.
 
     That is the way to hand over PRM where the trainer changes the model first
     (`peft_config`, FSDP), or makes it (`model_init`). A trainer that does not take the
@@ -51,7 +51,7 @@ def prm_cls_and_kwargs(args: TrainingArguments, **options: Any) -> tuple[Any, di
 
 
 def prm_optimizer(model: nn.Module, args: TrainingArguments, **options: Any) -> PRM:
-    """Return a `PRM` for a model, for a `Trainer`'s `optimizers=(prm_optimizer(model, args), None)`.
+    """Return a `PRM` for a `Trainer`'s `optimizers=(prm_optimizer(model, args), None)`.
 
     Its groups are those of the Trainer's own optimizer, so that a checkpoint of its
     AdamW goes on; its parameters have their names.
@@ -73,7 +73,7 @@ def _options(args: TrainingArguments, options: dict[str, Any]) -> dict[str, Any]
 
 
 class _Factory:
-    """What the Trainer makes and then calls with the model, where it is given something that is no optimizer class."""
+    """The Trainer calls it with the model, since it is no optimizer class."""
 
     def __call__(self, model: nn.Module, weight_decay: float, **options: Any) -> PRM:
         # The Trainer's rule has changed with its versions; the method needs no Trainer.
@@ -89,7 +89,7 @@ class _Factory:
 
 
 class PRMCallback(TrainerCallback):  # type: ignore[misc]
-    """Put the mask's statistics, the risk monitor's verdict and the diagnosis into what a `Trainer` logs.
+    """Log the mask's statistics, the risk monitor's verdict and the diagnosis.
 
     They are then in `log_history` and wherever `report_to` leads. The monitor's state
     goes into the Trainer's checkpoints. What the mask holds shut by a fault
@@ -156,7 +156,7 @@ class PRMCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the optimizer, attach the monitor to it, and take its state from the checkpoint."""
+        """Check the optimizer, attach the monitor, and load the monitor's state."""
         prm = unwrapped_prm(kwargs["optimizer"], "PRMCallback").optimizer
         if not self.trainer.is_deepspeed_enabled:  # which trains on copies of its own
             _check_trains(prm, kwargs["model"])
@@ -172,7 +172,7 @@ class PRMCallback(TrainerCallback):  # type: ignore[misc]
                 self._resume(self.monitor, args, state)
 
     def _log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Stand in the place of the trainer's `log`; only what it logs of training itself is added to."""
+        """Stand in for the trainer's `log`, and add to its logs of training itself."""
         if "loss" in logs:
             logs.update(log(self._optimizer, self.monitor, diagnosis=self.diagnosis))
         self._log_of_trainer(logs, *args, **kwargs)
@@ -180,7 +180,7 @@ class PRMCallback(TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Stop on the verdict. Every rank logs, and so every rank is here at the same step."""
+        """Stop on the verdict. Every rank logs, so every rank is here at the same step."""
         if self.stop and self.monitor is not None and logs is not None and "loss" in logs:
             decision = [self.monitor.overfitting]
             broadcast_object_list(decision)
@@ -192,7 +192,7 @@ class PRMCallback(TrainerCallback):  # type: ignore[misc]
         resumable = not args.save_only_model and not state.is_hyper_param_search
         if self.monitor is None or not resumable:
             return
-        monitor = self.monitor.state_dict()  # by every rank: weights that are sharded are gathered
+        monitor = self.monitor.state_dict()  # by every rank: sharded weights are gathered
         if args.should_save:
             path = _checkpoint(args, state) / FILE
             unfinished = path.with_suffix(".part")
@@ -204,9 +204,9 @@ class PRMCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Say what the mask holds shut by a fault."""
         if self.diagnosis:
-            found = diagnose(self._optimizer)
-            if found.problems and state.is_world_process_zero:
-                _logger.warning("%s", found)
+            diagnosis = diagnose(self._optimizer)
+            if diagnosis.problems and state.is_world_process_zero:
+                _logger.warning("%s", diagnosis)
 
     def _resume(self, monitor: RiskMonitor, args: TrainingArguments, state: TrainerState) -> None:
         given = self.resume_from or args.resume_from_checkpoint
@@ -226,9 +226,9 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> pathlib.Path:
 
 
 def _check_trains(optimizer: PRM, model: nn.Module) -> None:
-    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    own = {id(param) for group in optimizer.param_groups for param in group["params"]}
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    if trainable and not any(id(param) in held for param in trainable.values()):
+    if trainable and not any(id(param) in own for param in trainable.values()):
         raise ValueError(
             f"the optimizer holds none of the model's {len(trainable)} trainable tensors, the first of which is "
             f"{next(iter(trainable))}: it was built before the trainer changed the model, as peft_config does. Let the "

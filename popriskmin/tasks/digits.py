@@ -14,7 +14,7 @@ from popriskmin.tasks.label_noise import PARTS, WrongLabels
 
 @dataclasses.dataclass
 class Digits(WrongLabels):
-    """scikit-learn's 1,797 digits of 8 x 8 pixels, a small network, and many wrong labels.
+    """scikit-learn's 1,797 digits of 8 x 8 pixels, and many wrong labels.
 
     Each seed splits the images into 1,000 for training, 300 for validation and 497 for
     test. A share of the training and validation labels is replaced by a class drawn at

