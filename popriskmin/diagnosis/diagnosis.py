@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from torch.optim import Optimizer
 
@@ -128,7 +128,7 @@ def diagnose(optimizer: Optimizer | Iterable[Optimizer], threshold: float = 0.2)
 def _insides(optimizer: Optimizer | Iterable[Optimizer]) -> list[Unwrapped]:
     """Return the PRM inside each of what was given: one optimizer, or several."""
     one = hasattr(optimizer, "param_groups") or not isinstance(optimizer, Iterable)
-    insides = [unwrapped_prm(each, "diagnose") for each in ([optimizer] if one else cast(Iterable[Any], optimizer))]
+    insides = [unwrapped_prm(each, "diagnose") for each in ([optimizer] if one else cast(Iterable[object], optimizer))]
     if not insides:
         raise ValueError("diagnose needs at least one optimizer, got none")
     return insides

@@ -9,7 +9,7 @@ from typing import Any
 
 from popriskmin.diagnosis import diagnose
 from popriskmin.diagnosis.rows import FAULTS, FINE
-from popriskmin.optimizer.stats import Row, combined
+from popriskmin.optimizer.stats import MaskStats, combined
 from popriskmin.optimizer.unwrap import unwrapped_prm
 from popriskmin.risk import RiskMonitor
 
@@ -74,7 +74,7 @@ def log(
     if diagnosis and local:
         raise ValueError("diagnosis needs the figures of all ranks: leave out local=True, or diagnosis=True")
     prm = unwrapped_prm(optimizer, "log").optimizer
-    rows: dict[int, Row] = prm.get_mask_stats(by="group", local=local)
+    rows: dict[int, MaskStats] = prm.get_mask_stats(by="group", local=local)
     if not rows:
         return {}
     values = _prefixed("prm", combined(rows.values()))

@@ -59,7 +59,7 @@ class PRMCallback(Callback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, monitor: Callable[[Any], RiskMonitor] | None = None, stop: bool = False, diagnosis: bool = True
+        self, monitor: Callable[[PRM], RiskMonitor] | None = None, stop: bool = False, diagnosis: bool = True
     ) -> None:
         if stop and monitor is None:
             raise ValueError("stop=True needs a monitor, such as monitor=RiskMonitor")
@@ -90,7 +90,7 @@ class PRMCallback(Callback):  # type: ignore[misc]
             raise ValueError("stop=True looks at the verdict where Lightning logs, and log_every_n_steps is 0")
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Log, and stop on the verdict, after a batch that ended a step."""
         # Without automatic optimization each batch may step anything: batches count.

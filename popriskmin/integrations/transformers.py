@@ -6,7 +6,7 @@ import logging
 import os
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -132,7 +132,7 @@ class PRMCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self,
         trainer: Trainer,
-        monitor: Callable[[Any], RiskMonitor] | None = None,
+        monitor: Callable[[PRM], RiskMonitor] | None = None,
         stop: bool = False,
         diagnosis: bool = True,
         resume_from: str | os.PathLike[str] | None = None,
@@ -171,14 +171,19 @@ class PRMCallback(TrainerCallback):  # type: ignore[misc]
             if self.monitor is not None and state.global_step > 0:
                 self._resume(self.monitor, args, state)
 
-    def _log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def _log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
         """Stand in for the trainer's `log`, and add to its logs of training itself."""
         if "loss" in logs:
             logs.update(log(self._optimizer, self.monitor, diagnosis=self.diagnosis))
         self._log_of_trainer(logs, *args, **kwargs)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: object,
     ) -> None:
         """Stop on the verdict. Every rank logs, so every rank is here at the same step."""
         if self.stop and self.monitor is not None and logs is not None and "loss" in logs:
@@ -187,7 +192,7 @@ class PRMCallback(TrainerCallback):  # type: ignore[misc]
             if decision[0]:
                 control.should_training_stop = True
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Put the monitor's state into the checkpoint that was just written."""
         resumable = not args.save_only_model and not state.is_hyper_param_search
         if self.monitor is None or not resumable:

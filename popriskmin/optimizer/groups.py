@@ -143,12 +143,12 @@ def _checked(model: Any, patterns: Any) -> Mapping[str, Mapping[str, Any]]:
 
 def _parameters(model: nn.Module) -> list[tuple[nn.Parameter, list[str], bool]]:
     """Return each parameter once, with all its names and whether it decays."""
-    found: dict[nn.Parameter, tuple[list[str], list[bool]]] = {}
+    occurrences: dict[nn.Parameter, tuple[list[str], list[bool]]] = {}
     for name, param, decays in _occurrences(model):
-        names, decaying = found.setdefault(param, ([], []))
+        names, decaying = occurrences.setdefault(param, ([], []))
         names.append(name)
         decaying.append(decays)
-    return [(param, names, all(decaying)) for param, (names, decaying) in found.items()]
+    return [(param, names, all(decaying)) for param, (names, decaying) in occurrences.items()]
 
 
 def _occurrences(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:

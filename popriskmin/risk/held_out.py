@@ -87,8 +87,8 @@ class HeldOut:
         self._against = 0  # the looks in a row that spoke against the best
         self._recent: list[Look] = []  # the last two; the later one is not judged yet
         self._best: Look | None = None  # smoothed
-        self._recent_weights: dict[str, Any] | None = None  # of the later of the two
-        self._best_weights: dict[str, Any] | None = None
+        self._recent_weights: Weights | None = None  # of the later of the two
+        self._best_weights: Weights | None = None
 
     def begin(self, params: Iterable[Tensor] = ()) -> None:
         """Look at the first weights, unless this would change the training.
@@ -242,14 +242,14 @@ def copied(weights: Weights | None) -> dict[str, Any] | None:
     return {name: x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x) for name, x in weights.items()}
 
 
-def gathered(weights: Weights | None) -> dict[str, Any] | None:
+def gathered(weights: Weights | None) -> Weights | None:
     """Return the weights with sharded tensors whole, on the CPU; all ranks must call."""
     if weights is None:
         return None
     return {name: whole(x).cpu() if isinstance(x, Tensor) and is_sharded(x) else x for name, x in weights.items()}
 
 
-def spread(weights: Weights | None, model: nn.Module | None) -> dict[str, Any] | None:
+def spread(weights: Weights | None, model: nn.Module | None) -> Weights | None:
     """Return a copy of whole weights that is sharded over ranks as the model is.
 
     Nothing is sent: each rank takes its parts of the weights that it was given.

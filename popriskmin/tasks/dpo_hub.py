@@ -47,7 +47,7 @@ def check_installed(model: str, dataset: str | None) -> None:
 class Logits(nn.Module):
     """A causal language model of transformers, as a function from tokens to logits."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
@@ -177,7 +177,7 @@ def _read(name: str) -> Any:
         raise ValueError(f"the data set {name} cannot be read: {error}") from error
 
 
-def last_message(text: Any) -> str:
+def last_message(text: str | Sequence[Mapping[str, str]]) -> str:
     """Return a text, or the last of a conversation's messages.
 
     Examples
@@ -191,8 +191,8 @@ def last_message(text: Any) -> str:
 def encode(rows: Sequence[TextPair], tokenizer: Any, length: int) -> Pairs:
     """Return rows as tokens: the end of each prompt and the beginning of each answer.
 
-    Both have at most `length` tokens. Shorter rows are padded behind the answer, where no
-    token that counts sees it.
+    Both have at most `length` tokens. Shorter rows are padded behind the answer, where
+    no token that counts sees it.
     """
     tokens = torch.zeros(len(rows), 2, 2 * length, dtype=torch.long)
     answers = torch.zeros(len(rows), 2, 2 * length, dtype=torch.bool)

@@ -10,7 +10,7 @@ arXiv:2203.10036, and "Making Coherence Out of Nothing At All", arXiv:2008.01217
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -51,7 +51,7 @@ class Coherence(NamedTuple):
     by_parameter: dict[str, Agreement]
 
 
-def coherence(model: nn.Module, loss: Loss, *batch: Any, chunk_size: int = 16) -> Coherence:
+def coherence(model: nn.Module, loss: Loss, *batch: object, chunk_size: int = 16) -> Coherence:
     """Return how well the gradients of a batch's examples agree.
 
     The measure is m-coherence (Chatterjee and Zielinski). If examples share their

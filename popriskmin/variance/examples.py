@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -105,7 +105,7 @@ class Examples(Source):
                 self.remove()
                 raise ValueError(f"{record.name} of the optimizer is not a parameter of the model")
 
-    def backward(self, *batch: Any) -> Tensor:
+    def backward(self, *batch: object) -> Tensor:
         """Add the mean gradient to `p.grad`, and keep the variance for the step.
 
         Parameters
@@ -149,12 +149,12 @@ class _WithLoss(nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, *batch: Any) -> Tensor:
+    def forward(self, *batch: object) -> Tensor:
         return self.loss(self.model, *batch)
 
 
 def example_gradients(
-    model: nn.Module, loss: Loss, batch: tuple[Any, ...], chunk_size: int, wanted: Collection[str] | None = None
+    model: nn.Module, loss: Loss, batch: tuple[object, ...], chunk_size: int, wanted: Collection[str] | None = None
 ) -> ExampleGradients:
     """Return the mean and the squared deviations of the examples' gradients.
 
@@ -168,7 +168,7 @@ def example_gradients(
     kept = set(params) if wanted is None else {f"model.{name}" for name in wanted}
     module = _WithLoss(model, loss)
 
-    def loss_of_one(values: dict[str, Tensor], *example: Any) -> Tensor:
+    def loss_of_one(values: dict[str, Tensor], *example: object) -> Tensor:
         value: Tensor = functional_call(module, values, tree_map(lambda x: x.unsqueeze(0), example))
         if value.dim() != 0:
             raise ValueError(f"the loss of a batch must be a tensor of shape (), got shape {tuple(value.shape)}")
@@ -226,7 +226,7 @@ def _accumulate(param: Tensor, mean: Tensor) -> None:
         param.grad.add_(mean)
 
 
-def _count(batch: tuple[Any, ...]) -> int:
+def _count(batch: tuple[object, ...]) -> int:
     leaves = tree_flatten(batch)[0]
     wrong = [leaf for leaf in leaves if not isinstance(leaf, Tensor) or leaf.dim() == 0]
     if wrong or not leaves:

@@ -81,7 +81,7 @@ class Ranks(Source):
         optimizer: TakesVariances,
         ddp: DistributedDataParallel,
         hook: Hook | None = None,
-        hook_state: Any = None,
+        hook_state: object = None,
     ) -> None:
         if not isinstance(ddp, DistributedDataParallel):
             raise TypeError(f"ddp must be a DistributedDataParallel module, got {type(ddp).__name__}")
@@ -90,7 +90,7 @@ class Ranks(Source):
             raise ValueError(f"Ranks needs at least 2 ranks, got {self._ranks}: use Microbatches or Examples")
         super().__init__(optimizer, ddp)
         self._hook, self._hook_state = hook or _plain_hook(), ddp.process_group if hook_state is None else hook_state
-        self._reducing: list[tuple[Any, Tensor, list[tuple[Tensor, Tensor]]]] = []
+        self._reducing: list[tuple[dist.Work, Tensor, list[tuple[Tensor, Tensor]]]] = []
         try:
             # In a lambda, which has no annotations: torch compares those with types and
             # knows no strings.

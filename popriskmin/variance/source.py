@@ -61,7 +61,7 @@ class Record:
 
 # Optimizers that have a source; a second one would overwrite what the first has handed
 # over.
-_TAKEN: WeakSet[Any] = WeakSet()
+_TAKEN: WeakSet[TakesVariances] = WeakSet()
 
 
 class Source:
