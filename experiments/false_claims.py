@@ -1,4 +1,4 @@
-"""Count how often a comparison claims a difference where there is none.
+"""Count how often a comparison claims a difference that is not there.
 
     python experiments/false_claims.py
 

@@ -1,4 +1,4 @@
-"""Judge the population-risk estimate: beside the held-out loss, on eight runs, with AdamW and with PRM.
+"""Compare the risk estimate with the held-out loss, on eight runs, for AdamW and PRM.
 
     python experiments/risk.py --out docs/results/risk           # about half an hour on
     one core; resumes after a kill python experiments/risk.py --runs digits diabetes
@@ -89,7 +89,7 @@ def judge(seen: dict[str, Any]) -> dict[str, Any]:
 
 
 def turn(falls: np.ndarray, ends: list[int]) -> int:
-    """Return the step at which what these falls add up to is lowest, averaged over three windows."""
+    """Return the step of the lowest sum of these falls, averaged over three windows."""
     loss = -np.concatenate([[0.0], np.cumsum(falls)])
     smooth = np.convolve(np.pad(loss, 1, mode="edge"), np.ones(3) / 3, "valid")
     return ends[int(smooth.argmin())]
@@ -133,7 +133,7 @@ def tables(results: list[dict[str, Any]]) -> str:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Draw the held-out loss of each run's first seed, and what each end of the estimate makes of it from its start."""
+    """Draw the held-out loss of each run's first seed, and both ends of the estimate."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Measure where the population-risk estimate is biased: on noisy quadratics, whose risk is known exactly.
+"""Measure the bias of the risk estimate on noisy quadratics, whose risk is known.
 
     python experiments/risk_bias.py
 
@@ -23,7 +23,7 @@ OPTIMIZERS = {
 
 
 def measure(name: str, lr: float, h: float) -> tuple[float, float, float]:
-    """Return the true and the expected fall while the risk falls, and per step at rest what is expected too much."""
+    """Return the true and the expected fall, and the excess per step at rest."""
     torch.manual_seed(0)
     w = torch.full((DIMENSIONS,), 2.0 / h, requires_grad=True)
     optimizer = OPTIMIZERS[name](w, lr)

@@ -1,4 +1,4 @@
-"""Time training with a RiskMonitor at its own pace beside training without, in turns within one run.
+"""Time training with a RiskMonitor at its own pace and without one, in turns.
 
     python experiments/risk_cost.py
 

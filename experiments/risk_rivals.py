@@ -1,4 +1,4 @@
-"""Compare rules that stop a training, at equal numbers of held-out examples, on ten data sets with AdamW and PRM.
+"""Compare rules that stop a training, with equal numbers of held-out examples.
 
     python experiments/risk_rivals.py --out docs/results/risk      # ten minutes or so
     on one core; resumes after a kill python experiments/risk_rivals.py --trainings
@@ -34,7 +34,7 @@ POINTS = 80
 EVERY = 2
 LOOK = 10
 DRAWS = 20
-MONITORED = 1  # of the seeds; the estimate without held-out examples is asked only there
+MONITORED = 1  # seeds for which the estimate without held-out examples is made
 HELD_OUT = (20, 50)
 WEIGHT_DECAY = 0.01
 ARMS: dict[str, tuple[type[torch.optim.Optimizer], float]] = {
@@ -81,7 +81,7 @@ def smoothed_minimum(losses: np.ndarray) -> tuple[int, int]:
 
 
 def patience(points: int, restore: bool) -> Callable[[np.ndarray], tuple[int, int]]:
-    """Stop after so many points without a new lowest mean loss, as Keras and Lightning do, with `patience`.
+    """Stop after `patience` points without a new lowest mean loss, as Keras does.
 
     With `restore` the weights of the lowest loss are kept (Keras:
     `restore_best_weights`, Lightning: a checkpoint), without those of the last point.
@@ -158,7 +158,10 @@ def replay(losses: np.ndarray, seed: int) -> dict[str, dict[str, list[float]]]:
 
 
 def alone(seen: dict[str, Any]) -> dict[str, Any]:
-    """Return what the gradients alone said: the last "improving", the first "overfitting", the percent lost there."""
+    """Return the verdicts of the gradients alone, and the percent lost by them.
+
+    They are the last "improving" and the first "overfitting".
+    """
     improving = [step for step, said in seen["verdicts"] if said == "improving"]
     overfitting = [step for step, said in seen["verdicts"] if said == "overfitting"]
     mean = np.array(seen["mean"])

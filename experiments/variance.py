@@ -1,4 +1,4 @@
-"""Measure the sources of the gradient's variance: what they report where the gradient drifts, and what they cost.
+"""Measure the error of the sources of the gradient's variance, and their cost.
 
     python experiments/variance.py                       # all tables of
     docs/variance.md python experiments/variance.py --only cost --repeats 41
@@ -46,7 +46,7 @@ def smoothed(optimizer: PRM) -> Tensor:
 
 
 def drifting(steps: int, width: int) -> Iterator[tuple[str, list[float]]]:
-    """Yield, for each way to have the variance, `s^` over the truth after so many steps, for each drift."""
+    """Yield for each source of the variance `s^` over the truth, for each drift."""
     options: dict[str, dict[str, Any]] = {
         "streaming": {},
         "streaming, `debias=True`": {"debias": True},
@@ -109,12 +109,12 @@ def transformer() -> nn.Module:
 
 
 def next_token(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Return the mean loss of predicting each token from those before (and, there being no mask, itself)."""
+    """Return the mean loss of predicting each token; the attention has no mask."""
     return cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def step_of(source: str, chunk_size: int = 16, passes: int = 1) -> Callable[[], None]:
-    """Return a training step on 16 sequences of 64 tokens, with a source of the variance or, for "", without."""
+    """Return a training step on 16 sequences of 64 tokens, with a source or without ("")."""
     model = transformer()
     optimizer = PRM(model.parameters(), variance="given" if source else "streaming")
     tokens = torch.randint(256, (16, 65), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""The length of PRM's update where `warmup_steps` ends, with and without a floor that falls over as many steps again.
+"""The length of PRM's update where `warmup_steps` ends, with and without a falling floor.
 
     python experiments/warmup_end.py
 

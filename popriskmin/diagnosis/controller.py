@@ -54,7 +54,7 @@ class Reading(NamedTuple):
 
 
 class SoftnessController:
-    """Hold the mask of parameter groups as open as a target, by moving their `softness`.
+    """Hold the mask of parameter groups at a target, by moving their `softness`.
 
     The target is a mean `q` or a share of open scalars. After every `every`-th step
     each group's mask is recomputed from the state. If it is more shut than the target
@@ -232,7 +232,7 @@ class SoftnessController:
             self.readings = [self._correct(*read) for read in self._read(self._controlled())]
 
     def _read(self, numbers: list[int]) -> list[tuple[int, float, float]]:
-        """Return the number, the measure and the ratio of each group that can be judged."""
+        """Return number, measure and ratio of each group that can be judged."""
         tensors: list[tuple[int, Tensor]] = []
         for one in held(self.optimizer):
             least = max(enough_steps(one.hyper), one.hyper.warmup_steps + 1)

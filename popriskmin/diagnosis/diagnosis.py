@@ -139,7 +139,7 @@ class _Total:
 
     def __init__(self, live: float = 0.0, q: float = 0.0, over_noise: float = 0.0) -> None:
         self.live, self.q, self.over_noise = live, q, over_noise
-        self.gradient_sq = 0.0  # mean over the scalars of the tensor where it is largest
+        self.gradient_sq = 0.0  # mean over the tensor with the largest
 
     def add(self, one: Evidence) -> None:
         """Count a tensor in, if it has been under a mask for long enough to judge."""

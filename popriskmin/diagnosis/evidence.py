@@ -1,4 +1,4 @@
-"""The numbers behind a diagnosis, for every parameter tensor: one transfer per device."""
+"""The numbers behind a diagnosis, of every tensor, in one transfer per device."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def _sums(one: Held) -> Tensor:
     wide = sum_dtype(m.device)
 
     def total(x: Tensor, among: Tensor | None = None) -> Tensor:
-        """Sum over the tensor, or over `among`; a pooled number stands for each scalar."""
+        """Sum over the tensor or `among`; a pooled number stands for each scalar."""
         if x.dim() == 0 and m.dim() > 0:
             return x.to(wide) * (m.numel() if among is None else among.sum(dtype=wide))
         return (x if among is None else x * among).sum(dtype=wide)

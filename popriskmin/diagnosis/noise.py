@@ -113,9 +113,11 @@ def mean_and_variance(signal: Number, noise: Number, w: Weights) -> tuple[Number
 
 
 def needed_ratio(shape: tuple[int, ...]) -> float:
-    """Return the factor over pure noise at which a tensor's mean `m^**2 / z` is coherent.
+    """Return the factor over pure noise from which a tensor's mean is coherent.
 
-    It is at least 2, where the mean holds as much signal as noise. Noise alone exceeds
+    The mean is that of `m^**2 / z`.
+
+    The factor is at least 2, where the mean holds as much signal as noise. Noise exceeds
     it one time in ten thousand, if the tensor holds as many independent numbers as
     assumed here. A vector counts as 1, because its entries often follow one error. A
     larger tensor counts as the root of its size, 32 at most. The quantile of

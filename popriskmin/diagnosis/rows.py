@@ -159,7 +159,7 @@ def _shown(line: Sequence[Row], whole: bool) -> str:
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
-    """Return the layers, the reason and the advice for each cause; faults come first."""
+    """Return layers, reason and advice for each cause; faults come first."""
     text: list[str] = []
     faults = [row for row in rows if row.cause not in FINE]
     for cause, advice in dict.fromkeys((row.cause, row.advice) for row in faults):

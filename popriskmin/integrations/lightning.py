@@ -72,7 +72,7 @@ class PRMCallback(Callback):  # type: ignore[misc]
         self._logged = 0  # at how many steps it was logged last
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the optimizer, attach the monitor to it, and give it the state of the checkpoint."""
+        """Find the optimizer, attach the monitor, and load the monitor's state."""
         insides = [unwrapped(optimizer) for optimizer in trainer.optimizers]
         prms = [inside.optimizer for inside in insides if isinstance(inside.optimizer, PRM)]
         if len(prms) != 1:

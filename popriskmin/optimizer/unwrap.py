@@ -18,7 +18,7 @@ class Unwrapped(NamedTuple):
 
     optimizer: Any
     wrappers: list[str]  # from the outside in
-    elsewhere: int  # parameter tensors that the wrappers list, but that other ranks hold
+    elsewhere: int  # parameter tensors of the wrappers that other ranks hold
 
     @property
     def of_rank(self) -> str:
@@ -94,7 +94,7 @@ def unwrapped(optimizer: object) -> Unwrapped:
 
 
 def unwrapped_prm(optimizer: object, who: str) -> Unwrapped:
-    """Return the `PRM` inside a wrapper; raise TypeError in the name of `who` if it is none."""
+    """Return the `PRM` inside a wrapper; raise TypeError, naming `who`, for others."""
     inside = unwrapped(optimizer)
     if not isinstance(inside.optimizer, PRM):
         raise TypeError(
@@ -105,7 +105,7 @@ def unwrapped_prm(optimizer: object, who: str) -> Unwrapped:
 
 
 def described(inside: Unwrapped) -> str:
-    """Return the wrappers and the optimizer in words: `AcceleratedOptimizer around AdamW`."""
+    """Return wrappers and optimizer in words: `AcceleratedOptimizer around AdamW`."""
     return " around ".join([*inside.wrappers, type(inside.optimizer).__name__])
 
 

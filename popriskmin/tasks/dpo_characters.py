@@ -14,7 +14,7 @@ BATCH, RATE = 32, 3e-3  # of the training that makes the model
 
 
 def pretrained(seed: int, width: int, steps: int) -> Transformer:
-    """Return a transformer trained to predict the next character of Python's reference."""
+    """Return a transformer trained on the characters of Python's reference."""
     torch.manual_seed(seed)
     model, text = Transformer(width), encoded()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)

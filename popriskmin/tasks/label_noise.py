@@ -100,7 +100,7 @@ class WrongLabels(Task):
         )
 
     def _split(self, seed: int) -> tuple[Examples, Examples, Examples, np.ndarray]:
-        """Return examples for training, validation and test, and the classes, rarest first."""
+        """Return training, validation and test examples, and the rarest classes first."""
         rng = np.random.default_rng(seed)
         x, y = load(self.data)
         classes = int(y.max()) + 1

@@ -136,7 +136,7 @@ class Reused:
 
 
 class Fresh:
-    """Batches of new examples, drawn when they are needed; the same in each iteration."""
+    """Batches of new examples, drawn when needed; the same in each iteration."""
 
     def __init__(self, coefficients: Tensor, noise: float, steps: int, batch_size: int, seed: int) -> None:
         self.coefficients, self.noise, self.steps, self.batch_size = coefficients, noise, steps, batch_size

@@ -12,6 +12,7 @@ from popriskmin.compare.task import Metrics, Task, Trial, option
 
 FEATURES = 8  # of the input, and as many of what the router sees
 HELD_OUT = 2000
+CONTRAST = 1.5  # size of what a hard example's target has more than an easy one's
 
 
 @dataclasses.dataclass
@@ -28,9 +29,6 @@ class Starved(Task):
 
     steps: int = option(1500, "optimizer steps")
     batch_size: int = option(32, "examples in a batch; the router's noise falls with it")
-    contrast: float = option(
-        1.5, "size of what hard examples have more than easy ones; the router's signal grows with it"
-    )
     width: int = option(32, "units of the body and of the second block")
     exclude: bool = option(False, "give the router mask='none' in every arm of PRM")
 
@@ -43,8 +41,6 @@ class Starved(Task):
         for name in ("steps", "batch_size", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.contrast > 0:
-            raise ValueError(f"contrast must be above 0, got {self.contrast}")
 
     def trial(self, seed: int) -> Trial:
         """Draw the functions, the rule and the examples from the seed; build the network."""
@@ -56,7 +52,7 @@ class Starved(Task):
             x = torch.randn(number, FEATURES, generator=generator)
             seen = torch.randn(number, FEATURES, generator=generator)
             hard = seen @ rule > 0
-            y = torch.sin(2 * x @ functions[:, :1]) + self.contrast * hard * (x @ functions[:, 1:])
+            y = torch.sin(2 * x @ functions[:, :1]) + CONTRAST * hard * (x @ functions[:, 1:])
             return x, seen, y, hard, torch.rand(number, 1, generator=generator)
 
         batches = [draw(self.batch_size) for _ in range(self.steps)]

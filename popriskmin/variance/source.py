@@ -281,7 +281,7 @@ def norms(grads: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _factors(records: list[Record]) -> list[Tensor]:
-    """Return the squared factors on the gradients since they were measured, of shape `()`.
+    """Return the squared factors on the gradients since their measurement; shape `()`.
 
     A gradient of zeros does not tell its factor and gets that of all gradients
     together.
