@@ -133,8 +133,6 @@ def test_what_holds_no_prm_is_named_with_its_wrapper():
             build(Around(adamw))
     needed = "Microbatches needs an optimizer with .*, got Around around AdamW without one"
     with pytest.raises(ValueError, match=needed):
-        ValueError, match="Microbatches needs an optimizer with .*, got Around around AdamW without one"
-    ):
         Microbatches(Around(adamw))
     with pytest.raises(TypeError, match="got Around around SGD"):
         RiskMonitor(Around(torch.optim.SGD([torch.ones(1)], lr=0.1)))
