@@ -19,7 +19,7 @@ from popriskmin.mask import (
     boundary_coefficient,
     mean_coefficient,
 )
-from popriskmin.optimizer.mask_state import parameter_names
+from popriskmin.optimizer.groups import parameter_names
 from popriskmin.step.functional import choose_implementation
 from popriskmin.step.shards import is_sharded
 

@@ -106,12 +106,12 @@ def test_a_linear_model_ends_where_the_lasso_with_these_loadings_ends():
     y = x @ np.r_[2.0, -1.0, 0.5, np.zeros(d - 3)] + rng.normal(size=n)
     inputs, targets = torch.tensor(x), torch.tensor(y)[:, None]
     w = torch.nn.Parameter(torch.zeros(1, d, dtype=torch.float64))
-    optimizer = PRM([w], lr=1e-2, mask="none", weight_decay=0.0, betas=(0.9, 0.9999), rho=0.999, shrinkage=z,
+    optimizer = PRM([w], lr=5e-2, mask="none", weight_decay=0.0, betas=(0.9, 0.9999), rho=0.999, shrinkage=z,
                     batch_size=b, n_dataset=n)  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    epochs = 400
+    epochs = 600
     for epoch in range(epochs):
-        optimizer.param_groups[0]["lr"] = 1e-2 * 0.98**epoch
+        optimizer.param_groups[0]["lr"] = 5e-2 * 0.985**epoch
         for rows in torch.randperm(n, generator=generator).split(b):
             optimizer.zero_grad()
             (0.5 * (inputs[rows] @ w.T - targets[rows]).square().mean()).backward()
