@@ -33,6 +33,16 @@ def page(results):
     return (results.folder / "report.html").read_text()
 
 
+def test_it_is_light_and_its_drawings_hold_text_rather_than_outlines(page):
+    assert len(page.encode()) < 150_000
+    drawing = page[page.index("How open the mask was") :]
+    assert ">weight</text>" in drawing  # a layer's name
+    assert "DejaVuSans-" not in page  # what outlines of letters are called
+    # The cells are pixels: of paths there are axes and ticks alone.
+    assert drawing.count("data:image/png") >= 3
+    assert drawing.count("<path") < 100
+
+
 class Links(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
