@@ -81,7 +81,7 @@ def learning_curves(results: Results) -> str:
             axes.set_title(title, loc="left", fontsize=10)
             axes.set_ylabel(f"test {results.metric}")
             if axes.get_lines():
-                axes.legend(fontsize=8, frameon=False)
+                axes.legend(fontsize=8, framealpha=0.8, edgecolor="none")
             _references(results, axes)
             _zoom(results, choosing, axes)
         panels[-1].set_xlabel("step")
@@ -101,11 +101,13 @@ def _curve(axes: mpl.axes.Axes, runs: Sequence[Run], results: Results, label: st
 
 def _references(results: Results, axes: mpl.axes.Axes) -> None:
     """Draw what the task names beside the optimizers, as lines with their names."""
-    for i, (name, metrics) in enumerate(results.references.test.items()):
-        if results.metric in metrics:
-            mean = metrics[results.metric]["mean"]
-            axes.axhline(mean, color="#222222", linewidth=0.9, linestyle=("--", ":", "-.")[i % 3])
-            axes.annotate(name, (1, mean), xycoords=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+    known = {name: metrics[results.metric]["mean"] for name, metrics in results.references.test.items()
+             if results.metric in metrics}  # fmt: skip
+    for i, (name, mean) in enumerate(sorted(known.items(), key=lambda item: item[1])):
+        axes.axhline(mean, color="#222222", linewidth=0.9, linestyle=("--", ":", "-.")[i % 3])
+        # The names of lines that may lie close together stand side by side.
+        place = (1 - 0.26 * (i % 2), mean)
+        axes.annotate(name, place, xycoords=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
 
 
 def _zoom(results: Results, choosing: str, axes: mpl.axes.Axes) -> None:
