@@ -66,7 +66,7 @@ def edges(
 def extended(
     arms: Sequence[Arm], selections: Mapping[str, Any], learning_rates: Sequence[float], weight_decays: Sequence[float]
 ) -> tuple[list[float], list[float], dict[str, list[float]]]:
-    """Return the learning rates, decays and arms' own rates, each with two more values beyond an edge that was chosen."""
+    """Return the learning rates, decays and arms' own rates, with two more values beyond each edge that was chosen."""
     rates, decays = list(learning_rates), list(weight_decays)
     own: dict[str, list[float]] = {}
     for arm in arms:
