@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ WINDOWS = 30
 EVERY = 2
 LOOK = 10
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "PRM": PRM}
-ENDS = ("fresh", "reused")
+# How much of the part that the reuse of examples adds is taken off, for each end of the estimate.
+ENDS = {"fresh": 0.0, "reused": 1.0}
 
 
 def observe(name: str, optimizer_name: str, seed: int) -> dict[str, Any]:
@@ -64,20 +66,27 @@ def observe(name: str, optimizer_name: str, seed: int) -> dict[str, Any]:
         "ends": ends,
         "held_out": held_out,
         "verdicts": verdicts,
-        "samples": [[sample.step, *(float(f"{x:.6g}") for x in sample[1:])] for sample in monitor.samples],
+        "falls": falls_per_step(monitor.samples, ends),
     }
+
+
+def falls_per_step(samples: Sequence[Sequence[float]], ends: list[int]) -> dict[str, list[float]]:
+    """Return, for each end of the estimate, the mean fall per step that the samples in each window expect."""
+    table = np.array([tuple(sample) for sample in samples])
+    falls = {}
+    for name, weight in ENDS.items():
+        values = table[:, 1] - weight * table[:, 2]
+        windows = itertools.pairwise(ends)
+        means = [values[(table[:, 0] > start) & (table[:, 0] <= end)].mean() for start, end in windows]
+        falls[name] = [float(f"{mean:.6g}") for mean in means]
+    return falls
 
 
 def judge(seen: dict[str, Any]) -> dict[str, Any]:
     """Return falls per window, their correlations with the truth, and the steps at which they change sign."""
     ends = seen["ends"]
-    samples = np.array(seen["samples"])
     truth = -np.diff(seen["held_out"])
-    falls = {}
-    for name, weight in (("fresh", 0.0), ("reused", 1.0)):
-        values = samples[:, 1] - weight * samples[:, 2]
-        inside = [values[(samples[:, 0] > start) & (samples[:, 0] <= end)] for start, end in itertools.pairwise(ends)]
-        falls[name] = np.diff(ends) * np.array([x.mean() for x in inside])
+    falls = {name: np.diff(ends) * np.array(seen["falls"][name]) for name in ENDS}
     return {
         "truth": truth,
         "falls": falls,

@@ -4,15 +4,18 @@
     python experiments/tables.py run                  # a few hours on one core; resumes after a kill
     python experiments/tables.py run --tables wine cells --probes 500
     python experiments/tables.py report --page docs/results/tables.md   # tables and pictures from what is there
+    python experiments/tables.py pack       # when a study is done: all lines into one compressed file
 
 Every arm is tuned over its grid and stopped early on validation data, with 5 seeds; all figures are from test data.
-Results are one JSON line for each table, number of probes and arm, appended as soon as it is finished.
+Results are one JSON line for each table, number of probes and arm, appended to `TABLE.jsonl` as soon as it is finished.
+`runs.jsonl.gz` holds the lines of finished studies, and is read beside those.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gzip
 import json
 import time
 import warnings
@@ -24,6 +27,8 @@ import tables_report
 import torch
 from tables_data import SOURCES, make_task
 from tables_runs import Arm, Stack, train
+
+from popriskmin.compare.training.store import write_whole
 
 SEEDS = 5
 PROBES = (0, 500)
@@ -56,6 +61,7 @@ FOURTH = [
 ]
 ARMS = {arm.name: arm for arm in [*FIRST, *SECOND, *THIRD, *FOURTH]}
 REFERENCES = "references"
+PACKED = "runs.jsonl.gz"
 
 
 def wanted(tables: list[str], probes: list[int]) -> Iterator[tuple[str, int, list[str]]]:
@@ -68,15 +74,27 @@ def wanted(tables: list[str], probes: list[int]) -> Iterator[tuple[str, int, lis
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of all tables; one that a kill left unfinished is left out."""
+    """Return the lines of all tables, the packed ones first; one that a kill left unfinished is left out."""
+    paths = [*folder.glob(PACKED), *sorted(folder.glob("*.jsonl"))]
     rows = []
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text().splitlines():
+    for path in paths:
+        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+        for line in text.splitlines():
             try:
                 rows.append(json.loads(line))
             except ValueError:
                 print(f"{path}: an unfinished line is left out and will be made again")
     return rows
+
+
+def pack(folder: Path) -> None:
+    """Move all lines into the compressed file; the same lines always give the same bytes."""
+    rows = {(row["table"], row["probes"], row["arm"]): row for row in read(folder)}
+    text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows.values())
+    # The plain files go only when the whole compressed one is there.
+    write_whole(folder / PACKED, gzip.compress(text.encode(), mtime=0))
+    for path in folder.glob("*.jsonl"):
+        path.unlink()
 
 
 def append(folder: Path, row: dict[str, Any]) -> None:
@@ -125,9 +143,9 @@ def _train(stack: Stack, arm: Arm, traces: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is missing, or report what is there."""
+    """Run what is missing, or report or pack what is there."""
     parser = argparse.ArgumentParser(description="Masks on real tables, with and without columns that say nothing.")
-    parser.add_argument("action", choices=("run", "report"))
+    parser.add_argument("action", choices=("run", "report", "pack"))
     parser.add_argument("--tables", nargs="+", choices=list(SOURCES), default=list(SOURCES))
     parser.add_argument("--probes", nargs="+", type=int, default=list(PROBES))
     parser.add_argument("--out", type=Path, default=Path("docs/results/tables"), help="folder of the results")
@@ -138,6 +156,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.action == "run":
         run(args.tables, args.probes, args.out, args.cache)
+    elif args.action == "pack":
+        pack(args.out)
     else:
         tables_report.write(read(args.out), args.out, args.page)
 

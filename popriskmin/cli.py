@@ -140,6 +140,11 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("NAME", "LR"),
         help="learning rates for one arm of --arm in place of --lr; may be repeated",
     )
+    add(
+        "--only",
+        action="store_true",
+        help="without the task's own further arms, as also where --prm or --arm names some",
+    )
     add("--match-all", action="store_true", help="give each further PRM arm its own AdamW with equal steps")
     add(
         "--average",
@@ -172,6 +177,7 @@ def _compare(parser: _CompareParser, known: argparse.Namespace) -> int:
         from popriskmin.compare import compare
         from popriskmin.compare.flags import add_task_options, option_fields
         from popriskmin.compare.loading import installed_tasks, load_task_class, make_task
+        from popriskmin.compare.report.page import wider_command
         from popriskmin.compare.text import brief, last_frame
         from popriskmin.compare.training.arms import describe_options, parse_arm, parse_arm_lr, parse_options
         from popriskmin.compare.training.runner import RunError
@@ -199,16 +205,17 @@ def _compare(parser: _CompareParser, known: argparse.Namespace) -> int:
         if unknown:
             parser.refuse_unknown(unknown)
         rivals = [parse_arm(words) for words in args.arm]
+        own = not (args.prm or args.arm or args.only)
         results = compare(
             make_task(task_class, {field.name: getattr(args, field.name) for field in option_fields(task_class)}),
             lr=args.lr,
             weight_decay=args.weight_decay,
             seeds=args.seeds if args.seed_list is None else args.seed_list,
-            prm=[parse_options(pairs) for pairs in args.prm],
+            prm=None if own else [parse_options(pairs) for pairs in args.prm],
             match_all=args.match_all,
             average=args.average,
             spend_validation=args.spend_validation,
-            arms={name: (optimizer, options) for name, optimizer, options in _once("--arm", rivals)},
+            arms=None if own else {name: (optimizer, options) for name, optimizer, options in _once("--arm", rivals)},
             arm_lr=dict(_once("--arm-lr", [parse_arm_lr(words) for words in args.arm_lr])),
             jobs=args.jobs,
             backend=args.backend,
@@ -228,6 +235,9 @@ def _compare(parser: _CompareParser, known: argparse.Namespace) -> int:
         print(f"popriskmin compare: {error}; finished runs are kept", file=sys.stderr)
         return FAILED
     results.print()
+    wider = wider_command(results)
+    if wider:
+        print(f"\nWith the grid extended beyond the edges:\n\n  {wider}")
     print(f"\nThe page: {results.folder / 'report.html'}\nThe numbers: {results.folder / 'results.json'}")
     failed = any(run.end["status"] == "failed" for run in results.runs)
     return FAILED if failed or not results.has_an_answer else 0

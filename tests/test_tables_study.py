@@ -126,6 +126,22 @@ def test_the_study_resumes_and_reports(monkeypatch, tmp_path, capsys):
     before = [json.loads(line) for line in made["wine.jsonl"].splitlines()]
     assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in before]
 
+    # Packed lines are read as before and not made again; further ones go into plain files beside them.
+    rows = tables.read(out)
+    monkeypatch.setattr(sys, "argv", ["tables.py", "pack", "--out", str(out)])
+    tables.main()
+    assert [path.name for path in out.iterdir()] == ["runs.jsonl.gz"]
+    assert tables.read(out) == rows
+    once = (out / "runs.jsonl.gz").read_bytes()
+    tables.append(out, rows[-1])
+    assert tables.read(out) == [*rows, rows[-1]]
+    tables.main()
+    assert (out / "runs.jsonl.gz").read_bytes() == once
+    monkeypatch.setattr(sys, "argv", ["tables.py", "run", *words, "--cache", str(tmp_path / "cache")])
+    tables.main()
+    assert "references:" not in capsys.readouterr().out
+    assert list(out.glob("*.jsonl")) == []
+
     monkeypatch.setattr(sys, "argv", ["tables.py", "report", "--out", str(out)])
     tables.main()
     printed = capsys.readouterr().out

@@ -33,7 +33,7 @@ def compare(
     lr: Sequence[float] | None = None,
     weight_decay: Sequence[float] | None = None,
     seeds: int | Sequence[int] = 5,
-    prm: Sequence[Mapping[str, Any]] = (),
+    prm: Sequence[Mapping[str, Any]] | None = None,
     match_all: bool = False,
     average: int = 0,
     spend_validation: bool = False,
@@ -62,7 +62,8 @@ def compare(
     seeds
         How many, or which.
     prm
-        Options of further PRM arms, such as `[{"mask": "soft"}]`.
+        Options of further PRM arms, such as `[{"mask": "soft"}]`. With neither `prm` nor `arms`, the task's own further
+        arms are taken, of which most tasks have none; `[]` leaves them away.
     match_all
         Give each further PRM arm its own AdamW with equal steps.
     average
@@ -125,6 +126,9 @@ def compare(
             f"{type(task).__name__} does not say how its training and validation data are joined: spend_validation "
             "needs a method joined(self, seed) that returns a Trial"
         )
+    if prm is None and arms is None:
+        prm, arms = task.default_prm, task.default_arms
+    prm = () if prm is None else prm
     every_arm = make_arms(_options_of_arms(prm), match_all)
     own_rates = {name: _numbers(f"the learning rates of {name}", rates) for name, rates in (arm_lr or {}).items()}
     every_arm += make_rivals(_rivals(arms or {}), own_rates, every_arm)

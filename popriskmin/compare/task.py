@@ -80,6 +80,8 @@ class Task(abc.ABC):
         The grid that is searched unless another is asked for.
     optimizer_options
         Options that all optimizers get alike, such as `{"betas": (0.9, 0.98)}`.
+    default_prm, default_arms
+        Arms beside AdamW, PRM and the AdamW of equal steps where none are asked for, as `compare` takes them.
     goals
         For metrics where the first step counts at which a test value is reached, such as `{"accuracy": 0.95}`.
 
@@ -112,6 +114,8 @@ class Task(abc.ABC):
     learning_rates: ClassVar[tuple[float, ...]] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     weight_decays: ClassVar[tuple[float, ...]] = (0.01, 0.1)
     optimizer_options: ClassVar[Mapping[str, Any]] = {}
+    default_prm: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    default_arms: ClassVar[Mapping[str, Any]] = {}
     goals: ClassVar[Mapping[str, float]] = {}
 
     @property
@@ -142,6 +146,11 @@ class Task(abc.ABC):
         the data that is now for training. Nothing is chosen by its `validation`, which may measure what it likes.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method joined(self, seed)")
+
+    @property
+    def about(self) -> Sequence[str]:
+        """Lines on the data that the answer begins with: how much of it there is, what was left out and why."""
+        return ()
 
     @property
     def files(self) -> Sequence[str]:

@@ -258,7 +258,7 @@ def test_joined_data_in_page_terminal_and_frame(widened, capsys):
     printed = capsys.readouterr().out
     page = (results.folder / "report.html").read_text()
     assert "joined: trained on training and validation data, after the last step" in printed
-    assert "prm joined" in printed
+    assert "prm joined" in page
     assert "adamw averaged" in printed
     assert "What validation data is worth" in page
     assert "--average 5 --spend-validation" in page

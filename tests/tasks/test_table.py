@@ -125,12 +125,14 @@ def test_the_mask_finds_the_columns_among_probes():
 def test_references(data):
     task = Table(data=data, probes=20)
     found = task.references(0)
-    assert list(found) == ["L1 linear", "forest", "boosted trees"]
+    assert list(found) == ["constant guess", "L1 linear", "forest", "boosted trees"]
     assert all(set(metrics) == set(task.metrics) for metrics in found.values())
     figure = next(iter(task.metrics))
     chance = np.log(3) if data == "wine" else 1.0
-    assert all(0 < metrics[figure] < chance for metrics in found.values())
-    assert task.references(0) == found
+    guess = found.pop("constant guess")[figure]
+    assert guess == pytest.approx(chance, rel=0.15)
+    assert all(0 < metrics[figure] < guess for metrics in found.values())
+    assert task.references(0) == {"constant guess": task.references(0)["constant guess"], **found}
 
 
 @pytest.mark.parametrize(

@@ -170,11 +170,23 @@ class Statement:
         if self.p is None:
             lack = f"{self.seeds} seed{'s are' if self.seeds != 1 else ' is'} too few for a verdict"
             return f"{self.arm} and {self.rival}: {found}; {lack}, {FEWEST_SEEDS} would do"
-        # With a digit more near the level, so that no p of 0.05 is called clear.
-        chance = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.{3 if 0.04 < self.p < 0.06 else 2}g}"
         if self.verdict == "unclear":
-            return f"no clear difference between {self.arm} and {self.rival}: {found}, {chance}"
-        return f"{self.arm} is {self.verdict} than {self.rival}: {found}, {chance}"
+            told = f"{self.side} {self.rival}, not proven" if self.difference else f"level with {self.rival}"
+            return f"{self.arm} is {told}: {found}, {self.chance}"
+        return f"{self.arm} is {self.verdict} than {self.rival}: {found}, {self.chance}"
+
+    @property
+    def side(self) -> str:
+        """On which side of its rival the arm is, by the means."""
+        return "ahead of" if (self.difference > 0) == (self.direction == "max") else "behind"
+
+    @property
+    def chance(self) -> str:
+        """The p-value in words; empty where there is none."""
+        if self.p is None:
+            return ""
+        # With a digit more near the level, so that no p of 0.05 is called clear.
+        return "p < 0.001" if self.p < 0.001 else f"p = {self.p:.{3 if 0.04 < self.p < 0.06 else 2}g}"
 
 
 def number(value: float) -> str:

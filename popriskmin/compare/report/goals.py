@@ -37,35 +37,52 @@ def by_goal(
     Returns
     -------
     dict
-        `table[metric] = {"goal": ..., "arms": {arm: {"chosen", "steps", "median", "length"}}}`: `steps` are the first
-        steps on test data by seed, None for a seed that was not there by the last step, `length`; `median` is None
-        where half of them were not.
+        `table[metric] = {"goal": ..., "arms": {arm: {"chosen", "steps", "median", "length", "validated", "on_test"}}}`:
+        `steps` are the first steps on test data by seed, None for a seed that was not there by the last step, `length`;
+        `median` is None where half of them were not. `validated` tells whether any configuration got there on
+        validation data; where none did, nothing chooses, and `on_test` has "chosen", "steps" and "median" of the one
+        that was soonest on test data, or is None where none was there either.
     """
     table = {}
     for metric, goal in goals.items():
         direction = metrics[metric]
         rows = {}
         for arm in arms:
-            chosen = _soonest(runs_of(runs, arm), metric, goal, direction)
-            mine = chosen_runs(runs, arm.name, chosen)
-            steps = [first_step(run.steps, run.test[metric], goal, direction) for run in mine]
-            length = max((int(run.steps[-1]) for run in runs_of(runs, arm) if len(run.steps)), default=0)
-            rows[arm.name] = {"chosen": chosen, "steps": steps, "median": median(steps), "length": length}
+            mine = runs_of(runs, arm)
+            length = max((int(run.steps[-1]) for run in mine if len(run.steps)), default=0)
+            chosen, validated = _soonest(mine, "validation", metric, goal, direction)
+            row: dict[str, Any] = {**_when(mine, arm, chosen, metric, goal, direction), "length": length}
+            on_test, there = _soonest(mine, "test", metric, goal, direction)
+            late = _when(mine, arm, on_test, metric, goal, direction) if there and not validated else None
+            rows[arm.name] = {**row, "validated": validated, "on_test": late}
         table[metric] = {"goal": goal, "arms": rows}
     return table
 
 
-def _soonest(runs: Sequence[Run], metric: str, goal: float, direction: str) -> dict[str, float] | None:
+def _when(
+    runs: Sequence[Run], arm: Arm, chosen: Mapping[str, float] | None, metric: str, goal: float, direction: str
+) -> dict[str, Any]:
+    """Return when the runs of a configuration were at the goal on test data."""
+    mine = chosen_runs(runs, arm.name, chosen)
+    steps = [first_step(run.steps, run.test[metric], goal, direction) for run in mine]
+    return {"chosen": chosen, "steps": steps, "median": median(steps)}
+
+
+def _soonest(
+    runs: Sequence[Run], part: str, metric: str, goal: float, direction: str
+) -> tuple[dict[str, float] | None, bool]:
+    """Return the configuration that was soonest at the goal on one part of the data, and whether it was at all."""
     reached: dict[tuple[float, float], list[float]] = {}
     for run in runs:
-        step = first_step(run.steps, run.validation[metric], goal, direction)
+        values = run.validation[metric] if part == "validation" else run.test[metric]
+        step = first_step(run.steps, values, goal, direction)
         place = (run.job.configuration.lr, run.job.configuration.weight_decay)
         reached.setdefault(place, []).append(math.inf if step is None else step)
     if not reached:
-        return None
+        return None, False
     # Of equal medians, such as none at all, the one that more seeds reached, and sooner.
     best = min(reached, key=lambda place: (_median(reached[place]), sorted(reached[place])))
-    return {"lr": best[0], "weight_decay": best[1]}
+    return {"lr": best[0], "weight_decay": best[1]}, min(reached[best]) < math.inf
 
 
 def _median(steps: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,44 @@ def edges(
                         f"{arm.name}: the {word} {value} is the {edge} of the grid; extend it ({flag})."
                     )
     return found
+
+
+def extended(
+    arms: Sequence[Arm], selections: Mapping[str, Any], learning_rates: Sequence[float], weight_decays: Sequence[float]
+) -> tuple[list[float], list[float], dict[str, list[float]]]:
+    """Return the learning rates, decays and arms' own rates, with two more values beyond each edge that was chosen."""
+    rates, decays = list(learning_rates), list(weight_decays)
+    own: dict[str, list[float]] = {}
+    for arm in arms:
+        for figure in FIGURES:
+            chosen = selections[figure][arm.name]["chosen"]
+            if chosen is None:
+                continue
+            if arm.learning_rates is not None:
+                grid = own.get(arm.name, list(arm.learning_rates))
+                own[arm.name] = _beyond(grid, arm.learning_rates, chosen["lr"])
+            else:
+                rates = _beyond(rates, learning_rates, chosen["lr"])
+            if len(weight_decays) > 2 and arm.weight_decays is None:
+                decays = _beyond(decays, weight_decays, chosen["weight_decay"])
+    return rates, decays, own
+
+
+def _beyond(grid: list[float], given: Sequence[float], chosen: float) -> list[float]:
+    """Return a grid with the next two of 1, 3, 10, 30, ... where the choice is an edge of the given one.
+
+    Examples
+    --------
+    >>> _beyond([0.001, 0.003, 0.01], [0.001, 0.003, 0.01], 0.001)
+    [0.0001, 0.0003, 0.001, 0.003, 0.01]
+    """
+    edge = _edge(chosen, given)
+    if edge is None:
+        return grid
+    place = math.floor(math.log10(chosen))
+    series = [float(f"{digit}e{place + i}") for i in range(-2, 3) for digit in (1, 3)]
+    smaller, larger = [x for x in series if x < chosen], [x for x in series if x > chosen]
+    return sorted({*grid, *(smaller[-2:] if edge == "smallest" else larger[:2])})
 
 
 def _edge(value: float, grid: Sequence[float]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import platform
 import shlex
@@ -16,10 +17,11 @@ from popriskmin.compare.flags import PLAIN, flags_for, option_fields
 from popriskmin.compare.loading import given_path
 from popriskmin.compare.report import plots
 from popriskmin.compare.report.analysis import OPENINGS
+from popriskmin.compare.report.notes import extended
 from popriskmin.compare.report.results import Results
 from popriskmin.compare.report.terminal import MEANING, format_estimate
 from popriskmin.compare.text import brief, exact
-from popriskmin.compare.training.arms import Arm
+from popriskmin.compare.training.arms import Arm, make_arms, make_rivals
 from popriskmin.compare.training.runner import Job
 from popriskmin.compare.training.store import write_whole
 from popriskmin.compare.training.train import Record
@@ -45,6 +47,7 @@ def write_report(results: Results, records: Mapping[Job, Sequence[Record]]) -> P
         mask=plots.mask_by_layer(results, records),
         costs=_costs(results),
         command=command(results),
+        wider=wider_command(results),
         settings=_settings(results),
         troubled=[run for run in results.runs if not run.finished and not run.job.arm.averaged],
     )
@@ -70,6 +73,21 @@ def _costs(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
+def wider_command(results: Results) -> str:
+    """Return the command, or call, of the grid extended where an arm chose at its edge; empty where none did."""
+    if not results.has_an_answer:
+        return ""
+    given = list(results.learning_rates), list(results.weight_decays)
+    rates, decays, own = extended(results.arms, results.selections, *given)
+    arms = [
+        dataclasses.replace(arm, learning_rates=tuple(own[arm.name])) if arm.name in own else arm
+        for arm in results.arms
+    ]
+    if (rates, decays) == given and arms == list(results.arms):
+        return ""
+    return command(dataclasses.replace(results, learning_rates=rates, weight_decays=decays, arms=arms))
+
+
 def command(results: Results) -> str:
     """Return the command that repeats the comparison, or the call in Python where no command can."""
     path, options = given_path(results.task), results.task.options
@@ -83,7 +101,10 @@ def command(results: Results) -> str:
     words += ["--weight-decay", *map(exact, results.weight_decays)]
     seeds = list(results.seeds)
     words += ["--seeds", str(len(seeds))] if seeds == list(range(len(seeds))) else ["--seed-list", *map(str, seeds)]
-    for arm in _further(results):
+    further = [] if _as_the_task_has_them(results) else _further(results)
+    if not further and not _as_the_task_has_them(results):
+        words.append("--only")
+    for arm in further:
         if arm.kind == "prm":
             words += ["--prm", *arm.name.split(" ")[1:]]
         elif arm.optimizer is not None:
@@ -107,11 +128,12 @@ def _call(results: Results) -> str:
         arguments.append(f"{name}={list(values)!r}")
     arguments.append(f"seeds={list(results.seeds)!r}")
     further = [dict(arm.options) for arm in _further(results) if arm.kind == "prm"]
-    arguments += [f"prm={further!r}"] if further else []
-    rivals = [arm for arm in _further(results) if arm.optimizer is not None]
+    own = _as_the_task_has_them(results)
+    arguments += [f"prm={further!r}"] if (further and not own) or (not _further(results) and not own) else []
+    rivals = [arm for arm in ([] if own else _further(results)) if arm.optimizer is not None]
     arguments += [f"arms={ {arm.name: (arm.optimizer, dict(arm.options)) for arm in rivals}!r}"] if rivals else []
-    own = {arm.name: list(arm.learning_rates) for arm in rivals if arm.learning_rates}
-    arguments += [f"arm_lr={own!r}"] if own else []
+    rates = {arm.name: list(arm.learning_rates) for arm in rivals if arm.learning_rates}
+    arguments += [f"arm_lr={rates!r}"] if rates else []
     arguments += ["match_all=True"] if _match_all(results) else []
     arguments += [f"average={results.average}"] if results.average else []
     arguments += ["spend_validation=True"] if results.by_joined else []
@@ -122,6 +144,14 @@ def _call(results: Results) -> str:
 def _further(results: Results) -> list[Arm]:
     """Return the arms beyond the three that are always there, without averages."""
     return [arm for arm in results.arms if not arm.averaged][3:]
+
+
+def _as_the_task_has_them(results: Results) -> bool:
+    """Return whether the arms beyond the three are those that the task has by itself."""
+    task, mine = results.task, [arm for arm in _further(results) if arm.kind != "adamw-matched"]
+    own = [*make_arms(task.default_prm)[3:]]
+    own += make_rivals(task.default_arms, {}, own)
+    return mine == own and [arm.options for arm in mine] == [arm.options for arm in own]
 
 
 def _match_all(results: Results) -> bool:
@@ -159,5 +189,6 @@ def describe(arm: Arm) -> str:
         rates = f" with learning rates {', '.join(map(exact, arm.learning_rates))}" if arm.learning_rates else ""
         return f"{arm.name} is {arm.optimizer.replace(':', '.')}({options}){rates}"
     return (
-        f"{arm.name} is AdamW with each step multiplied by the mean q of {arm.follows} at the same step of the same run"
+        f"{arm.name}, a control that nobody deploys, is AdamW with each step multiplied by the mean q of "
+        f"{arm.follows} at the same step of the same run"
     )

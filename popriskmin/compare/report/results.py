@@ -17,6 +17,7 @@ from rich.console import Console
 from popriskmin.compare.report.analysis import Statement, best_rival, number, statements
 from popriskmin.compare.report.budget import by_budget, untuned
 from popriskmin.compare.report.goals import by_goal
+from popriskmin.compare.report.headline import headline, verdicts
 from popriskmin.compare.report.notes import edges, warnings_of
 from popriskmin.compare.report.references import NONE, References
 from popriskmin.compare.report.run_summary import FIGURES, Run, chosen_runs, leading, why_none
@@ -131,13 +132,24 @@ class Results:
 
     def _repr_html_(self) -> str:
         """Return the answer for a notebook."""
-        return f"<p>{html.escape(repr(self))}</p>{self.answer[['verdict', 'sentence']].to_html(index=False)}"
+        answer = self.answer[["verdict", "sentence"]].to_html(index=False)
+        return f"<p>{html.escape(repr(self))}</p><p><b>{html.escape(self.headline)}</b></p>{answer}"
 
     @property
     def has_an_answer(self) -> bool:
         """Whether any arm has a configuration to choose, and not for its untrained network alone."""
         chosen = any(one["chosen"] is not None for found in self.selections.values() for one in found.values())
         return chosen and _any_trained(self.runs)
+
+    @property
+    def headline(self) -> str:
+        """The answer in one sentence: what is best of all on the page, and what PRM does for the network."""
+        return headline(self.task.metrics, self.arms, self.selections, self.references.test, self.statements)
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """The three statements that matter most, by what PRM is compared with."""
+        return verdicts(self.statements)
 
     @property
     def answer(self) -> pd.DataFrame:
@@ -208,6 +220,8 @@ class Results:
                 "popriskmin": __version__,
                 "torch": str(torch.__version__),
                 "selections": self.selections,
+                "headline": self.headline,
+                "verdicts": self.verdicts,
                 "answer": self._statements(),
                 "by_budget": self.by_budget,
                 "by_goal": self.by_goal,
@@ -297,19 +311,32 @@ class Results:
         for metric, found in self.by_goal.items():
             sign = "at least" if self.task.metrics[metric] == "max" else "at most"
             for arm, row in found["arms"].items():
-                told = ", ".join("never" if step is None else f"{step:,}" for step in row["steps"])
-                middle = f"not by {row['length']:,}" if row["median"] is None else f"at {row['median']:,.0f}"
-                chosen = row["chosen"]
-                place = f" (lr {exact(chosen['lr'])}, decay {exact(chosen['weight_decay'])})" if chosen else ""
+                aim = f"{metric} {sign} {number(found['goal'])}"
+                if row["validated"]:
+                    lines.append(f"{arm}: test {aim} first {_when(row, row['length'])} ({_place(row['chosen'])})")
+                    continue
+                late = row["on_test"]
+                there = f"on test data {_place(late['chosen'])} did, {_when(late, row['length'])}" if late else ""
                 lines.append(
-                    f"{arm}: test {metric} {sign} {number(found['goal'])} first {middle} steps in the median; by seed "
-                    f"{told}{place}"
+                    f"{arm}: none reached {aim} on validation data by {row['length']:,} steps; "
+                    f"{there or 'nor did any on test data'}"
                 )
         return lines
 
     def print(self, console: Console | None = None) -> None:
         """Print the tables, the answer and what to know of them."""
         show(self, console)
+
+
+def _when(row: Mapping[str, Any], length: int) -> str:
+    """Return in words when the runs of a configuration were at a goal."""
+    told = ", ".join("never" if step is None else f"{step:,}" for step in row["steps"])
+    middle = f"not by {length:,}" if row["median"] is None else f"at {row['median']:,.0f}"
+    return f"{middle} steps in the median; by seed {told}"
+
+
+def _place(chosen: Mapping[str, float]) -> str:
+    return f"lr {exact(chosen['lr'])}, decay {exact(chosen['weight_decay'])}"
 
 
 def _any_trained(runs: Sequence[Run]) -> bool:

@@ -34,6 +34,8 @@ def show(results: Results, console: Console | None = None) -> None:
     console.print(title, style="bold", highlight=False, markup=False)
     # A terminal's lines are broken between words; elsewhere a sentence stays on one line.
     style: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": not console.is_terminal}
+    for line in results.task.about:
+        console.print(line, **style)
     if results.has_an_answer:
         console.print("Each arm's configuration is the best on validation data by the same figure.\n", highlight=False)
         for figure in FIGURES:
@@ -44,15 +46,14 @@ def show(results: Results, console: Console | None = None) -> None:
         console.print(
             "There is nothing to compare: no arm has a configuration that every seed brought to its end.", **style
         )
-    if results.correction:
-        console.print(f"{results.correction}\n", **style)
-    found = {**results.answers(), **({"Goals": results.goal_lines()} if results.by_goal else {})}
-    for opening, sentences in found.items():
-        console.print(f"{opening}:", **style)
-        for sentence in sentences:
-            # Padding indents the lines that a sentence goes on to, too, but would break it where none should be.
-            line = Padding(Text(sentence), (0, 0, 0, 2)) if console.is_terminal else f"  {sentence}"
-            console.print(line, **style)
+    if results.headline:
+        console.print(results.headline, style="bold", **style)
+    found = [f"{label}: {sentence}" for label, sentence in results.verdicts.items()]
+    for line in (*found, *(results.goal_lines() if results.by_goal else ())):
+        # Padding indents the lines that a sentence goes on to, too, but would break it where none should be.
+        console.print(Padding(Text(line), (0, 0, 0, 2)) if console.is_terminal else f"  {line}", **style)
+    if results.statements:
+        console.print(f"All {len(results.statements)} statements, and what p means, are on the page.", **style)
     # Edges are those of what the tables say was chosen.
     for line in (*results.warnings, *(by_arm(results.edges) if results.has_an_answer else ())):
         console.print(f"Note: {line}", style="yellow", **style)

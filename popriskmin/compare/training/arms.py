@@ -181,11 +181,16 @@ def _check_names(options: Mapping[str, Any]) -> None:
 def _try(options: Mapping[str, Any]) -> None:
     """Make an optimizer with these options, which names a bad one."""
     # The counts come from the trial unless they are given.
-    counts = {"batch_size": 1, "n_dataset": 2} if options.get("boundary") == "empirical" else {}
+    counts = {"batch_size": 1, "n_dataset": 2} if _needs_counts(options) else {}
     try:
         PRM([torch.zeros(1, requires_grad=True)], **{**counts, **options})
     except (RuntimeError, TypeError) as error:
         raise ValueError(str(error)) from error
+
+
+def _needs_counts(options: Mapping[str, Any]) -> bool:
+    """Return whether PRM must know the sizes of the batch and of the training data."""
+    return options.get("boundary") == "empirical" or bool(options.get("shrinkage"))
 
 
 def _defaults() -> dict[str, Any]:
@@ -365,7 +370,7 @@ def make_driver(
         return Driver(other_optimizers.build(arm.optimizer, _unnamed(params), lr, weight_decay, common, arm.options))
     options = {"lr": lr, "weight_decay": weight_decay, **common, **arm.options}
     if arm.kind == "prm":
-        if options.get("boundary") == "empirical":
+        if _needs_counts(options):
             options = {"batch_size": trial.batch_size, "n_dataset": trial.n_dataset, **options}
         return PRMDriver(PRM(params, **options))
     decoupled = options.get("decoupled_weight_decay", True)

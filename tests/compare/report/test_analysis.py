@@ -127,7 +127,11 @@ def test_the_best_rival_without_tuning_may_be_another_than_the_tuned_one():
         (-0.02, "max", 0.01, "a is worse than b: test x 0.480 against 0.500 (higher is better), -0.0200, p = 0.01"),
         (-0.02, "min", 1e-5, "a is better than b: test x 0.480 against 0.500 (lower is better), -0.0200, p < 0.001"),
         (0.02, "max", 0.05,
-         "no clear difference between a and b: test x 0.520 against 0.500 (higher is better), +0.0200, p = 0.05"),
+         "a is ahead of b, not proven: test x 0.520 against 0.500 (higher is better), +0.0200, p = 0.05"),
+        (0.02, "min", 0.06,
+         "a is behind b, not proven: test x 0.520 against 0.500 (lower is better), +0.0200, p = 0.06"),
+        (0.0, "min", 1.0,
+         "a is level with b: test x 0.500 against 0.500 (lower is better), +0.0000, p = 1"),
     ],
 )  # fmt: skip
 def test_sentences(difference, direction, p, expected):

@@ -38,3 +38,13 @@ def test_the_configuration_is_chosen_on_validation_and_reported_on_test():
     assert (row["steps"], row["median"], row["length"]) == ([20, 20, 20], 20.0, 20)
     never = by_goal(runs, ARMS[:1], METRICS, {"loss": 1e-6})["loss"]["arms"]["adamw"]
     assert (never["steps"], never["median"]) == ([None, None, None], None)
+    assert (row["validated"], row["on_test"], never["validated"], never["on_test"]) == (True, None, False, None)
+
+
+def test_where_none_is_there_on_validation_data_nothing_chooses_and_the_test_data_is_told_of():
+    runs = [made_up(ARMS[0], seed, lr, [0, 0.5, 0.5], [0, 0.5, t]) for seed in range(3) for lr, t in
+            ((0.1, 0.5), (0.2, 0.96 if seed else 0.5))]  # fmt: skip
+    row = by_goal(runs, ARMS[:1], METRICS, {"accuracy": 0.95})["accuracy"]["arms"]["adamw"]
+    assert (row["chosen"]["lr"], row["steps"], row["validated"]) == (0.1, [None, None, None], False)
+    expected = {"chosen": {"lr": 0.2, "weight_decay": 0.1}, "steps": [None, 20, 20], "median": 20.0}
+    assert row["on_test"] == expected

@@ -1,7 +1,10 @@
 """The page: complete, self-contained, and without fault in a real browser."""
 
+import copy
+import dataclasses
 import html
 import html.parser
+import json
 import os
 import re
 import shlex
@@ -13,7 +16,7 @@ from tiny import Tiny
 from popriskmin.cli import main
 from popriskmin.compare import compare
 from popriskmin.compare.report.analysis import OPENINGS
-from popriskmin.compare.report.page import command
+from popriskmin.compare.report.page import command, wider_command
 from popriskmin.tasks.digits import Digits
 
 TINY = os.path.join(os.path.dirname(__file__), "..", "..", "tiny.py")
@@ -33,6 +36,16 @@ def page(results):
     return (results.folder / "report.html").read_text()
 
 
+def test_it_is_light_and_its_drawings_hold_text_rather_than_outlines(page):
+    assert len(page.encode()) < 150_000
+    drawing = page[page.index("How open the mask was") :]
+    assert ">weight</text>" in drawing  # a layer's name
+    assert "DejaVuSans-" not in page  # what outlines of letters are called
+    # The cells are pixels: of paths there are axes and ticks alone.
+    assert drawing.count("data:image/png") >= 3
+    assert drawing.count("<path") < 100
+
+
 class Links(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
@@ -48,7 +61,7 @@ def test_it_needs_no_network_and_names_no_place(results, page):
     assert not re.search(r"url\((?!['\"]?#)", page)
     assert "<script" not in page
     # The command names what was given on the command line; beyond that no folder of this machine is told.
-    told = html.unescape(page).replace(command(results), "")
+    told = html.unescape(page).replace(command(results), "").replace(wider_command(results), "")
     assert str(results.folder) not in told
     assert os.path.dirname(__file__) not in page
 
@@ -60,6 +73,9 @@ def test_it_says_everything(results, page):
         assert all(sentence in text for sentence in sentences)
     for line in (*results.warnings, *(note for notes in results.edges.values() for note in notes)):
         assert line in text
+    assert results.headline in text
+    assert all(label in text for label in results.verdicts)
+    assert len(results.verdicts) == 3
     assert results.correction == ""  # three seeds get no verdict
     for arm in results.arms:
         assert arm.name in text
@@ -85,6 +101,17 @@ def test_the_goals_of_a_task_are_told(tmp_path, monkeypatch):
     results = compare(Tiny(), lr=0.1, seeds=2, out=tmp_path, progress=False)
     (line, *_) = results.goal_lines()
     assert line.startswith("adamw: test error at most 5.000 first at ")
+    never = dataclasses.replace(results, by_goal=copy.deepcopy(results.by_goal))
+    row = never.by_goal["error"]["arms"]["adamw"]
+    late = {"chosen": {"lr": 0.01, "weight_decay": 0.0}, "steps": [None, 5], "median": 5.0}
+    row |= {"validated": False, "on_test": late}
+    assert never.goal_lines()[0] == (
+        "adamw: none reached error at most 5.000 on validation data by 12 steps; on test data lr "
+        "0.01, decay 0 did, at 5 "
+        "steps in the median; by seed never, 5"
+    )
+    row["on_test"] = None
+    assert never.goal_lines()[0].endswith("on validation data by 12 steps; nor did any on test data")
     assert line in " ".join((tmp_path / "report.html").read_text().split())
 
 
@@ -99,6 +126,40 @@ def test_the_command_on_the_page_repeats_the_comparison(results, tmp_path):
     assert words[-2:] == ["--out", str(results.folder)]
     assert main([*words[1:-1], str(tmp_path)]) == 0
     assert (tmp_path / "results.json").read_text() == (results.folder / "results.json").read_text()
+
+
+def test_where_a_choice_is_at_an_edge_the_extended_command_is_told(results, page, tmp_path):
+    assert "--lr 0.01 0.03 0.5 " in command(results)
+    assert wider_command(results) == command(results).replace("--lr 0.01 0.03 0.5", "--lr 0.01 0.03 0.5 1 3")
+    assert wider_command(results) in html.unescape(page)
+    inside = compare(Tiny(), seeds=1, lr=0.1, out=tmp_path, progress=False)
+    assert wider_command(inside) == ""
+    assert "With the grid extended" not in (tmp_path / "report.html").read_text()
+
+
+def test_arms_that_a_task_has_by_itself_and_lines_on_its_data(tmp_path, monkeypatch):
+    arms = {"sgd": ("torch.optim:SGD", {"momentum": 0.9})}
+    monkeypatch.setattr(Tiny, "default_arms", arms)
+    monkeypatch.setattr(Tiny, "default_prm", [{"mask": "soft"}])
+    monkeypatch.setattr(Tiny, "about", ["10 rows, 2 of them left out: <no target>"])
+    results = compare(Tiny(), lr=0.1, seeds=1, out=tmp_path, progress=False)
+    assert [arm.name for arm in results.arms] == ["adamw", "prm", "adamw-matched", "prm mask=soft", "sgd"]
+    assert "--prm" not in command(results)
+    assert "--arm" not in command(results)
+    assert (
+        '<p class="quiet">10 rows, 2 of them left out: &lt;no target&gt;</p>' in (tmp_path / "report.html").read_text()
+    )
+    alone = compare(Tiny(), lr=0.1, seeds=1, prm=[], out=tmp_path, progress=False)
+    assert [arm.name for arm in alone.arms] == ["adamw", "prm", "adamw-matched"]
+    assert " --only " in command(alone)
+    words = shlex.split(command(alone))
+    assert main(words[1:]) == 0
+    assert [arm["name"] for arm in json.loads((tmp_path / "results.json").read_text())["arms"]] == [
+        "adamw", "prm", "adamw-matched",
+    ]  # fmt: skip
+    own = compare(Tiny(), lr=0.1, seeds=1, arms=arms, out=tmp_path, progress=False)
+    assert "--arm sgd=torch.optim:SGD momentum=0.9" in command(own)
+    assert "--only" not in command(own)
 
 
 def test_the_command_names_numbers_and_folders_as_they_were_given(tmp_path, monkeypatch):

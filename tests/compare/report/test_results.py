@@ -52,7 +52,8 @@ def test_a_terminal_breaks_sentences_between_words(tmp_path, width):
     lines = printed(results, width).splitlines()
     assert all(len(line) <= width for line in lines)
     words = {word for line in lines for word in line.split()}
-    sentences = [sentence for found in results.answers().values() for sentence in found]
+    sentences = [results.headline, *(f"{label}: {text}" for label, text in results.verdicts.items())]
+    assert len(sentences) == 4
     assert {word for sentence in sentences for word in sentence.split()} <= words
     assert set(results.warnings[0].split()) <= words
     # Elsewhere each stays on one line, for whoever searches it.
