@@ -1,0 +1,1 @@
+"""Tables: reading, encoding, and networks that learn from them as scikit-learn's estimators do."""
