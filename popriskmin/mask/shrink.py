@@ -17,6 +17,7 @@ from popriskmin.mask.corrections import Corrections
 from popriskmin.mask.evaluate import evaluate, finish_signal_and_noise, largest
 from popriskmin.mask.hyperparameters import Hyperparameters
 
+
 def loading(shrinkage: float, mean_coefficient: float) -> float:
     """Return what turns the root of `s^` into the mean gradient that holds a weight, `x`.
 
@@ -55,7 +56,8 @@ def pulling_gradient(exp_avg_var: Tensor, q: Tensor, c: Corrections, hyper: Hype
         # Of the noise itself, so that on the boundary both sides of a comparison are equal.
         signal = noise * (factor * factor)
         q = evaluate(*finish_signal_and_noise(signal, noise, c, hyper), c, hyper)
-    return q * (noise.sqrt() * factor)
+    pulling: Tensor = q * (noise.sqrt() * factor)
+    return pulling
 
 
 def shrunk(param: Tensor, pull: Tensor, start: Tensor | None) -> Tensor:

@@ -323,7 +323,7 @@ def _move(
     params = _widen(block.lists.params, dtype)
     _decay(params, q if hyper.mask_decay else None, block, hyper)
     second_moments = block.lists.max_exp_avg_sqs if hyper.amsgrad else block.lists.exp_avg_sqs
-    roots = torch._foreach_sqrt(_widen(second_moments, dtype))
+    roots = list(torch._foreach_sqrt(_widen(second_moments, dtype)))
     torch._foreach_div_(roots, _each(c.bias2**0.5, block))
     torch._foreach_add_(roots, hyper.eps)
     pulls = _pulls(block, q, roots, c, hyper, dtype)
@@ -349,7 +349,12 @@ def _move(
 
 
 def _pulls(
-    block: _Block, q: list[Tensor] | None, roots: list[Tensor], c: Corrections, hyper: Hyperparameters, dtype: torch.dtype
+    block: _Block,
+    q: list[Tensor] | None,
+    roots: list[Tensor],
+    c: Corrections,
+    hyper: Hyperparameters,
+    dtype: torch.dtype,
 ) -> list[Tensor] | None:
     """Return how far shrinkage pulls, see `popriskmin.mask.pulling_gradient`; None where it does not."""
     if not hyper.shrinkage or (not isinstance(c.t, Tensor) and c.t <= 1):

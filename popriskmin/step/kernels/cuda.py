@@ -238,8 +238,7 @@ def _launches(
         hyper = hyper._replace(lr=hyper.lr.item() if lr is None else 0.0)
     # What the kernel does not read is of some type all the same; it never shrinks.
     lists = lists._replace(
-        starts=[],
-        max_exp_avg_sqs=lists.max_exp_avg_sqs or lists.exp_avg_sqs, grad_vars=lists.grad_vars or lists.grads
+        starts=[], max_exp_avg_sqs=lists.max_exp_avg_sqs or lists.exp_avg_sqs, grad_vars=lists.grad_vars or lists.grads
     )
     if state is not None:
         counts = set(map(Tensor.item, state_steps)) if state_steps[0].is_cpu and not read_there else {None}

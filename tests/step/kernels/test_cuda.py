@@ -205,7 +205,9 @@ def test_autograd_notices_the_step():
     loss = (w * w).sum()
     state = [torch.zeros(3) for _ in range(3)]
     with torch.no_grad():
-        cuda.step(Lists([w], [torch.ones(3)], *[[x] for x in state], [], [], []), [torch.tensor(0.0)], hyperparameters({}))
+        cuda.step(
+            Lists([w], [torch.ones(3)], *[[x] for x in state], [], [], []), [torch.tensor(0.0)], hyperparameters({})
+        )
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
