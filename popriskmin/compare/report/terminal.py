@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from rich import box
 from rich.console import Console
@@ -15,8 +15,8 @@ from popriskmin.compare.report.notes import by_arm
 from popriskmin.compare.report.run_summary import FIGURES
 from popriskmin.compare.text import exact
 
-if TYPE_CHECKING:
-    from popriskmin.compare.report.results import Results
+# `Results`, whose module imports this one.
+Results: TypeAlias = Any
 
 MEANING = {
     "final": "after the last step",
