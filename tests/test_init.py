@@ -148,7 +148,7 @@ def test_a_function_fits_on_a_screen(name, path):
     long = {
         node.name: lines_of(node)
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef) and lines_of(node) > (75 if name.startswith("step.kernels") else SCREEN)
+        if isinstance(node, ast.FunctionDef) and lines_of(node) > (64 if name.startswith("step.kernels") else SCREEN)
     }
     assert not long
     assert len(path.read_text().splitlines()) <= 500
