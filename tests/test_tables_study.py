@@ -185,7 +185,7 @@ def test_the_study_resumes_and_reports(monkeypatch, tmp_path, capsys):
     text = written.read_text()
     assert "```{csv-table}\n:file: out/as-they-come-table.csv\n:header-rows: 1\n```" in text
     assert "| wine, 89 x 13 |" not in text
-    assert (out / "as-they-come-table.csv").read_text().splitlines()[2].startswith('"wine, 89 x 13",')
+    assert '\n"wine, 89 x 13",' in (out / "as-they-come-table.csv").read_text()
     written.write_text("no marks")
     with pytest.raises(SystemExit, match="page.md needs the lines"):
         tables_report.write(tables.read(out), out, written)
