@@ -186,7 +186,9 @@ def test_links_of_the_documentation_lead_somewhere():
 
 def test_included_files_are_there():
     for page in PAGES:
-        for name in re.findall(r"^```{(?:literal)?include} (\S+)", (ROOT / page).read_text(), flags=re.MULTILINE):
+        for name in re.findall(
+            r"^(?:```{(?:literal)?include}|:file:) (\S+)", (ROOT / page).read_text(), flags=re.MULTILINE
+        ):
             assert (ROOT / page).parent.joinpath(name).exists(), f"{page}: {name}"
 
 
