@@ -78,8 +78,9 @@ def draw(noisy: Sequence[float], plain: Sequence[float]) -> str:
             f'<path d="M{place(with_noise):.1f} {y}H{place(without):.1f}" stroke="{color}" stroke-width="1.5"/>',
             f'<circle cx="{place(without):.1f}" cy="{y}" r="5" fill="#ffffff" stroke="{color}" stroke-width="2"/>',
             f'<circle cx="{place(with_noise):.1f}" cy="{y}" r="6.5" fill="{color}"/>',
-            text(place(with_noise), y - 9, f"{with_noise:.2f}", 11, "middle", color),
         ]
+        if arm != "adamw":
+            lines.append(text(place(with_noise), y - 9, f"{with_noise:.2f}", 11, "middle", color))
     return "\n".join([*lines, "</svg>", ""])
 
 
