@@ -50,7 +50,7 @@ def _small_blocks(monkeypatch):
 @interpreted
 @settings(max_examples=45)
 @given(
-    drawn=options(),
+    drawn=options(shrinkage=False),
     problem=problems,
     types=st.sampled_from(TYPES),
     shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=3),
@@ -73,7 +73,7 @@ def test_agrees_with_the_single_tensor_form(drawn, problem, types, shapes, how):
 
 @interpreted
 @settings(max_examples=30)
-@given(drawn=options(), problem=problems, tensor_steps=st.booleans())
+@given(drawn=options(shrinkage=False), problem=problems, tensor_steps=st.booleans())
 def test_agrees_with_the_float64_reference(drawn, problem, tensor_steps):
     shapes = [(70,), (3, 5)]
     grads = gradients({**problem, "steps": min(problem["steps"], 3)}, shapes)
