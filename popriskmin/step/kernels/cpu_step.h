@@ -181,11 +181,15 @@ TARGET INLINE void NAME(pull_loop)(int mask, int debias, int to_start, int64_t n
            : NAME(pull_loop)(mask, debias, 0, n, p, v, s, NULL, given, c))
 TARGET static void NAME(pull)(int mask, int64_t n, REAL *p, const REAL *v, const REAL *s, const REAL *start, REAL given,
                               const NAME(constants) *c) {
-    switch (mask) {
-    case MASK_SNR: PULL(MASK_SNR, c->debias); break;
-    case MASK_SOFT: PULL(MASK_SOFT, c->debias); break;
-    case MASK_HARD: PULL(MASK_HARD, c->debias); break;
-    case MASK_THRESHOLD: PULL(MASK_THRESHOLD, c->debias); break;
+    switch (2 * mask + c->debias) {
+    case 2 * MASK_SNR: PULL(MASK_SNR, 0); break;
+    case 2 * MASK_SNR + 1: PULL(MASK_SNR, 1); break;
+    case 2 * MASK_SOFT: PULL(MASK_SOFT, 0); break;
+    case 2 * MASK_SOFT + 1: PULL(MASK_SOFT, 1); break;
+    case 2 * MASK_HARD: PULL(MASK_HARD, 0); break;
+    case 2 * MASK_HARD + 1: PULL(MASK_HARD, 1); break;
+    case 2 * MASK_THRESHOLD: PULL(MASK_THRESHOLD, 0); break;
+    case 2 * MASK_THRESHOLD + 1: PULL(MASK_THRESHOLD, 1); break;
     default: PULL(MASK_NONE, 0);
     }
 }
