@@ -483,26 +483,32 @@ def _moments(
     kind: _Kind,
 ) -> tuple[Array, Array, Array, Array]:
     beta1, beta2 = betas
-    if kind.given:
-        s = rho * s + c.blend * z.astype(s.dtype)
-    else:
-        deviation = g - (m / c.centre if kind.unbiased else m)
-        if kind.unbiased:  # not by 0 times a square that may be infinite
-            deviation = jnp.where(c.blend == 0, 0, deviation)
-            s = jnp.where(c.blend == 0, s, rho * s + c.blend * deviation * deviation)
-        else:
-            s = rho * s + c.blend * deviation * deviation
-    m = beta1 * m + (1 - beta1) * g
+    old, m = m, beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
+    if kind.given:
+        return m, v, rho * s + c.blend * z.astype(s.dtype), v if v_max is None else jnp.maximum(v_max, v)
+    if _is_number(beta1) and beta1 >= 0.5:
+        # The mean before this batch, from the mean after it: XLA then writes m in place, and copies nothing.
+        deviation = (g - m) * (1 / beta1)
+        if kind.unbiased:
+            deviation = g - (g - deviation) / c.centre
+    else:
+        deviation = g - (old / c.centre if kind.unbiased else old)
+    if kind.unbiased:  # not by 0 times a square that may be infinite
+        deviation = jnp.where(c.blend == 0, 0, deviation)
+        s = jnp.where(c.blend == 0, s, rho * s + c.blend * deviation * deviation)
+    else:
+        s = rho * s + c.blend * deviation * deviation
     return m, v, s, v if v_max is None else jnp.maximum(v_max, v)
 
 
 def _moved(
     m: Array, v: Array, s: Array, v_max: Array, eps: float, numbers: MaskNumbers, c: _Corrections, kind: _Kind
 ) -> _Moved:
-    mean, noise = m / c.bias1, s / c.bias_var
+    # Divided once, and not for each scalar.
+    mean, noise = m * (1 / c.bias1), s * (1 / c.bias_var)
     q = _evaluate(*_signal_and_noise(mean, noise, c, kind), c, numbers, kind)
-    root = jnp.sqrt(v_max / c.bias2) + eps
+    root = jnp.sqrt(v_max * (1 / c.bias2)) + eps
     return _Moved(q * mean / root, q, noise, root)
 
 
