@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer, SparseAdam
 
-from popriskmin.mask import Corrections, Hyperparameters, corrections
-from popriskmin.optimizer.checkpoint import Prepared, dtype_of_state, ids_match
+from popriskmin.mask import Corrections, Hyperparameters, MaskFunction, corrections, mask_name
+from popriskmin.optimizer.checkpoint import Prepared, dtype_of_state, ids_match, saved_mask
 from popriskmin.optimizer.checkpoint_probe import makes_state_alone
 from popriskmin.optimizer.mask_state import MASKED_STATE
 from popriskmin.optimizer.options import check_options, plain, with_numbers
@@ -109,7 +109,7 @@ class Masked(Optimizer):
         self,
         optimizer: Optimizer,
         *,
-        mask: str = "snr",
+        mask: str | MaskFunction = "snr",
         softness: float = 1.0,
         beta1: float = 0.9,
         rho: float = 0.99,
@@ -313,6 +313,9 @@ class Masked(Optimizer):
         for hook in getattr(self, "_optimizer_state_dict_pre_hooks", {}).values():
             hook(self)
         state_dict: dict[str, Any] = self.inner.state_dict()
+        for group in state_dict["param_groups"]:
+            if callable(group.get(self._keys["mask"])):
+                group[self._keys["mask"]] = mask_name(group[self._keys["mask"]])
         for hook in getattr(self, "_optimizer_state_dict_post_hooks", {}).values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -346,6 +349,7 @@ class Masked(Optimizer):
         groups, state = [], dict(state_dict["state"])
         for saved, group in zip(state_dict["param_groups"], self.param_groups):
             saved = {**{key: group[key] for key in self._keys.values() if key in group}, **saved}
+            saved[self._keys["mask"]] = saved_mask(saved[self._keys["mask"]], group[self._keys["mask"]])
             _check(self._options(saved))
             groups.append(saved)
             for number, param in zip(saved["params"], group["params"]):

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from popriskmin.mask import (
-    MASKS,
     Corrections,
     Hyperparameters,
     corrections,
     evaluate,
     evaluate_lists,
     finish_signal_and_noise,
+    is_of_mean,
     largest,
     loading,
     signal_and_noise,
@@ -265,7 +265,7 @@ def _evaluate(
     signals: list[Tensor], noises: list[Tensor], block: Block, c: Corrections, hyper: Hyperparameters
 ) -> list[Tensor]:
     """Return `q` of bounded signals and noises, and overwrite both."""
-    if MASKS[hyper.mask].of_mean:
+    if is_of_mean(hyper.mask):
         torch._foreach_mul_(noises, _each(c.k, block))
     elif hyper.debias:
         if isinstance(c.k, Tensor):
