@@ -377,9 +377,8 @@ def _init(
     def zeros() -> optax.Params:
         return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_wide(p)), params)
 
-    return PopulationRiskState(
-        jnp.zeros([], jnp.int32), zeros(), zeros(), zeros(), zeros() if amsgrad else None, start, numbers, kind
-    )
+    nu_max = zeros() if amsgrad else None
+    return PopulationRiskState(jnp.zeros([], jnp.int32), zeros(), zeros(), zeros(), nu_max, start, numbers, kind)
 
 
 class _Moved(NamedTuple):
@@ -465,9 +464,9 @@ def _advance(
         moments.append(_moments(g.astype(m.dtype), m, v, s, v_max, z, betas, rho, c, kind))
         steps.append(_moved(*moments[-1], eps, numbers, c, kind))
     mu, nu, var, nu_max = ([row[i] for row in moments] for i in range(4))
-    trees = [jax.tree.unflatten(structure, column) for column in (mu, nu, var)]
-    maximum = None if state.nu_max is None else jax.tree.unflatten(structure, nu_max)
-    return PopulationRiskState(count, *trees, maximum, state.start, numbers, kind), steps
+    mu, nu, var = (jax.tree.unflatten(structure, column) for column in (mu, nu, var))
+    nu_max = None if state.nu_max is None else jax.tree.unflatten(structure, nu_max)
+    return PopulationRiskState(count, mu, nu, var, nu_max, state.start, numbers, kind), steps
 
 
 def _moments(
@@ -610,7 +609,8 @@ def _numbers(
     coefficient: Any, softness: Any, eps: Any, mask_eps: Any, min_q: Any, beta1: Any, rho: Any, warmup_steps: Any
 ) -> MaskNumbers:
     floats = (coefficient, softness, eps * eps if mask_eps is None else mask_eps, min_q, _log(beta1), _log(rho))
-    return MaskNumbers(*[jnp.asarray(x, dtype=float) for x in floats], jnp.asarray(warmup_steps, dtype=jnp.int32))
+    arrays = [jnp.asarray(x, dtype=float) for x in floats]
+    return MaskNumbers._make([*arrays, jnp.asarray(warmup_steps, dtype=jnp.int32)])
 
 
 def _coefficient(boundary: str, batch_size: Any, n_dataset: Any, who: str = "boundary='empirical'") -> Any:

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from strategies import made_up_variances, options
 from torch import nn
 
+if sys.version_info < (3, 11):
+    pytest.skip("jax needs Python 3.11", allow_module_level=True)
 jax = framework("jax")
 optax = framework("optax")
 
@@ -22,11 +24,16 @@ from popriskmin.mask import MASKS  # noqa: E402
 from popriskmin.optax import _MASKS, mask_stats, prm, scale_by_population_risk  # noqa: E402
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (2, 3, 2), "d": ()}
+FEW = ("a", "b")  # where compiling takes longer than all else
 
 
 def arrays(seed, dtype=np.float64, scale=1.0, mean=0.5):
     rng = np.random.default_rng(seed)
     return {name: (scale * (rng.normal(size=shape) + mean)).astype(dtype) for name, shape in SHAPES.items()}
+
+
+def few():
+    return {name: jnp.asarray(x) for name, x in arrays(0, np.float32).items() if name in FEW}
 
 
 def in_torch(start, grads, variances, drawn):
@@ -134,7 +141,7 @@ def close(one, other):
 
 
 def test_jit_scan_and_vmap_agree_with_the_loop():
-    params = jax.tree.map(jnp.asarray, arrays(0, np.float32))
+    params = few()
     solver = prm(optax.linear_schedule(0.1, 0.01, 5), weight_decay=optax.constant_schedule(0.1), **ALL)
     plain = trained(solver, params, how="loop")
     close(trained(solver, params), plain)
@@ -159,7 +166,7 @@ def test_a_schedule_counts_from_zero():
 
 
 def test_scale_by_population_risk_composes_to_prm():
-    params = jax.tree.map(jnp.asarray, arrays(0, np.float32))
+    params = few()
     chained = optax.chain(
         scale_by_population_risk(softness=3.0, debias=True),
         optax.add_decayed_weights(0.1),
@@ -172,21 +179,21 @@ def test_scale_by_population_risk_composes_to_prm():
 
 
 def test_multi_transform_and_masked_take_parts():
-    params = jax.tree.map(jnp.asarray, arrays(0, np.float32))
-    labels = {"a": "prm", "b": "sgd", "c": "prm", "d": "sgd"}
+    params = few()
+    labels = {"a": "prm", "b": "sgd"}
     solver = optax.multi_transform({"prm": prm(0.01, **ALL), "sgd": optax.sgd(0.1)}, labels)
     ends, state = trained(solver, params)
-    alone, own = trained(prm(0.01, **ALL), {name: params[name] for name in ("a", "c")})
-    close({name: ends[name] for name in ("a", "c")}, alone)
+    alone, own = trained(prm(0.01, **ALL), {"a": params["a"]})
+    close({"a": ends["a"]}, alone)
     assert mask_stats(state) == pytest.approx(mask_stats(own), rel=1e-4)
-    assert mask_stats(state)["parameter_count"] == 24
-    assert set(mask_stats(state, by="parameter")) == {"['a']", "['c']"}
-    masked = optax.masked(prm(0.01, **ALL), {"a": True, "b": False, "c": True, "d": False})
+    assert mask_stats(state)["parameter_count"] == 12
+    assert set(mask_stats(state, by="parameter")) == {"['a']"}
+    masked = optax.masked(prm(0.01, **ALL), {"a": True, "b": False})
     close(trained(masked, params)[0]["a"], alone["a"])
 
 
 def test_hyperparameters_are_injected():
-    params = jax.tree.map(jnp.asarray, arrays(0, np.float32))
+    params = few()
     injected = optax.inject_hyperparams(prm)(
         learning_rate=0.01, softness=optax.constant_schedule(3.0), shrinkage=1.0, batch_size=2, n_dataset=20
     )
@@ -247,7 +254,7 @@ def test_variances_are_given_with_each_update():
 
 def test_pickle_and_orbax_take_the_state(tmp_path):
     checkpoint = framework("orbax.checkpoint")
-    params = jax.tree.map(jnp.asarray, arrays(0, np.float32))
+    params = few()
     solver = prm(0.01, **ALL)
     params, state = trained(solver, params)
     close(pickle.loads(pickle.dumps(jax.device_get(state))), state)

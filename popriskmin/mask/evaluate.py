@@ -97,7 +97,7 @@ def check_function(mask: MaskFunction, hyper: Hyperparameters) -> None:
     """
     signal, noise = torch.tensor([0.0, 1.0, 4.0, 9.0, 1e-20]), torch.tensor([1.0, 1.0, 0.25, 0.0, 1e-20])
     given = signal.clone(), noise.clone()
-    halves = [(x.clone(), y.clone()) for x, y in zip(signal.split(2), noise.split(2))]
+    halves = [(x.clone(), y.clone()) for x, y in zip(torch.split(signal, 2), torch.split(noise, 2))]
     hyper, name = hyper._replace(mask=mask), mask_name(mask)
     try:
         q = _of_tensor(signal, noise, hyper)
