@@ -21,8 +21,9 @@ SEEDS = 5
 TASKS: dict[str, dict[str, Any]] = {
     "table": {"data": "wine", "probes": 500},
     "digits": {},
-    "text": {},
+    "text": {"steps": 200},
 }
+ADAMW_RATES = {"table": (1e-3, 3e-3, 1e-2, 3e-2), "digits": (1e-3, 3e-3, 1e-2), "text": (1e-3, 3e-3, 1e-2)}
 PAIRS = {"SGD": ("sgd", "masked sgd"), "Muon": ("muon", "masked muon"), "AdamW": ("adamw", "prm")}
 PATH = "masked_arms:"
 
@@ -46,7 +47,7 @@ def run(runs: Path) -> None:
         given, rates = arms(name)
         compare(
             make_task(load_task_class(name), options),
-            lr=(1e-3, 3e-3, 1e-2, 3e-2),
+            lr=ADAMW_RATES[name],
             weight_decay=(0.0,),
             seeds=SEEDS,
             prm=[],

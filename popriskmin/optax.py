@@ -464,9 +464,9 @@ def _advance(
         moments.append(_moments(g.astype(m.dtype), m, v, s, v_max, z, betas, rho, c, kind))
         steps.append(_moved(*moments[-1], eps, numbers, c, kind))
     mu, nu, var, nu_max = ([row[i] for row in moments] for i in range(4))
-    mu, nu, var = (jax.tree.unflatten(structure, column) for column in (mu, nu, var))
-    nu_max = None if state.nu_max is None else jax.tree.unflatten(structure, nu_max)
-    return PopulationRiskState(count, mu, nu, var, nu_max, state.start, numbers, kind), steps
+    mu_, nu_, var_ = (jax.tree.unflatten(structure, column) for column in (mu, nu, var))
+    maximum = None if state.nu_max is None else jax.tree.unflatten(structure, nu_max)
+    return PopulationRiskState(count, mu_, nu_, var_, maximum, state.start, numbers, kind), steps
 
 
 def _moments(

@@ -1,5 +1,8 @@
 import os
+import pathlib
 import pickle
+import re
+import runpy
 import subprocess
 import sys
 
@@ -23,6 +26,7 @@ from popriskmin import PRM  # noqa: E402
 from popriskmin.mask import MASKS  # noqa: E402
 from popriskmin.optax import _MASKS, mask_stats, prm, scale_by_population_risk  # noqa: E402
 
+ROOT = pathlib.Path(__file__).parents[1]
 SHAPES = {"a": (3, 4), "b": (5,), "c": (2, 3, 2), "d": ()}
 FEW = ("a", "b")  # where compiling takes longer than all else
 
@@ -345,3 +349,33 @@ def test_missing_and_complex_parameters_are_named():
     split = optax.contrib.split_real_and_imaginary(prm(0.1))
     params = {"w": jnp.ones(2, jnp.complex64)}
     split.update(params, split.init(params), params)
+
+
+def test_the_page_runs():
+    """The blocks of docs/jax.md, one after another."""
+    text = (ROOT / "docs/jax.md").read_text()
+    namespace = {"__name__": "documentation"}
+    for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        exec(compile(block, "docs/jax.md", "exec"), namespace)
+
+
+def test_the_flax_example(monkeypatch, capsys):
+    framework("flax")
+    monkeypatch.setattr(sys, "argv", ["with_jax.py", "--epochs", "2"])
+    runpy.run_path(str(ROOT / "examples/with_jax.py"), run_name="__main__")
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == ["adamw", "prm"]
+    assert all(0.2 < float(row.split()[3].strip(",")) <= 1 for row in rows)
+    assert 0 < float(rows[1].split()[-1]) < 1
+
+
+def test_the_benchmark(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jax_step.py", "--rounds", "2"])
+    names = runpy.run_path(str(ROOT / "benchmarks/jax_step.py"))
+    monkeypatch.setitem(names["parameters"].__globals__, "WIDTH", 16)
+    monkeypatch.setitem(names["parameters"].__globals__, "LAYERS", 1)
+    names["main"]()
+    rows = capsys.readouterr().out.splitlines()
+    assert "0.2M scalars" in rows[0]
+    assert len(rows) == 6
+    assert all(row.endswith("times optax.adamw") for row in rows[1:])
