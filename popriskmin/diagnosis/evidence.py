@@ -13,6 +13,7 @@ from popriskmin.diagnosis.noise import first_step, mean_and_variance, weights
 from popriskmin.mask import Hyperparameters, corrections, evaluate
 from popriskmin.optimizer.groups import parameter_names
 from popriskmin.optimizer.mask_state import Held, as_wide_reals, held, recompute, to_host
+from popriskmin.optimizer.masked import Masked
 from popriskmin.optimizer.prm import PRM
 from popriskmin.step.lists import sum_dtype
 from popriskmin.step.shards import whole
@@ -86,7 +87,7 @@ class Evidence(NamedTuple):
         return decay / step if step > 0 else (math.inf if decay > 0 else 0.0)
 
 
-def read(optimizers: Sequence[PRM]) -> list[Evidence]:
+def read(optimizers: Sequence[PRM | Masked]) -> list[Evidence]:
     """Return the evidence on every tensor, of several optimizers, that has elements.
 
     Groups and unnamed parameters are counted through; names that several optimizers
@@ -97,7 +98,7 @@ def read(optimizers: Sequence[PRM]) -> list[Evidence]:
     return [one if sums is None else one._replace(sums=Sums(*next(numbers))) for one, sums in pairs]
 
 
-def _names(optimizers: Sequence[PRM]) -> Iterator[tuple[int, dict[Tensor, str | int]]]:
+def _names(optimizers: Sequence[PRM | Masked]) -> Iterator[tuple[int, dict[Tensor, str | int]]]:
     """Yield for each optimizer the number of its first group, and parameter names."""
     names = iter(parameter_names([group for optimizer in optimizers for group in optimizer.param_groups]))
     first = 0
@@ -108,7 +109,7 @@ def _names(optimizers: Sequence[PRM]) -> Iterator[tuple[int, dict[Tensor, str | 
 
 
 def _pairs(
-    optimizer: PRM, first_group: int, names: Mapping[Tensor, str | int]
+    optimizer: PRM | Masked, first_group: int, names: Mapping[Tensor, str | int]
 ) -> Iterator[tuple[Evidence, Tensor | None]]:
     for one in held(optimizer):
         if one.step > 0 or one.param.requires_grad:
@@ -121,12 +122,17 @@ def _pairs(
 def _sums(one: Held) -> Tensor:
     t, hyper = one.step, one.hyper
     m, s, c, signal, noise, q = recompute(one.state, t, hyper)
-    dtype, v = m.dtype, one.state["exp_avg_sq"]
-    _, w, v, divisor = as_wide_reals(m, one.param, v, one.state["max_exp_avg_sq"] if hyper.amsgrad else v)
+    dtype = m.dtype
     # Corrected even where the step is not: what is expected of noise is expected of the
     # corrected averages.
     full = corrections(t, hyper._replace(bias_correction=True))
     mean_sq, spread = (m / full.bias1).square(), s / full.bias_var
+    if "exp_avg_sq" in one.state:
+        v = one.state["exp_avg_sq"]
+        _, w, v, divisor = as_wide_reals(m, one.param, v, one.state["max_exp_avg_sq"] if hyper.amsgrad else v)
+    else:  # of Masked, which keeps none
+        w, v = as_wide_reals(m, one.param)[1], mean_sq + spread
+        divisor = v
     # Not mean(): gloo of torch 2.7 has no average over ranks.
     mean_v = v.sum() / v.numel()
     live = ((v > ROUNDING * mean_v) & (mean_sq > SILENT * spread)).to(dtype)

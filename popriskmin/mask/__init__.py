@@ -12,6 +12,7 @@ Donoho and Johnstone, "Ideal spatial adaptation by wavelet shrinkage", Biometrik
 
 from popriskmin.mask.corrections import Corrections, corrections, variance_of_mean
 from popriskmin.mask.evaluate import (
+    check_function,
     evaluate,
     evaluate_lists,
     finish_signal_and_noise,
@@ -28,7 +29,8 @@ from popriskmin.mask.hyperparameters import (
     boundary_coefficient,
     mean_coefficient,
 )
-from popriskmin.mask.masks import MASKS, Mask, hard, none, snr, soft, threshold
+from popriskmin.mask.masks import MASKS, Mask, hard, is_of_mean, none, snr, soft, threshold
+from popriskmin.mask.own import MaskFunction, found_mask, mask_name
 from popriskmin.mask.shrink import loading, pulling_gradient, shrunk
 
 __all__ = [
@@ -40,15 +42,20 @@ __all__ = [
     "Corrections",
     "Hyperparameters",
     "Mask",
+    "MaskFunction",
     "boundary_coefficient",
+    "check_function",
     "corrections",
     "evaluate",
     "evaluate_lists",
     "finish_signal_and_noise",
     "floor",
+    "found_mask",
     "hard",
+    "is_of_mean",
     "largest",
     "loading",
+    "mask_name",
     "mean_coefficient",
     "none",
     "pulling_gradient",

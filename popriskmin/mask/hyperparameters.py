@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from popriskmin.mask.masks import MASKS
+from popriskmin.mask.masks import MASKS, is_of_mean
+from popriskmin.mask.own import MaskFunction, found_mask
 
 BOUNDARIES = ("batch", "empirical")
 REDUCTIONS = ("per_param", "per_tensor")
@@ -27,7 +28,7 @@ class Hyperparameters(NamedTuple):
     weight_decay: float
     softness: float
     coefficient: float
-    mask: str
+    mask: str | MaskFunction
     reduction: str
     warmup_steps: int
     amsgrad: bool
@@ -67,10 +68,11 @@ class Hyperparameters(NamedTuple):
         """
         choices = {"mask": MASKS, "reduction": REDUCTIONS, "variance": VARIANCES, "shrink_to": ORIGINS}
         for name, known in choices.items():
-            if group[name] not in known:
+            if group[name] not in known and not (name == "mask" and callable(found_mask(group["mask"]))):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {group[name]!r}")
         beta1, beta2 = group["betas"]
         resolved = {
+            "mask": found_mask(group["mask"]),
             "beta1": beta1,
             "beta2": beta2,
             "coefficient": boundary_coefficient(group["boundary"], group["batch_size"], group["n_dataset"]),
@@ -95,7 +97,7 @@ class Hyperparameters(NamedTuple):
     @property
     def unbiased(self) -> bool:
         """Whether `s` is to be an unbiased estimate: with `debias`, and for a mask in units of the mean's variance."""
-        return self.debias or MASKS[self.mask].of_mean
+        return self.debias or is_of_mean(self.mask)
 
 
 def boundary_coefficient(boundary: str, batch_size: int | None, n_dataset: int | None) -> float:

@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
+from popriskmin.mask import Hyperparameters
 from popriskmin.optimizer.checkpoint import (
     Prepared,
     ids_match,
@@ -95,6 +97,15 @@ class CheckedOptimizer(Optimizer):
                 handle.remove()
         for text in filter(None, said):
             warnings.warn(text, UserWarning, stacklevel=2)
+
+    def mask_state_of(self, param: Tensor) -> Mapping[str, Any]:
+        """Return the state of a parameter that the mask is made of; empty before its first step."""
+        state: Mapping[str, Any] = self.state.get(param, {})
+        return state
+
+    def hyperparameters_of(self, group: int) -> Hyperparameters:
+        """Return the numbers of a group as it stands now."""
+        return Hyperparameters.of_group(self.param_groups[group])
 
     def _prepare(self, state_dict: Mapping[str, Any], keep: tuple[str, ...]) -> dict[str, Any]:
         saved_groups = state_dict["param_groups"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popriskmin.mask import Hyperparameters, corrections
+from popriskmin.mask import Hyperparameters, MaskFunction, corrections, found_mask, mask_name
 from popriskmin.optimizer.options import FOLLOWED, with_numbers
 
 # Raised when a checkpoint's state can no longer be read by older versions.
@@ -71,8 +71,10 @@ def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Replace `state_dtype` by its name: torch 2.0 does not load types with `weights_only=True`."""
+    """Replace `state_dtype` by its name and a mask of one's own by its path, for `weights_only=True` to load them."""
     for group in state_dict["param_groups"]:
+        if callable(group["mask"]):
+            group["mask"] = mask_name(group["mask"])
         if isinstance(group["state_dtype"], torch.dtype):
             group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
     return state_dict
@@ -97,11 +99,27 @@ def prepare_groups(
         kept = {name: value for name, value in group.items() if name in stays or name not in saved}
         if "lr" in keep and "initial_lr" not in group:  # a scheduler would start from that of the checkpoint
             saved = {name: value for name, value in saved.items() if name != "initial_lr"}
+        if "mask" in saved and "mask" not in keep:
+            saved = {**saved, "mask": saved_mask(saved["mask"], group["mask"])}
         taken = {name: saved[name] for name in FOLLOWED if name in saved and name not in keep}
         own = {"params": saved["params"], "state_format": STATE_FORMAT}
         prepared.append({**saved, **kept, **with_numbers(taken, differentiable=False), **own})
     # Groups beyond the shorter list are handed on, for the base class to complain about.
     return prepared + list(saved_groups[len(groups) :])
+
+
+def saved_mask(saved: str | MaskFunction, present: str | MaskFunction) -> str | MaskFunction:
+    """Return the mask of a checkpoint, which may be the present one where its path leads nowhere, as in a notebook."""
+    if mask_name(saved) == mask_name(present):
+        return present
+    try:
+        found: str | MaskFunction = found_mask(saved)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. The checkpoint was written with it: make it importable, build the optimizer with it, or keep "
+            f"this optimizer's {mask_name(present)} by load_state_dict(..., keep=('mask',))"
+        ) from error
+    return found
 
 
 def replaced_lr(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> str | None:

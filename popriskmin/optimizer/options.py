@@ -16,7 +16,12 @@ from popriskmin.mask import (
     ORIGINS,
     REDUCTIONS,
     VARIANCES,
+    Hyperparameters,
     boundary_coefficient,
+    check_function,
+    found_mask,
+    is_of_mean,
+    mask_name,
     mean_coefficient,
 )
 from popriskmin.optimizer.groups import parameter_names
@@ -59,7 +64,7 @@ FOLLOWED = ("betas", "eps", "weight_decay")
 
 
 def with_numbers(options: Mapping[str, Any], differentiable: bool) -> dict[str, Any]:
-    """Return the options with tensors of one element turned into numbers, but for lr.
+    """Return the options with tensors of one element turned into numbers, but for lr, and a mask's path into the mask.
 
     Read once, so that no step waits for a device. With `differentiable` those of `FOLLOWED` stay tensors, for gradients
     to reach them.
@@ -67,7 +72,7 @@ def with_numbers(options: Mapping[str, Any], differentiable: bool) -> dict[str, 
     Raises
     ------
     ValueError
-        For a tensor with more elements or none.
+        For a tensor with more elements or none, and a path where there is no mask.
     """
 
     def number(name: str, value: Any) -> Any:
@@ -79,7 +84,8 @@ def with_numbers(options: Mapping[str, Any], differentiable: bool) -> dict[str, 
             raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
         return value.reshape(()) if differentiable and name in FOLLOWED else value.item()
 
-    return {name: value if name == "lr" else number(name, value) for name, value in options.items()}
+    numbers = {name: value if name == "lr" else number(name, value) for name, value in options.items()}
+    return {name: found_mask(value) if name == "mask" else value for name, value in numbers.items()}
 
 
 def _number(value: Any) -> Any:
@@ -119,6 +125,8 @@ def check_options(options: Mapping[str, Any]) -> None:
         "shrink_to": ORIGINS,
     }
     for name, known in known_values.items():
+        if name == "mask" and callable(options[name]):
+            continue
         if not isinstance(options[name], str) or options[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {options[name]!r}")
     if options["shrinkage"]:
@@ -127,7 +135,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         boundary_coefficient("empirical", options["batch_size"], options["n_dataset"])
     if options["debias"] and not options["bias_correction"]:
         raise ValueError("debias=True needs bias_correction=True, got bias_correction=False")
-    if MASKS[options["mask"]].of_mean and not options["bias_correction"]:
+    if is_of_mean(options["mask"]) and not options["bias_correction"]:
         raise ValueError(f"mask={options['mask']!r} needs bias_correction=True, got bias_correction=False")
     if options["mask_decay"] and not options["decoupled_weight_decay"]:
         raise ValueError(
@@ -139,6 +147,13 @@ def check_options(options: Mapping[str, Any]) -> None:
             f"state_dtype must be None, torch.bfloat16, torch.float32 or torch.float64, got {options['state_dtype']!r}"
         )
     choose_implementation([], options["foreach"], options["fused"], options["differentiable"])
+    if callable(options["mask"]):
+        if options["fused"]:
+            raise RuntimeError(
+                f"fused=True, but the kernels do not know the mask {mask_name(options['mask'])}: pass fused=None, and "
+                "it steps by foreach"
+            )
+        check_function(options["mask"], Hyperparameters.of_group(options))
 
 
 def _check_lr(lr: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from popriskmin.mask import Hyperparameters
+from popriskmin.mask import Hyperparameters, MaskFunction
 from popriskmin.optimizer.base import CheckedOptimizer
 from popriskmin.optimizer.checkpoint import STATE_FORMAT, new_state
 from popriskmin.optimizer.checkpoint_probe import makes_state_alone
@@ -66,7 +66,9 @@ class PRM(CheckedOptimizer):
         "snr" as above, never quite shut. "soft": with `x = max(m^**2 - a * s^, 0)`,
         `q = x / (x + softness * s^ + mask_eps)`, zero below the boundary. "hard": 1 where `m^**2 > a * s^`, else 0.
         "threshold": `m^` less `sqrt(softness)` of its own standard errors, or 0; see `popriskmin.mask.threshold`. With
-        it `s` is estimated as with `debias`. "none": 1, which is AdamW; for single groups.
+        it `s` is estimated as with `debias`. "none": 1, which is AdamW; for single groups. Or a mask of one's own: a
+        function of the signal, the noise and `popriskmin.mask.Hyperparameters`, or its import path as
+        "my_module:my_mask", which returns `q` of each scalar by itself. Checkpoints hold its path. It steps by foreach.
     reduction
         "per_param": a mask for each scalar. "per_tensor": signal and noise are averaged over each tensor first.
     warmup_steps
@@ -161,7 +163,7 @@ class PRM(CheckedOptimizer):
         batch_size: int | None = None,
         boundary: str = "batch",
         n_dataset: int | None = None,
-        mask: str = "snr",
+        mask: str | MaskFunction = "snr",
         reduction: str = "per_param",
         warmup_steps: int = 0,
         amsgrad: bool = False,

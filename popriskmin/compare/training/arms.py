@@ -15,7 +15,7 @@ from torch import nn
 from popriskmin.compare.task import Trial
 from popriskmin.compare.text import exact
 from popriskmin.compare.training import other_optimizers
-from popriskmin.mask import BOUNDARIES, MASKS, REDUCTIONS
+from popriskmin.mask import BOUNDARIES, MASKS, REDUCTIONS, mask_name
 from popriskmin.optimizer.prm import PRM
 
 # Options of PRM that torch's AdamW and Adam have too; the matched arm takes them over.
@@ -83,7 +83,7 @@ def make_arms(prm: Sequence[Mapping[str, Any]] = (), match_all: bool = False) ->
         For an option that PRM does not have or does not accept, or two equal arms.
     """
     arms = [ADAMW, Arm("prm", "prm"), Arm("adamw-matched", "adamw-matched", follows="prm")]
-    for options in prm:
+    for options in map(_with_paths, prm):
         check_prm_options(options)
         listed = " ".join(f"{name}={_plain(value)}" for name, value in options.items())
         arm = Arm(f"prm {listed}", "prm", dict(options))
@@ -135,6 +135,17 @@ def make_rivals(
         decays = None if other_optimizers.has_weight_decay(path) else (0.0,)
         arms.append(Arm(name, "optimizer", dict(options), None, path, own, decays))
     return arms
+
+
+def _with_paths(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the options with a mask that is given as a function by its import path, which other processes find."""
+    mask = options.get("mask") if isinstance(options, Mapping) else None
+    if not callable(mask):
+        return options
+    path = mask_name(mask)
+    if "<" in path or path.startswith("__main__:"):
+        raise ValueError(f"the mask {path} must be in a module that other processes can import")
+    return {**options, "mask": path}
 
 
 def _plain(value: Any) -> str:
@@ -206,6 +217,7 @@ def describe_options() -> str:
     for name, default in _defaults().items():
         if name not in ("lr", "weight_decay", "variance"):
             values = ("on", "off") if isinstance(default, bool) else choices.get(name, ())
+            values = (*values, "MODULE:FUNCTION") if name == "mask" else values
             shown.append(f"{name}={'|'.join(values)}" if values else name)
     return ", ".join(shown)
 

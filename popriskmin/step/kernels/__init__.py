@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from popriskmin.mask import Hyperparameters
+from popriskmin.mask import Hyperparameters, mask_name
 from popriskmin.step.kernels import cpu, cuda
 from popriskmin.step.kernels.eligible import State, fits_as_usual, matched, misfit
 from popriskmin.step.lists import Lists, shrinks
@@ -165,14 +165,15 @@ def _refusal(hyper: Hyperparameters, param: Tensor) -> str | None:
     if isinstance(hyper.lr, Tensor) and hyper.lr.device.type not in ("cpu", device):
         return f"lr is on {hyper.lr.device}, the parameter on {param.device}"
     if hyper.mask not in cpu.MASK_CODES:
-        return f"the kernels do not know the mask {hyper.mask!r}"
+        known = ", ".join(cpu.MASK_CODES)
+        return f"the kernels know the masks {known}, and not {mask_name(hyper.mask)}"
     if device == "cuda" and hyper.shrinkage > 0:
         return "the kernel for CUDA does not know shrinkage"
     return KERNELS[device].unusable()
 
 
 def describe() -> dict[str, str]:
-    """Return what is usable here, in words: a line for each device."""
+    """Return what is usable here, in words: a line for each device, and one on masks."""
     lines = {}
     for device, kernel in KERNELS.items():
         reason = kernel.unusable()
@@ -184,4 +185,6 @@ def describe() -> dict[str, str]:
             )
         else:
             lines[device] = "fused, by Triton"
+    if any(line.startswith("fused") for line in lines.values()):
+        lines["masks"] = f"fused: {', '.join(cpu.MASK_CODES)}; a mask of one's own steps by foreach"
     return lines

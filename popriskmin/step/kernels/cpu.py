@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from popriskmin.mask import Hyperparameters
+from popriskmin.mask import Hyperparameters, mask_name
 from popriskmin.step.compat import bump_versions
 from popriskmin.step.kernels.eligible import State, origins, packed
 from popriskmin.step.lists import Lists
@@ -178,7 +178,7 @@ def _options(hyper: Hyperparameters) -> _Options:
         shrinkage=hyper.shrinkage,
         mean_coefficient=hyper.mean_coefficient,
         warmup_steps=hyper.warmup_steps,
-        mask=MASK_CODES[hyper.mask],
+        mask=MASK_CODES[mask_name(hyper.mask)],
         pooled=hyper.reduction == "per_tensor",
         bias_correction=hyper.bias_correction,
         decoupled_weight_decay=hyper.decoupled_weight_decay,

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from popriskmin.mask import Corrections, Hyperparameters, corrections, floor, largest
+from popriskmin.mask import Corrections, Hyperparameters, corrections, floor, largest, mask_name
 from popriskmin.step.compat import bump_versions
 from popriskmin.step.kernels.cuda_table import COLUMNS, Places, Tables, tables_of
 from popriskmin.step.kernels.eligible import State, packed
@@ -156,7 +156,7 @@ class _Launch(NamedTuple):
         """Launch the kernels that step these tensors."""
         known = None if self.t is None else corrections(self.t, self.hyper)
         # What is known to be open on the host needs no mask, and no means either.
-        mask = "none" if known is not None and known.open is True else self.hyper.mask
+        mask = "none" if known is not None and known.open is True else mask_name(self.hyper.mask)
         bits = _bits(_numbers(known, self.hyper, self.types.wide), self.types.wide)
         tables = tables_of(self.places, self.gradients, BLOCK, device, self.t is None, memory)
         if tables.blocks == 0:
