@@ -172,7 +172,7 @@ def batches(parts: Sequence[Part], batch_size: int, generator: torch.Generator) 
     training = [torch.as_tensor(part.training) for part in parts]
     while True:
         order = [rows[torch.randperm(len(rows), generator=generator)[: passes * batch_size]] for rows in training]
-        yield from torch.stack(order).split(batch_size, 1)
+        yield from torch.split(torch.stack(order), batch_size, 1)
 
 
 class Watch:
@@ -282,7 +282,7 @@ def train(
 
 
 def _best_rates(stack: Stack, watch: Watch) -> list[int]:
-    places = {}
+    places: dict[float, int] = {}
     for c in sorted(range(len(stack.settings)), key=lambda c: watch.mean(stack.settings[c]).min().item()):
         places.setdefault(stack.settings[c].shrinkage, c)
     return sorted(places.values())
