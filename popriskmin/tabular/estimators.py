@@ -445,7 +445,7 @@ class PRMRegressor(RegressorMixin, _PRMEstimator):  # type: ignore[misc]
 
     def predict(self, X: Any) -> np.ndarray:  # noqa: N803
         """Return the mean answer of the networks for each row."""
-        predicted: np.ndarray = self._mean + self._scale * self._answers(X)[..., 0].mean(0)
+        predicted = np.asarray(self._answers(X)[..., 0].mean(0), dtype=np.float64) * self._scale + self._mean
         return predicted
 
 
@@ -457,7 +457,7 @@ def _column(y: Any, frame: pd.DataFrame, numbers: bool = False) -> np.ndarray:
     if not numbers:
         _check_y(y, estimator=None)
     check_consistent_length(frame, y)
-    return y.astype(np.float64) if numbers else y
+    return np.asarray(y, dtype=np.float64 if numbers else None)
 
 
 for _kind in (PRMClassifier, PRMRegressor):  # what they share is written once
