@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent / "experiments"))
-from studies import Records  # noqa: E402
+from studies import Records
 
 # Written down before anything was trained on them with these estimators. The odd ones were looked at while the
 # estimators were made, the even ones are set aside for the last run. All but the narrow ones have more columns than

@@ -34,7 +34,7 @@ def importances(values: np.ndarray, selected: np.ndarray, names: Sequence[Any], 
         color=[BLUE if selected[i] else "none" for i in order],
         edgecolor=BLUE,
     )
-    ax.set(xlabel="share of the weights (filled: the data support the column)")
+    ax.set(xlabel="share of the weights (filled: selected)")
     return ax
 
 
