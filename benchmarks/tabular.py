@@ -152,6 +152,8 @@ def _peak() -> float:
 
 def speed(rows: int, columns: int) -> dict[str, Any]:
     """Time PRMClassifier on two classes that depend on ten of the columns."""
+    import torch
+
     from popriskmin.tabular import PRMClassifier
 
     rng = np.random.default_rng(0)
@@ -163,6 +165,7 @@ def speed(rows: int, columns: int) -> dict[str, Any]:
     return {
         "rows": rows,
         "columns": columns,
+        "threads": torch.get_num_threads(),
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu, 1),
         "gigabytes": round(_peak(), 2),

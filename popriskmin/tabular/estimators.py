@@ -309,7 +309,7 @@ _ATTRIBUTES = """
     shrinkage_, learning_rate_, n_steps_, best_score_
         The chosen setting, the step of its lowest mean held-out loss, and that loss, negated.
     selected_
-        Which columns the data support, booleans of shape (n_features_in_,): those with weights
+        Which columns the data support, booleans of shape (columns,): those with weights
         in nine tenths of the networks and evaluations at the largest shrinkage.
     support_share_
         That share.
