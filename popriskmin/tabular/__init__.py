@@ -1,1 +1,6 @@
-"""Tables: reading, encoding, and networks that learn from them as scikit-learn's estimators do."""
+"""Tables: estimators as scikit-learn has them, and reading and encoding what they learn from."""
+
+from popriskmin.tabular.estimators import PRMClassifier, PRMRegressor
+from popriskmin.tabular.numbers import read_numbers
+
+__all__ = ["PRMClassifier", "PRMRegressor", "read_numbers"]
