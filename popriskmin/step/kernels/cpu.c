@@ -24,6 +24,9 @@
 
 #define ADVANCE 1
 #define MOVE 2
+/* How a loop of the step pulls: to zero or to the first weights. */
+#define PULLS_TO_ZERO 1
+#define PULLS_TO_START 2
 
 /* Scalars that are converted and computed at a time: their buffers stay in the first cache. */
 #define CHUNK 1024

@@ -158,21 +158,26 @@ TARGET static void NAME(move)(int mask, int64_t n, REAL *p, const REAL *m, const
     }
 }
 
-/* Shrinkage, after the step: p is pulled to its origin; see popriskmin.mask.shrink. */
+/* Shrinkage, after the step: where a parameter ends that is pulled to its origin; see popriskmin.mask.shrink. */
+TARGET INLINE REAL NAME(pulled_to)(int mask, int debias, REAL p, REAL origin, REAL noise, REAL divisor, REAL given,
+                                   const NAME(constants) *c) {
+    noise = NAME(at_most)(noise, c->bound);
+    REAL q = given;
+    if (mask != MASK_NONE)
+        q = NAME(mask)(mask, debias, noise * c->loading_squared, noise, c);
+    REAL pull = c->lr * ((q * (SQRT(noise) * c->loading)) / divisor);
+    REAL distance = p - origin;
+    REAL moved = p + (distance > 0 ? -pull : pull);
+    return (distance < 0 ? -distance : distance) <= pull ? origin : moved;
+}
+
 TARGET INLINE void NAME(pull_loop)(int mask, int debias, int to_start, int64_t n, REAL *restrict p,
                                    const REAL *restrict v, const REAL *restrict s, const REAL *restrict start, REAL given,
                                    const NAME(constants) *constants) {
     const NAME(constants) c = *constants;
     for (int64_t i = 0; i < n; i++) {
-        REAL noise = NAME(at_most)(s[i] * c.inv_bias_var, c.bound), q = given;
-        if (mask != MASK_NONE)
-            q = NAME(mask)(mask, debias, noise * c.loading_squared, noise, &c);
         REAL divisor = SQRT(v[i]) * c.inv_root_bias2 + c.eps;
-        REAL pull = c.lr * ((q * (SQRT(noise) * c.loading)) / divisor);
-        REAL origin = to_start ? start[i] : 0;
-        REAL distance = p[i] - origin;
-        REAL moved = p[i] + (distance > 0 ? -pull : pull);
-        p[i] = (distance < 0 ? -distance : distance) <= pull ? origin : moved;
+        p[i] = NAME(pulled_to)(mask, debias, p[i], to_start ? start[i] : 0, s[i] * c.inv_bias_var, divisor, given, &c);
     }
 }
 
@@ -209,8 +214,8 @@ TARGET static void NAME(pull_narrow)(int mask, int64_t n, REAL *p, const uint16_
 /* Both at once, for tensors in the arithmetic type, with v and s there too or with `narrow` in bfloat16, and for the
  * usual options (numbers.usual). The processor divides and takes roots while it waits for memory, which passes over a
  * buffer in the cache would keep apart. */
-TARGET INLINE void NAME(whole_loop)(int mask, int debias, int narrow, int64_t n, uint32_t place, REAL *restrict p,
-                                    const REAL *restrict g, REAL *restrict m, REAL *restrict v, REAL *restrict s,
+TARGET INLINE void NAME(whole_loop)(int mask, int debias, int narrow, int pulls, int64_t n, uint32_t place,
+                                    REAL *restrict p, const REAL *restrict start, const REAL *restrict g, REAL *restrict m, REAL *restrict v, REAL *restrict s,
                                     REAL *restrict maximum, uint16_t *restrict v16, uint16_t *restrict s16,
                                     const NAME(constants) *constants) {
     const NAME(constants) c = *constants;
@@ -244,16 +249,23 @@ TARGET INLINE void NAME(whole_loop)(int mask, int debias, int narrow, int64_t n,
         if (mask != MASK_NONE)
             q = NAME(mask)(mask, debias, root * root, variance * c.inv_bias_var, &c);
         REAL divisor = SQRT(square) * c.inv_root_bias2 + c.eps;
-        p[i] = p[i] * c.keep - c.step_size * ((q * mean) / divisor);
+        REAL moved = p[i] * c.keep - c.step_size * ((q * mean) / divisor);
+        if (pulls) {
+            REAL origin = pulls == PULLS_TO_START ? start[i] : 0;
+            moved = NAME(pulled_to)(mask, debias, moved, origin, variance * c.inv_bias_var, divisor, 1, &c);
+        }
+        p[i] = moved;
     }
 }
 
 #define WHOLE(mask, debias)                                                                                            \
-    (narrow    ? NAME(whole_loop)(mask, debias, 1, n, place, p, g, m, NULL, NULL, NULL, v, s, c)                       \
-     : maximum ? NAME(whole_loop)(mask, debias, 0, n, place, p, g, m, v, s, maximum, NULL, NULL, c)                    \
-               : NAME(whole_loop)(mask, debias, 0, n, place, p, g, m, v, s, NULL, NULL, NULL, c))
-TARGET static void NAME(whole)(int mask, int narrow, int64_t n, uint32_t place, REAL *p, const REAL *g, REAL *m, void *v,
-                               void *s, REAL *maximum, const NAME(constants) *c) {
+    (narrow    ? NAME(whole_loop)(mask, debias, 1, 0, n, place, p, NULL, g, m, NULL, NULL, NULL, v, s, c)              \
+     : maximum ? NAME(whole_loop)(mask, debias, 0, 0, n, place, p, NULL, g, m, v, s, maximum, NULL, NULL, c)           \
+     : !pulls  ? NAME(whole_loop)(mask, debias, 0, 0, n, place, p, NULL, g, m, v, s, NULL, NULL, NULL, c)              \
+     : start   ? NAME(whole_loop)(mask, debias, 0, PULLS_TO_START, n, place, p, start, g, m, v, s, NULL, NULL, NULL, c) \
+               : NAME(whole_loop)(mask, debias, 0, PULLS_TO_ZERO, n, place, p, NULL, g, m, v, s, NULL, NULL, NULL, c))
+TARGET static void NAME(whole)(int mask, int narrow, int pulls, int64_t n, uint32_t place, REAL *p, const REAL *start,
+                               const REAL *g, REAL *m, void *v, void *s, REAL *maximum, const NAME(constants) *c) {
     switch (2 * mask + c->debias) {
     case 2 * MASK_SNR: WHOLE(MASK_SNR, 0); break;
     case 2 * MASK_SNR + 1: WHOLE(MASK_SNR, 1); break;
@@ -447,10 +459,13 @@ TARGET static void NAME(work_in_place)(const job *job, const tensor *t, const nu
     const REAL *g = t->g;
     char *v = t->v, *s = t->s;
     int64_t size = narrow ? 2 : (int64_t)sizeof(REAL);
+    /* Whether the pull is taken in the loop of the step, not in a pass after it. */
+    int pulls_at_once = t->pulled && what == (ADVANCE | MOVE) && !narrow && !maximum;
     for (int64_t i = begin; i < end; i += AHEAD) {
         int64_t n = smaller(end - i, AHEAD);
         if (asks_ahead && i + 2 * AHEAD <= end)
             fetch_ahead(t, i + AHEAD, sizeof(REAL), size, what);
+        const REAL *start = t->start ? (const REAL *)t->start + i : NULL;
         if (t->z && (what & ADVANCE)) {
             const REAL *z = (const REAL *)t->z + i;
             if (narrow)
@@ -459,8 +474,8 @@ TARGET static void NAME(work_in_place)(const job *job, const tensor *t, const nu
                 NAME(blend_in)(n, (REAL *)s + i, z, c);
         }
         if (what == (ADVANCE | MOVE)) {
-            NAME(whole)(x->mask, narrow, n, (uint32_t)i + x->key, p + i, g + i, m + i, v + size * i, s + size * i,
-                        maximum ? maximum + i : NULL, c);
+            NAME(whole)(x->mask, narrow, pulls_at_once, n, (uint32_t)i + x->key, p + i, start, g + i, m + i,
+                        v + size * i, s + size * i, maximum ? maximum + i : NULL, c);
         } else if (what == ADVANCE) {
             int64_t lanes = n / LANES * LANES;
             REAL *v_i = (REAL *)v + i, *s_i = (REAL *)s + i;
@@ -472,9 +487,8 @@ TARGET static void NAME(work_in_place)(const job *job, const tensor *t, const nu
         } else {
             NAME(move)(MASK_NONE, n, p + i, m + i, maximum ? maximum + i : (REAL *)v + i, NULL, given, c);
         }
-        if (t->pulled && (what & MOVE)) {
+        if (t->pulled && (what & MOVE) && !pulls_at_once) {
             int mask = t->pooled ? MASK_NONE : x->mask;
-            const REAL *start = t->start ? (const REAL *)t->start + i : NULL;
             if (narrow)
                 NAME(pull_narrow)(mask, n, p + i, (uint16_t *)v + i, (uint16_t *)s + i, start, given, c);
             else
