@@ -115,7 +115,7 @@ def param_groups(
             raise ValueError(_unmatched(pattern, list(patterns), [one.names for one in parameters]))
     groups = []
     for candidate in (*patterns, None):
-        own = {} if candidate is None else patterns[candidate]
+        own: Mapping[str, Any] = {} if candidate is None else patterns[candidate]
         options = {"weight_decay": weight_decay, **({} if shrinkage is None else {"shrinkage": shrinkage}), **own}
         off = {name: 0.0 for name in ("weight_decay", "shrinkage") if name in options}
         spares_embeddings = shrinkage is not None and "shrinkage" not in own
@@ -125,8 +125,8 @@ def param_groups(
         members: dict[str, list[Any]] = {kind: [] for kind in kinds}
         for one, pattern in zip(parameters, chosen):
             if pattern == candidate:
-                kind = "weight" if one.kind == "embedding" and not spares_embeddings else one.kind
-                members[kind].append((one.names[0], one.param) if named else one.param)
+                like = "weight" if one.kind == "embedding" and not spares_embeddings else one.kind
+                members[like].append((one.names[0], one.param) if named else one.param)
         groups += [{"params": members[kind], **kinds[kind], "pattern": candidate} for kind in kinds if members[kind]]
     return groups
 
