@@ -113,18 +113,21 @@ def param_groups(
     for pattern in patterns:
         if pattern not in chosen:
             raise ValueError(_unmatched(pattern, list(patterns), [one.names for one in parameters]))
+    defaults: dict[str, Any] = {"weight_decay": weight_decay}
+    if shrinkage is not None:
+        defaults["shrinkage"] = shrinkage
     groups = []
     for candidate in (*patterns, None):
         own: Mapping[str, Any] = {} if candidate is None else patterns[candidate]
-        options = {"weight_decay": weight_decay, **({} if shrinkage is None else {"shrinkage": shrinkage}), **own}
-        off = {name: 0.0 for name in ("weight_decay", "shrinkage") if name in options}
+        options = {**defaults, **own}
+        off: dict[str, Any] = {name: 0.0 for name in ("weight_decay", "shrinkage") if name in options}
         spares_embeddings = shrinkage is not None and "shrinkage" not in own
         kinds = {"weight": options, "embedding": options, "bias or norm": {**options, **off}}
         if spares_embeddings:
             kinds["embedding"] = {**options, "shrinkage": 0.0}
         members: dict[str, list[Any]] = {kind: [] for kind in kinds}
-        for one, pattern in zip(parameters, chosen):
-            if pattern == candidate:
+        for one, its_pattern in zip(parameters, chosen):
+            if its_pattern == candidate:
                 like = "weight" if one.kind == "embedding" and not spares_embeddings else one.kind
                 members[like].append((one.names[0], one.param) if named else one.param)
         groups += [{"params": members[kind], **kinds[kind], "pattern": candidate} for kind in kinds if members[kind]]
