@@ -5,6 +5,7 @@ import sys
 from popriskmin.diagnosis import SoftnessController, controller, diagnose, noise
 from popriskmin.optimizer import PRM, Masked, groups
 from popriskmin.optimizer.groups import param_groups
+from popriskmin.optimizer.patch import apply_patch, patch, patch_size
 from popriskmin.optimizer.unwrap import unwrap
 from popriskmin.risk import RiskMonitor
 from popriskmin.step import functional, kernels, rounding
@@ -20,9 +21,12 @@ __all__ = [
     "RiskMonitor",
     "SoftnessController",
     "__version__",
+    "apply_patch",
     "coherence",
     "diagnose",
     "param_groups",
+    "patch",
+    "patch_size",
     "unwrap",
 ]
 

@@ -39,6 +39,7 @@ class Sums(NamedTuple):
     noise: float  # times the boundary's coefficient
     v: float  # v^
     weight_sq: float
+    nonzero: float  # weights that are not exactly 0
     step_sq: float  # of AdamW's step, without the learning rate
     masked_step_sq: float
     # Over the scalars that have a gradient, now or in the last 100 steps or so:
@@ -46,6 +47,7 @@ class Sums(NamedTuple):
     live_q: float
     live_q_without_eps: float
     live_q_plain: float  # of the plain mask: snr, softness 1, batch boundary, no floor
+    live_nonzero: float
     live_ratio: float  # m^**2 / z, each 1 at most
 
 
@@ -74,6 +76,15 @@ class Evidence(NamedTuple):
     def zero_fraction(self) -> float:
         """Share of the scalars without a gradient."""
         return 1.0 if self.sums is None else 1 - self.sums.live / self.scalars
+
+    @property
+    def closed(self) -> bool:
+        """Whether shrinkage holds all of it at zero, or all but units that are dead."""
+        n, hyper = self.sums, self.hyper
+        if n is None or self.step < 2 or len(self.shape) < 2 or not hyper.shrinkage or hyper.shrink_to != "zero":
+            return False
+        # A unit that is never active may have weights left, which then have no gradient to be pulled by.
+        return n.nonzero == 0 or (n.live > 0 and n.live_nonzero == 0)
 
     def decay_ratio(self, masked: bool = True) -> float:
         """Return the length of the decay's step over the gradient's, masked or not."""
@@ -159,12 +170,14 @@ def _sums(one: Held) -> Tensor:
         "noise": total(noise),
         "v": total(v / full.bias2),
         "weight_sq": total(w.square()),
+        "nonzero": total(w != 0),
         "step_sq": total(step_sq),
         "masked_step_sq": total(q.square() * step_sq),
         "live": total(live),
         "live_q": total(q, live),
         "live_q_without_eps": total(without_eps, live),
         "live_q_plain": total(q_plain, live),
+        "live_nonzero": total(w != 0, live),
         "live_ratio": total(ratio, live),
     }
     numbers = [sums[name] for name in Sums._fields]

@@ -16,6 +16,7 @@ from popriskmin.optimizer.checkpoint_probe import makes_state_alone
 from popriskmin.optimizer.mask_state import MASKED_STATE
 from popriskmin.optimizer.options import check_options, plain, with_numbers
 from popriskmin.optimizer.prm import PRM
+from popriskmin.optimizer.shrunk import CountsShrunk
 from popriskmin.optimizer.stats import MaskStats, mask_stats
 from popriskmin.step.compat import split_names
 from popriskmin.step.foreach import Block, advance_variance, cohorts, copy, mask_of, pooled_mask, widen, write_back
@@ -32,7 +33,7 @@ _OF_PRM = {
 _LION = ("pytorch_optimizer", "Lion")
 
 
-class Masked(Optimizer):
+class Masked(CountsShrunk, Optimizer):
     """The mask of PRM around an optimizer: it steps, and each scalar keeps `q` of its change.
 
     `Masked` keeps the mean `m` and the variance `s` of each minibatch gradient, lets the optimizer step, and goes back

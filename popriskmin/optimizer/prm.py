@@ -15,13 +15,14 @@ from popriskmin.optimizer.base import CheckedOptimizer
 from popriskmin.optimizer.checkpoint import STATE_FORMAT, new_state
 from popriskmin.optimizer.checkpoint_probe import makes_state_alone
 from popriskmin.optimizer.options import check_options, check_variances, name_of, plain, with_numbers
+from popriskmin.optimizer.shrunk import CountsShrunk
 from popriskmin.optimizer.stats import MaskStats, mask_stats
 from popriskmin.step.compat import check_graph_capture
 from popriskmin.step.functional import dispatch
 from popriskmin.step.lists import Lists
 
 
-class PRM(CheckedOptimizer):
+class PRM(CountsShrunk, CheckedOptimizer):
     """AdamW that trains on population risk: each parameter moves as far as its mean gradient exceeds its noise.
 
     Beside AdamW's two moments PRM keeps `s`, a running variance of the minibatch gradient, and multiplies AdamW's step
