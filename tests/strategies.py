@@ -7,8 +7,8 @@ rates = st.sampled_from([0.0, 0.5, 0.9, 0.99, 0.999])
 
 
 @st.composite
-def options(draw, shrinkage=True):
-    """Draw any combination of options that changes the update; the kernel for CUDA has no shrinkage."""
+def options(draw):
+    """Draw any combination of options that changes the update."""
     mask = draw(st.sampled_from(["snr", "soft", "hard", "threshold", "none"]))
     bias_correction = mask == "threshold" or draw(st.booleans())
     decoupled = draw(st.booleans())
@@ -35,7 +35,7 @@ def options(draw, shrinkage=True):
     }
     drawn["boundary"] = draw(st.sampled_from(["batch", "empirical"]))
     # Numbers whose square times c is no mask's boundary, where rounding would decide.
-    drawn["shrinkage"] = draw(st.sampled_from([0.0, 0.0, 0.57, 2.13])) if shrinkage else 0.0
+    drawn["shrinkage"] = draw(st.sampled_from([0.0, 0.0, 0.57, 2.13]))
     if drawn["boundary"] == "empirical" or drawn["shrinkage"]:
         batch_size = draw(st.integers(1, 100))
         drawn |= {"batch_size": batch_size, "n_dataset": batch_size + draw(st.integers(1, 1000))}

@@ -167,8 +167,6 @@ def _refusal(hyper: Hyperparameters, param: Tensor) -> str | None:
     if hyper.mask not in cpu.MASK_CODES:
         known = ", ".join(cpu.MASK_CODES)
         return f"the kernels know the masks {known}, and not {mask_name(hyper.mask)}"
-    if device == "cuda" and hyper.shrinkage > 0:
-        return "the kernel for CUDA does not know shrinkage"
     return KERNELS[device].unusable()
 
 

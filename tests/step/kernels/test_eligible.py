@@ -1,7 +1,6 @@
 """What may be handed to a kernel; all else is named, refused with fused=True, and by default stepped otherwise."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -238,10 +237,3 @@ def test_insisting_moves_nothing_where_one_does_not_fit():
         optimizer.step()
     assert (good == 1).all()
     assert optimizer.state[good]["step"] == 0
-
-
-def test_the_kernel_for_cuda_refuses_shrinkage():
-    """It would leave the weights where they are, and say nothing."""
-    shrinking = hyper()._replace(shrinkage=1.0, mean_coefficient=0.1)
-    param = SimpleNamespace(device=torch.device("cuda"))
-    assert kernels._refusal(shrinking, param) == "the kernel for CUDA does not know shrinkage"
