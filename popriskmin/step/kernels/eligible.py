@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 import struct
 from collections.abc import Iterable
+from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -28,11 +29,18 @@ class State(NamedTuple):
     """Parameters and state of a group that were found to fit, with what the kernel is told of them.
 
     Looking at every property of every tensor takes longer than a step of small ones. While the tensors are the same
-    objects at the same addresses most of what they were found to be holds; the shapes and strides of the parameters,
-    which users may change in place, are looked at in every step, and so are gradients, which come anew with it.
+    objects at the same addresses most of what they were found to be holds; the types, shapes and strides of the
+    parameters, which users may change in place, are looked at in every step, and so are gradients, which come anew
+    with it.
+
+    No tensor is held: users remove and replace them, and their memory is to be free then. The identity of an object
+    that may be gone says nothing, so the state's are watched. Parameters are not: `torch.utils.swap_tensors`, by which
+    a module moves sharded ones to another device, refuses a tensor with weak references.
     """
 
-    tensors: list[list[Tensor]]
+    ids: list[int]  # of all tensors, list by list
+    watched: list[ref[Tensor]]
+    gone: list[Any]  # of those watched, the ones that no longer exist
     addresses: list[bytes]
     shapes: list[torch.Size]
     layout: Layout
@@ -73,13 +81,20 @@ def fits_as_usual(lists: Lists, state_steps: list[Tensor], known: State | None) 
         addresses = [packed(map(Tensor.data_ptr, tensors), len(tensors)) for tensors in held]
         if known is not None and shapes == known.shapes and _are_same(held, addresses, known):
             found = known
-            good = _layout(params) == known.layout and len(set(map(_dtype, params))) == 1
+            good = (
+                _layout(params) == known.layout
+                and len(set(map(_dtype, params))) == 1
+                and set(map(type, params)) <= PLAIN
+            )
         else:
             layout = _layout(params)
             sizes = packed(map(Tensor.numel, params), len(params))
             # What a kernel keeps it finds by addresses, whatever objects stand for them.
             memory = {} if known is None else known.memory
-            found = State(held, addresses, shapes, layout, sizes, origins(lists), memory)
+            gone: list[Any] = []
+            watched = [ref(tensor, gone.append) for tensor in chain.from_iterable(held[1:])]
+            ids = list(map(id, chain.from_iterable(held)))
+            found = State(ids, watched, gone, addresses, shapes, layout, sizes, origins(lists), memory)
             good = (
                 (layout is None or all(map(is_dense, params)))
                 and all(_are_usual(tensors, found, device) for tensors in kept if tensors)
@@ -97,9 +112,9 @@ def fits_as_usual(lists: Lists, state_steps: list[Tensor], known: State | None) 
 
 
 def _are_same(held: list[list[Tensor]], addresses: list[bytes], known: State) -> bool:
-    return addresses == known.addresses and all(
-        all(map(operator.is_, now, before)) for now, before in zip(held, known.tensors)
-    )
+    if known.gone or addresses != known.addresses:
+        return False
+    return list(map(id, chain.from_iterable(held))) == known.ids
 
 
 def _are_usual(tensors: list[Tensor], state: State, device: int) -> bool:
