@@ -197,15 +197,9 @@ def prm(
     """
     _check_moments(betas, rho, eps, softness, mask_eps, min_q, warmup_steps)
     _check_words(mask, reduction, boundary, variance, debias, bias_correction)
-    _check_number("learning_rate", learning_rate)
-    _check_number("weight_decay", weight_decay)
+    _check_decay(learning_rate, weight_decay, decoupled_weight_decay, mask_decay)
     _check_number("shrinkage", shrinkage)
     _check_one_of("shrink_to", shrink_to, ("zero", "start"))
-    if mask_decay and not decoupled_weight_decay:
-        raise ValueError(
-            "mask_decay=True needs decoupled_weight_decay=True, got decoupled_weight_decay=False, "
-            "where the mask reaches the decay anyway"
-        )
     shrinks = not (_is_number(shrinkage) and shrinkage == 0)
     decays = callable(weight_decay) or not (_is_number(weight_decay) and weight_decay == 0)
     coefficient = _coefficient(boundary, batch_size, n_dataset)
@@ -656,6 +650,16 @@ def _check_moments(betas: Any, rho: Any, eps: Any, softness: Any, mask_eps: Any,
         raise ValueError(f"min_q must be a number in [0, 1], got {min_q!r}")
     if not isinstance(warmup_steps, jax.Array) and not (isinstance(warmup_steps, Integral) and int(warmup_steps) >= 0):
         raise ValueError(f"warmup_steps must be a whole number >= 0, got {warmup_steps!r}")
+
+
+def _check_decay(learning_rate: Any, weight_decay: Any, decoupled: bool, masked: bool) -> None:
+    _check_number("learning_rate", learning_rate)
+    _check_number("weight_decay", weight_decay)
+    if masked and not decoupled:
+        raise ValueError(
+            "mask_decay=True needs decoupled_weight_decay=True, got decoupled_weight_decay=False, "
+            "where the mask reaches the decay anyway"
+        )
 
 
 def _check_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

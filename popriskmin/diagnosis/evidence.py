@@ -129,6 +129,15 @@ def _pairs(
             yield evidence, _sums(one) if one.step > 0 else None
 
 
+def _second_moments(one: Held, m: Tensor, implied: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `v`, and what divides the step; `implied` stands for both with Masked, which keeps none."""
+    if "exp_avg_sq" not in one.state:
+        return implied, implied
+    v = one.state["exp_avg_sq"]
+    _, v, divisor = as_wide_reals(m, v, one.state["max_exp_avg_sq"] if one.hyper.amsgrad else v)
+    return v, divisor
+
+
 @torch.no_grad()
 def _sums(one: Held) -> Tensor:
     t, hyper = one.step, one.hyper
@@ -138,12 +147,8 @@ def _sums(one: Held) -> Tensor:
     # corrected averages.
     full = corrections(t, hyper._replace(bias_correction=True))
     mean_sq, spread = (m / full.bias1).square(), s / full.bias_var
-    if "exp_avg_sq" in one.state:
-        v = one.state["exp_avg_sq"]
-        _, w, v, divisor = as_wide_reals(m, one.param, v, one.state["max_exp_avg_sq"] if hyper.amsgrad else v)
-    else:  # of Masked, which keeps none
-        w, v = as_wide_reals(m, one.param)[1], mean_sq + spread
-        divisor = v
+    w = as_wide_reals(m, one.param)[1]
+    v, divisor = _second_moments(one, m, mean_sq + spread)
     # Not mean(): gloo of torch 2.7 has no average over ranks.
     mean_v = v.sum() / v.numel()
     live = ((v > ROUNDING * mean_v) & (mean_sq > SILENT * spread)).to(dtype)

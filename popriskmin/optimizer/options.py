@@ -96,6 +96,24 @@ def _number(value: Any) -> Any:
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for the first option of a group that is out of range, naming it and showing its value."""
     _check_lr(options["lr"])
+    _check_numbers(options)
+    if options["shrinkage"] and options["batch_size"] == options["n_dataset"]:
+        mean_coefficient(options["batch_size"], options["n_dataset"], options["variance"])
+    check_counts(options)
+    _check_switches(options)
+    _check_words(options)
+    _check_combinations(options)
+    choose_implementation([], options["foreach"], options["fused"], options["differentiable"])
+    if callable(options["mask"]):
+        if options["fused"]:
+            raise RuntimeError(
+                f"fused=True, but the kernels do not know the mask {mask_name(options['mask'])}: pass fused=None, and "
+                "it steps by foreach"
+            )
+        check_function(options["mask"], Hyperparameters.of_group(options))
+
+
+def _check_numbers(options: Mapping[str, Any]) -> None:
     betas = options["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
@@ -113,10 +131,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     eps = float(_number(options["eps"]))
     if options["mask_eps"] is None and eps * eps == float("inf"):
         raise ValueError(f"eps must be so small that its square is finite, or mask_eps be given, got eps={eps!r}")
-    if options["shrinkage"] and options["batch_size"] == options["n_dataset"]:
-        mean_coefficient(options["batch_size"], options["n_dataset"], options["variance"])
-    check_counts(options)
-    _check_switches(options)
+
+
+def _check_words(options: Mapping[str, Any]) -> None:
     known_values = {
         "mask": MASKS,
         "boundary": BOUNDARIES,
@@ -129,6 +146,14 @@ def check_options(options: Mapping[str, Any]) -> None:
             continue
         if not isinstance(options[name], str) or options[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {options[name]!r}")
+    if options["state_dtype"] not in (None, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"state_dtype must be None, torch.bfloat16, torch.float32 or torch.float64, got {options['state_dtype']!r}"
+        )
+
+
+def _check_combinations(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for options of which each by itself would be right."""
     if options["shrinkage"]:
         mean_coefficient(options["batch_size"], options["n_dataset"], options["variance"])
     if options["boundary"] == "empirical":
@@ -142,18 +167,6 @@ def check_options(options: Mapping[str, Any]) -> None:
             "mask_decay=True needs decoupled_weight_decay=True, got decoupled_weight_decay=False, "
             "where the mask reaches the decay anyway"
         )
-    if options["state_dtype"] not in (None, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(
-            f"state_dtype must be None, torch.bfloat16, torch.float32 or torch.float64, got {options['state_dtype']!r}"
-        )
-    choose_implementation([], options["foreach"], options["fused"], options["differentiable"])
-    if callable(options["mask"]):
-        if options["fused"]:
-            raise RuntimeError(
-                f"fused=True, but the kernels do not know the mask {mask_name(options['mask'])}: pass fused=None, and "
-                "it steps by foreach"
-            )
-        check_function(options["mask"], Hyperparameters.of_group(options))
 
 
 def _check_lr(lr: Any) -> None:

@@ -146,10 +146,20 @@ def prm(
         mean_coefficient=mean_coefficient or 0.0,
         shrink_to="zero" if starts is None else "start",
     )
-    if amsgrad and len(max_exp_avg_sqs) != len(params):
+    _check_lists(params, max_exp_avg_sqs if amsgrad else None, grad_vars, starts)
+    maxima = max_exp_avg_sqs if amsgrad else []
+    pulls_to = starts if shrinkage and starts is not None else []
+    lists = Lists(params, grads, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, grad_vars or [], pulls_to)
+    dispatch(lists, state_steps, hyper, foreach, capturable, differentiable, fused, memory={})
+
+
+def _check_lists(
+    params: list[Tensor], maxima: list[Tensor] | None, grad_vars: list[Tensor] | None, starts: list[Tensor] | None
+) -> None:
+    """Raise ValueError for a list that does not fit the parameters; None stands for one that is not needed."""
+    if maxima is not None and len(maxima) != len(params):
         raise ValueError(
-            f"amsgrad=True needs one of max_exp_avg_sqs for each of {len(params)} parameters, "
-            f"got {len(max_exp_avg_sqs)}"
+            f"amsgrad=True needs one of max_exp_avg_sqs for each of {len(params)} parameters, got {len(maxima)}"
         )
     if grad_vars is not None and len(grad_vars) != len(params):
         raise ValueError(
@@ -167,10 +177,6 @@ def prm(
             f"starts needs a tensor of the shape of each parameter, {[tuple(p.shape) for p in params]}, "
             f"got {[tuple(x.shape) for x in starts]}"
         )
-    maxima = max_exp_avg_sqs if amsgrad else []
-    pulls_to = starts if shrinkage and starts is not None else []
-    lists = Lists(params, grads, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, grad_vars or [], pulls_to)
-    dispatch(lists, state_steps, hyper, foreach, capturable, differentiable, fused, memory={})
 
 
 def dispatch(
