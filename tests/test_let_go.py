@@ -1,4 +1,4 @@
-"""Nothing outlives its parameter: whatever users remove, replace or move is free at once, in everything that watches."""
+"""Nothing outlives its parameter: what users remove, replace or move is free at once, in everything that watches."""
 
 import gc
 import weakref
