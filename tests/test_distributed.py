@@ -20,6 +20,9 @@ OPTIONS = [
     {"variance": "given", "min_q": 0.1},
     {"variance": "given", "mask": "soft", "reduction": "per_tensor"},
     {"reduction": "per_tensor", "state_dtype": torch.bfloat16},
+    {"shrinkage": 2.0, "batch_size": 16, "n_dataset": 96},
+    {"shrinkage": 6.0, "batch_size": 16, "n_dataset": 96, "shrink_to": "start", "foreach": False},
+    {"shrinkage": 2.0, "batch_size": 16, "n_dataset": 96, "shrink_to": "start", "reduction": "per_tensor"},
 ]
 
 
@@ -38,7 +41,8 @@ def _train(shard, options):
             optimizer.set_variances({p: 0.5 * p.grad.square() for p in model.parameters()})
         optimizer.step()
     weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
-    return [w.detach().clone() for w in weights], optimizer.get_mask_stats(by="parameter"), monitor.estimate()
+    stats = optimizer.get_mask_stats(by="parameter"), optimizer.shrunk(by="parameter")
+    return [w.detach().clone() for w in weights], *stats, monitor.estimate()
 
 
 def _rank(rank):
@@ -47,14 +51,17 @@ def _rank(rank):
 
     mesh = init_device_mesh("cpu", (2,))
     for options in OPTIONS:
-        weights, stats, estimate = _train(lambda model: fully_shard(model, mesh=mesh), options)
-        expected_weights, expected_stats, expected_estimate = _train(lambda model: None, options)
+        weights, stats, shrunk, estimate = _train(lambda model: fully_shard(model, mesh=mesh), options)
+        expected_weights, expected_stats, expected_shrunk, expected_estimate = _train(lambda model: None, options)
         for got, expected in zip(weights, expected_weights):
             # Stored in bfloat16, the state is rounded by each element's place, which sharding changes.
             narrow = options.get("state_dtype") == torch.bfloat16
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=5e-3 if narrow else 1e-6)
         for name, row in expected_stats.items():
             assert stats[name] == pytest.approx(row, rel=0.05 if narrow else 1e-4, abs=1e-6), (options, name)
+        assert shrunk == expected_shrunk, options
+        if "shrinkage" in options:
+            assert any(row["scalar_fraction"] > 0 for row in shrunk.values()), options
         assert estimate == pytest.approx(expected_estimate, rel=0.05 if narrow else 1e-3, abs=1e-6), options
 
 

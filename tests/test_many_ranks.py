@@ -19,7 +19,11 @@ pytestmark = pytest.mark.skipif(not SHARDS, reason="FSDP2 over gloo: see conftes
 
 STEPS = 5
 BATCH = 16
-OPTIONS = [{}, {"mask": "soft", "reduction": "per_tensor"}, {"debias": True, "mask_decay": True, "amsgrad": True}]
+# The pull to the first weights, which a checkpoint must bring along.
+START = {"shrinkage": 1.0, "shrink_to": "start", "batch_size": BATCH, "n_dataset": 10 * BATCH, "debias": True}
+OPTIONS = [
+    {}, {"mask": "soft", "reduction": "per_tensor"}, {"debias": True, "mask_decay": True, "amsgrad": True}, START,
+]  # fmt: skip
 
 
 class Net(nn.Module):
@@ -123,14 +127,14 @@ def sharded(keep_best=False):
 
     model = net()
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    optimizer = prm(model.named_parameters(), debias=True)
+    optimizer = prm(model.named_parameters(), **START)
     return model, optimizer, watched(model, optimizer, model if keep_best else None)
 
 
 def watched(model, optimizer, keep_best):
     """A monitor whose held-out loss is lowest after three steps of training."""
     x = torch.randn(32, 6, generator=torch.Generator().manual_seed(2))
-    teacher, learnt = net(), one_process(range(3), debias=True)[0]
+    teacher, learnt = net(), one_process(range(3), **START)[0]
     with torch.no_grad():
         for own, value in zip(teacher.parameters(), learnt):
             own.copy_(value)
@@ -143,13 +147,13 @@ def check_looks_do_not_change_training(rank):
     """FSDP2 keeps the outermost parameters whole after an evaluation, and would use them once more after a step."""
     model, optimizer, monitor = sharded()
     train(model, optimizer, rows=mine(rank))
-    assert_equal(whole(model), one_process(debias=True)[0])
+    assert_equal(whole(model), one_process(**START)[0])
     assert [step for step, _ in monitor.held_out_curve] == list(range(1, STEPS + 1))
 
 
 def best_of_one_process():
     model = net()
-    optimizer = prm(model.named_parameters(), debias=True)
+    optimizer = prm(model.named_parameters(), **START)
     monitor = watched(model, optimizer, model)
     train(model, optimizer, range(2 * STEPS))
     return monitor.restore_best(), whole(model)
@@ -193,7 +197,9 @@ def load_and_go_on(rank, folder):
     train(model, optimizer, range(STEPS, 2 * STEPS), rows=mine(rank, dist.get_world_size()))
     # Each sample ends with the next step's gradients, and the one under way is not saved where it lies on many ranks.
     assert len(monitor.samples) == before + STEPS - 1
-    assert_equal(whole(model), one_process(range(2 * STEPS), debias=True)[0])
+    assert_equal(whole(model), one_process(range(2 * STEPS), **START)[0])
+    for p, first in zip(model.parameters(), net().parameters(), strict=True):
+        assert torch.equal(optimizer.state[p]["start"].full_tensor(), first)
     best, weights = best_of_one_process()
     assert monitor.restore_best() == best == 3 < STEPS  # kept by the run that wrote the checkpoint
     assert_equal(whole(model), weights)

@@ -66,7 +66,9 @@ def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         dtype = dtype_of_state(name, param, group["state_dtype"])
         state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
     if group["shrink_to"] == "start":
-        state["start"] = param.detach().clone(memory_format=torch.preserve_format)
+        # Gradients are to reach the first weights by way of this, too.
+        first = param if group["differentiable"] else param.detach()
+        state["start"] = first.clone(memory_format=torch.preserve_format)
     return state
 
 
