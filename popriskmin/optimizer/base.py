@@ -19,6 +19,8 @@ from popriskmin.optimizer.checkpoint import (
     replaced_lr,
     without_start,
 )
+from popriskmin.optimizer.groups import pair_names, with_plain_names
+from popriskmin.optimizer.mask_state import forget_applied
 from popriskmin.optimizer.options import check_keep, check_options, check_spelling, plain, with_numbers
 from popriskmin.step.compat import split_names
 
@@ -48,10 +50,18 @@ class CheckedOptimizer(Optimizer):
         param_group.update(with_numbers(given, {**self.defaults, **given}["differentiable"]))
         check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        pair_names(self.param_groups[-1])
+        forget_applied(self, self.param_groups[-1])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state and the options of each group, as torch's optimizers do; `state_dtype` by its name."""
-        return portable(super().state_dict())
+        state_dict = super().state_dict()
+        return portable({**state_dict, "param_groups": with_plain_names(state_dict["param_groups"], self.param_groups)})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle holds, with each name at its parameter's place."""
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "param_groups": with_plain_names(self.param_groups, self.param_groups)}
 
     def load_state_dict(self, state_dict: dict[str, Any], *, keep: Iterable[str] | None = None) -> None:
         """Go on from a checkpoint of PRM, or take over one of `torch.optim.AdamW` or `Adam`.
@@ -126,5 +136,6 @@ class CheckedOptimizer(Optimizer):
                     param_state[name] = value.tensor
         self.defaults = {**newest, **self.defaults}
         for group in self.param_groups:
+            pair_names(group)
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
