@@ -111,7 +111,7 @@ class CheckedOptimizer(Optimizer):
     def mask_state_of(self, param: Tensor) -> Mapping[str, Any]:
         """Return the state of a parameter that the mask is made of; empty before its first step."""
         state: Mapping[str, Any] = self.state.get(param, {})
-        return state
+        return state if "step" in state else {}  # else it is the user's alone
 
     def hyperparameters_of(self, group: int) -> Hyperparameters:
         """Return the numbers of a group as it stands now."""
@@ -124,16 +124,18 @@ class CheckedOptimizer(Optimizer):
         groups = prepare_groups(saved_groups, self.param_groups, keep)
         for group in groups:
             check_options({**self.defaults, **group})
-        state = prepare_state(state_dict["state"], groups, self.param_groups)
+        # Optimizers with other state have no betas; in those that do, entries without a moment are a user's own.
+        of_adam = all("betas" in group for group in saved_groups)
+        state = prepare_state(state_dict["state"], groups, self.param_groups, of_adam)
         return {**state_dict, "param_groups": groups, "state": state}
 
     def _restore(self, state: dict[str, Any], newest: Mapping[str, Any]) -> None:
         """Take over what was pickled or prepared; options that an older pickle lacks are as `newest` has them."""
         super().__setstate__(state)
-        for param_state in self.state.values():
+        for param_state in filter(lambda value: isinstance(value, dict), self.state.values()):
             for name, value in param_state.items():
                 if isinstance(value, Prepared):
-                    param_state[name] = value.tensor
+                    param_state[name] = value.value
         self.defaults = {**newest, **self.defaults}
         for group in self.param_groups:
             pair_names(group)

@@ -345,8 +345,8 @@ class Masked(Optimizer):
         self.inner.load_state_dict(self._prepare(state_dict))
         for group in self.param_groups:
             pair_names(group)
-        for state in self.inner.state.values():
-            state.update({name: value.tensor for name, value in state.items() if isinstance(value, Prepared)})
+        for state in filter(lambda value: isinstance(value, dict), self.inner.state.values()):
+            state.update({name: value.value for name, value in state.items() if isinstance(value, Prepared)})
         for hook in getattr(self, "_optimizer_load_state_dict_post_hooks", {}).values():
             hook(self)
 

@@ -263,7 +263,7 @@ class PRM(CheckedOptimizer):
                     )
                 grad_vars.append(self._variances[p])
             state = self.state[p]
-            if len(state) == 0:
+            if "step" not in state:  # what else is there is the user's
                 state.update(new_state(p, group))
             params.append(p)
             grads.append(grad)
@@ -296,7 +296,9 @@ class PRM(CheckedOptimizer):
                 loss = closure()
         elif makes_state_alone(self):
             for group in self.param_groups:
-                self.state.update({p: new_state(p, group) for p in group["params"] if p.grad is not None})
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self.state[p].update(new_state(p, group))
             return None
         # Resolved before anything moves: a schedule may have written a batch size that does not fit, and a gradient may
         # be sparse or lack its variance.

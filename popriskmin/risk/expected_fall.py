@@ -103,7 +103,7 @@ def keep(optimizer: Optimizer, step: int, reuse: list[Reuse]) -> Kept:
     gradients = {
         id(param): param.grad.detach().clone()
         for param in _params(optimizer)
-        if param.grad is not None and param.numel() > 0 and optimizer.state.get(param)
+        if param.grad is not None and param.numel() > 0 and "step" in optimizer.state.get(param, {})
     }
     hyper = {id(group): hyperparameters(optimizer, group) for group in optimizer.param_groups}
     # A schedule writes to a learning rate that is a tensor.
@@ -210,8 +210,8 @@ def read(
 
     A gradient of another shape is of a parameter that this one has replaced.
     """
-    state = optimizer.state.get(param)
-    if not state or param.numel() == 0 or param.grad is None or gradient is None or gradient.shape != param.shape:
+    state = optimizer.state.get(param, {})
+    if "step" not in state or param.numel() == 0 or param.grad is None or gradient is None or gradient.shape != param.shape:
         return None
     step = state["step"]
     second = state["max_exp_avg_sq" if hyper.amsgrad else "exp_avg_sq"]
