@@ -19,6 +19,8 @@ from popriskmin.optimizer.checkpoint import (
     replaced_lr,
     without_start,
 )
+from popriskmin.optimizer.groups import pair_names, with_plain_names
+from popriskmin.optimizer.mask_state import forget_applied
 from popriskmin.optimizer.options import check_keep, check_options, check_spelling, plain, with_numbers
 from popriskmin.step.compat import split_names
 
@@ -48,10 +50,18 @@ class CheckedOptimizer(Optimizer):
         param_group.update(with_numbers(given, {**self.defaults, **given}["differentiable"]))
         check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        pair_names(self.param_groups[-1])
+        forget_applied(self, self.param_groups[-1])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state and the options of each group, as torch's optimizers do; `state_dtype` by its name."""
-        return portable(super().state_dict())
+        state_dict = super().state_dict()
+        return portable({**state_dict, "param_groups": with_plain_names(state_dict["param_groups"], self.param_groups)})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle holds, with each name at its parameter's place."""
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "param_groups": with_plain_names(self.param_groups, self.param_groups)}
 
     def load_state_dict(self, state_dict: dict[str, Any], *, keep: Iterable[str] | None = None) -> None:
         """Go on from a checkpoint of PRM, or take over one of `torch.optim.AdamW` or `Adam`.
@@ -101,7 +111,7 @@ class CheckedOptimizer(Optimizer):
     def mask_state_of(self, param: Tensor) -> Mapping[str, Any]:
         """Return the state of a parameter that the mask is made of; empty before its first step."""
         state: Mapping[str, Any] = self.state.get(param, {})
-        return state
+        return state if "step" in state else {}  # else it is the user's alone
 
     def hyperparameters_of(self, group: int) -> Hyperparameters:
         """Return the numbers of a group as it stands now."""
@@ -114,17 +124,20 @@ class CheckedOptimizer(Optimizer):
         groups = prepare_groups(saved_groups, self.param_groups, keep)
         for group in groups:
             check_options({**self.defaults, **group})
-        state = prepare_state(state_dict["state"], groups, self.param_groups)
+        # Optimizers with other state have no betas; in those that do, entries without a moment are a user's own.
+        of_adam = all("betas" in group for group in saved_groups)
+        state = prepare_state(state_dict["state"], groups, self.param_groups, of_adam)
         return {**state_dict, "param_groups": groups, "state": state}
 
     def _restore(self, state: dict[str, Any], newest: Mapping[str, Any]) -> None:
         """Take over what was pickled or prepared; options that an older pickle lacks are as `newest` has them."""
         super().__setstate__(state)
-        for param_state in self.state.values():
+        for param_state in filter(lambda value: isinstance(value, dict), self.state.values()):
             for name, value in param_state.items():
                 if isinstance(value, Prepared):
-                    param_state[name] = value.tensor
+                    param_state[name] = value.value
         self.defaults = {**newest, **self.defaults}
         for group in self.param_groups:
+            pair_names(group)
             for name, value in self.defaults.items():
                 group.setdefault(name, value)

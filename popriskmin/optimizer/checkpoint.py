@@ -23,11 +23,15 @@ STATE_FORMAT = 1
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable", "state_dtype")
 
 
-class Prepared:
-    """A state tensor that is ready to use: the base class casts tensors, but leaves other objects alone."""
+# What the state of a parameter may hold of the optimizer's; torch says what becomes of a user's own entries.
+OWN = {"step", "exp_avg", "exp_avg_sq", "exp_avg_var", "max_exp_avg_sq", "start"}
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+
+class Prepared:
+    """A value that is ready to use: the base class casts tensors and makes generators of a user's lists and texts."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
 
 
 def dtype_of_state(name: str, param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
@@ -153,13 +157,23 @@ def prepare_state(
     saved_state: Mapping[Any, Any],
     prepared_groups: list[dict[str, Any]],
     groups: list[dict[str, Any]],
+    of_adam: bool,
 ) -> dict[Any, Any]:
-    """Return the saved state with every tensor in its final dtype and place, and what is missing filled in."""
+    """Return the saved state with every tensor in its final dtype and place, and what is missing filled in.
+
+    With `of_adam` a parameter's state without any of the optimizer's entries is a user's own, and is left as it is.
+    """
     state = dict(saved_state)
     for saved, group in zip(prepared_groups, groups):
         for key, param in zip(saved["params"], group["params"]):
-            if state.get(key):
-                state[key] = _prepare_one(key, state[key], param, saved)
+            known = state.get(key)
+            if known:
+                is_own = of_adam and OWN.isdisjoint(known)
+                made = known if is_own else _prepare_one(key, known, param, saved)
+                state[key] = {
+                    name: value if isinstance(value, Tensor) and name not in OWN else Prepared(value)
+                    for name, value in made.items()
+                }
     return state
 
 
@@ -174,7 +188,7 @@ def _prepare_one(key: Any, saved: Mapping[str, Any], param: Tensor, group: Mappi
     for name, value in saved.items():
         if name == "step":
             state[name] = new_step(param, group, float(value))
-        elif isinstance(value, Tensor):
+        elif isinstance(value, Tensor) and name in OWN:
             if value.shape != param.shape:
                 raise ValueError(
                     f"the checkpoint's {name} of parameter {key} has shape {tuple(value.shape)}, "
@@ -191,7 +205,7 @@ def _prepare_one(key: Any, saved: Mapping[str, Any], param: Tensor, group: Mappi
         state["exp_avg_var"] = implied_variance(state, group).to(dtype)
     if group["shrink_to"] == "start" and "start" not in state:
         state["start"] = param.detach().clone(memory_format=torch.preserve_format)
-    return {name: Prepared(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+    return state
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def made_state_alone(optimizer: Optimizer, counted: int) -> bool:
     """
     if not _at_rest(optimizer):
         return False
-    states = optimizer.state.values()
+    states = [state for state in optimizer.state.values() if isinstance(state, dict)]
     key = MASKED_STATE["step"] if any(MASKED_STATE["step"] in state for state in states) else "step"
     steps = [state[key] for state in states if key in state]
     return bool(steps) and all(float(step) == counted for step in steps) and _still(optimizer)

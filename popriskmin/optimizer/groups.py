@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 # A parameter group of an optimizer: "params", and options by their names.
 Group = Mapping[str, Any]
@@ -134,17 +135,76 @@ def param_groups(
     return groups
 
 
+class Names(list[str]):
+    """The "param_names" of a group, which know whose they are: users edit the list of parameters beside them.
+
+    Parameters are known by their `id`. They are not held, not even weakly, which `torch.utils.swap_tensors` refuses;
+    so what has left the group is forgotten when the names are next asked for.
+    """
+
+    def __init__(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
+        super().__init__(names)
+        self._pair(params)
+
+    def _pair(self, params: Sequence[Tensor]) -> None:
+        self._paired = tuple(self)
+        self._owners = {id(param): name for param, name in zip(params, self)}
+
+    def __reduce__(self) -> tuple[type[list[str]], tuple[list[str]]]:
+        """Return a copy's or a pickle's content: plain names, since the parameters there are others."""
+        return list, (list(self),)
+
+    def of(self, params: Sequence[Tensor]) -> list[str | None]:
+        """Return the name of each parameter; None for one that came without."""
+        if tuple(self) != self._paired and len(self) == len(params):
+            self._pair(params)  # both lists were edited
+        found = {id(param): self._owners.get(id(param)) for param in params}
+        self._owners = {owner: name for owner, name in found.items() if name is not None}
+        return [found[id(param)] for param in params]
+
+
+def pair_names(group: dict[str, Any]) -> None:
+    """Let the names of a group's parameters, if it has any, belong to these parameters from now on."""
+    if len(group.get("param_names") or ()) == len(group["params"]) > 0:
+        group["param_names"] = Names(group["param_names"], group["params"])
+
+
+def _own_names(group: Group) -> Sequence[str | None]:
+    params, names = group["params"], group.get("param_names") or ()
+    if isinstance(names, Names):
+        return names.of(params)
+    # Of another optimizer's lists of different length nobody can tell what belongs together.
+    return names if len(names) == len(params) else [None] * len(params)
+
+
+def with_plain_names(written: Sequence[Group], groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Return groups, as they are about to be written, with a plain name for each parameter of the optimizer's `groups`.
+
+    A group without names stays without; where a parameter alone has none, its place stands for it.
+    """
+    return [
+        {**to_write, "param_names": [str(p) if name is None else name for name, p in zip(_own_names(group), places)]}
+        if isinstance(group.get("param_names"), Names)
+        else dict(to_write)
+        for to_write, group, places in zip(written, groups, parameter_places(groups))
+    ]
+
+
+def parameter_places(groups: Sequence[Group]) -> list[range]:
+    """Return the places of each group's parameters in the list of all."""
+    ends = list(itertools.accumulate(len(group["params"]) for group in groups))
+    return [range(end - len(group["params"]), end) for group, end in zip(groups, ends)]
+
+
 def parameter_names(groups: Sequence[Group]) -> list[list[str | int]]:
     """Return a key for every parameter of each group: its name, or where it has none its place in the whole list.
 
     A name that several groups share, as when two models are trained together, gets its group's number.
     """
-    names: list[list[str | int]] = []
-    start = 0
-    for group in groups:
-        count = len(group["params"])
-        names.append(list(group.get("param_names") or range(start, start + count)))
-        start += count
+    names: list[list[str | int]] = [
+        [place if name is None else name for name, place in zip(_own_names(group), places)]
+        for group, places in zip(groups, parameter_places(groups))
+    ]
     uses = Counter(name for group_names in names for name in group_names)
     return [
         [f"group {i}: {name}" if uses[name] > 1 else name for name in group_names]

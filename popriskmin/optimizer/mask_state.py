@@ -14,7 +14,7 @@ from torch import Tensor
 
 from popriskmin.mask import Corrections, Hyperparameters, corrections, evaluate, signal_and_noise
 from popriskmin.optimizer.groups import parameter_names
-from popriskmin.step.lists import are_plain, as_real
+from popriskmin.step.lists import are_plain, as_real, is_compiling
 
 # What `Masked` calls its own state, which lies beside that of the optimizer inside.
 MASKED_STATE = {"step": "mask_step", "exp_avg": "mask_exp_avg", "exp_avg_var": "mask_exp_avg_var"}
@@ -26,6 +26,7 @@ class HasMask(Protocol):
     """An optimizer with a mask, and what each group's last step was taken with."""
 
     _applied: list[Hyperparameters]
+    _applied_to: list[int]  # the groups, by `id`; fewer where the steps are compiled
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -103,9 +104,29 @@ def joined(several: Sequence[Held]) -> list[Held]:
 
 
 def applied(optimizer: HasMask, group: int) -> Hyperparameters:
-    """Return what the group's last step was taken with; a schedule may have moved on since."""
-    kept = optimizer._applied
-    return kept[group] if group < len(kept) else optimizer.hyperparameters_of(group)
+    """Return what the group's last step was taken with; a schedule may have moved on since, and groups have gone."""
+    kept, groups = optimizer._applied, optimizer._applied_to
+    if len(groups) == len(kept):
+        own = id(optimizer.param_groups[group])
+        group_then = groups.index(own) if own in groups else len(groups)
+    else:
+        group_then = group
+    return kept[group_then] if group_then < len(kept) else optimizer.hyperparameters_of(group)
+
+
+def remember_applied(optimizer: HasMask, hypers: Sequence[Hyperparameters]) -> None:
+    """Note what the groups' step is taken with.
+
+    Lists are changed in place: what torch 2.11 compiles may not set attributes of an optimizer.
+    """
+    optimizer._applied[:] = hypers
+    if not is_compiling():  # which knows no id of a dict
+        optimizer._applied_to[:] = [id(group) for group in optimizer.param_groups]
+
+
+def forget_applied(optimizer: HasMask, group: Mapping[str, Any]) -> None:
+    """Know nothing of a new group, which may have the `id` of one that is gone."""
+    optimizer._applied_to[:] = [0 if known == id(group) else known for known in optimizer._applied_to]
 
 
 @torch.no_grad()

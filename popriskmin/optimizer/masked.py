@@ -13,7 +13,8 @@ from torch.optim import AdamW, Optimizer, SparseAdam
 from popriskmin.mask import Corrections, Hyperparameters, MaskFunction, corrections, mask_name
 from popriskmin.optimizer.checkpoint import Prepared, dtype_of_state, ids_match, saved_mask
 from popriskmin.optimizer.checkpoint_probe import makes_state_alone
-from popriskmin.optimizer.mask_state import MASKED_STATE
+from popriskmin.optimizer.groups import pair_names, with_plain_names
+from popriskmin.optimizer.mask_state import MASKED_STATE, forget_applied, remember_applied
 from popriskmin.optimizer.options import check_options, plain, with_numbers
 from popriskmin.optimizer.prm import PRM
 from popriskmin.optimizer.shrunk import CountsShrunk
@@ -174,7 +175,9 @@ class Masked(CountsShrunk, Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle."""
-        super().__setstate__({"_warned_capturable_if_run_uncaptured": True, **state})
+        super().__setstate__({"_warned_capturable_if_run_uncaptured": True, **state, "_applied_to": []})
+        for group in self.param_groups:
+            pair_names(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters to the inner optimizer, with options of both.
@@ -189,6 +192,8 @@ class Masked(CountsShrunk, Optimizer):
         group = split_names(param_group)
         self._complete(group)
         self.inner.add_param_group(group)
+        pair_names(self.param_groups[-1])
+        forget_applied(self, self.param_groups[-1])
 
     def _complete(self, group: dict[str, Any]) -> None:
         """Check a group's own options of the mask, and fill in the others."""
@@ -229,7 +234,7 @@ class Masked(CountsShrunk, Optimizer):
         applied = [self.hyperparameters_of(number) for number in range(len(self.param_groups))]
         started: dict[Tensor, dict[str, Tensor]] = {}
         gathered = [self._gather(group, started) for group in self.param_groups]
-        self._applied[:] = applied
+        remember_applied(self, applied)
         steps: list[_Step] = []
         for group, hyper, (lists, counts) in zip(self.param_groups, applied, gathered):
             on_device = bool(group.get("capturable")) or is_compiling()
@@ -314,6 +319,7 @@ class Masked(CountsShrunk, Optimizer):
         for hook in getattr(self, "_optimizer_state_dict_pre_hooks", {}).values():
             hook(self)
         state_dict: dict[str, Any] = self.inner.state_dict()
+        state_dict["param_groups"] = with_plain_names(state_dict["param_groups"], self.param_groups)
         for group in state_dict["param_groups"]:
             if callable(group.get(self._keys["mask"])):
                 group[self._keys["mask"]] = mask_name(group[self._keys["mask"]])
@@ -338,8 +344,10 @@ class Masked(CountsShrunk, Optimizer):
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self.inner.load_state_dict(self._prepare(state_dict))
-        for state in self.inner.state.values():
-            state.update({name: value.tensor for name, value in state.items() if isinstance(value, Prepared)})
+        for group in self.param_groups:
+            pair_names(group)
+        for state in filter(lambda value: isinstance(value, dict), self.inner.state.values()):
+            state.update({name: value.value for name, value in state.items() if isinstance(value, Prepared)})
         for hook in getattr(self, "_optimizer_load_state_dict_post_hooks", {}).values():
             hook(self)
 

@@ -14,6 +14,7 @@ from popriskmin.mask import Hyperparameters, MaskFunction
 from popriskmin.optimizer.base import CheckedOptimizer
 from popriskmin.optimizer.checkpoint import STATE_FORMAT, new_state
 from popriskmin.optimizer.checkpoint_probe import makes_state_alone
+from popriskmin.optimizer.mask_state import remember_applied
 from popriskmin.optimizer.options import check_options, check_variances, name_of, plain, with_numbers
 from popriskmin.optimizer.shrunk import CountsShrunk
 from popriskmin.optimizer.stats import MaskStats, mask_stats
@@ -220,6 +221,7 @@ class PRM(CountsShrunk, CheckedOptimizer):
         check_options(defaults)
         # What each group's last step was taken with, for the statistics; a schedule may have moved on since.
         self._applied: list[Hyperparameters] = []
+        self._applied_to: list[int] = []
         # What the kernels keep from step to step, for each group.
         self._memories: list[dict[str, Any]] = []
         # What the next step takes for the variances of the gradients.
@@ -262,7 +264,7 @@ class PRM(CountsShrunk, CheckedOptimizer):
                     )
                 grad_vars.append(self._variances[p])
             state = self.state[p]
-            if len(state) == 0:
+            if "step" not in state:  # what else is there is the user's
                 state.update(new_state(p, group))
             params.append(p)
             grads.append(grad)
@@ -295,7 +297,9 @@ class PRM(CountsShrunk, CheckedOptimizer):
                 loss = closure()
         elif makes_state_alone(self):
             for group in self.param_groups:
-                self.state.update({p: new_state(p, group) for p in group["params"] if p.grad is not None})
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self.state[p].update(new_state(p, group))
             return None
         # Resolved before anything moves: a schedule may have written a batch size that does not fit, and a gradient may
         # be sparse or lack its variance.
@@ -304,11 +308,10 @@ class PRM(CountsShrunk, CheckedOptimizer):
         for group in self.param_groups:
             gathered.append((Lists(*([] for _ in Lists._fields)), []))
             self._init_group(group, *gathered[-1][0], gathered[-1][1])
-        # Changed in place: what torch 2.11 compiles may not set attributes of an optimizer.
-        self._applied[:] = [
-            hyper.plain() if group["differentiable"] else hyper for group, hyper in zip(self.param_groups, applied)
-        ]
+        plain_ones = [hyper.plain() if g["differentiable"] else hyper for g, hyper in zip(self.param_groups, applied)]
+        remember_applied(self, plain_ones)
         self._variances.clear()
+        del self._memories[len(self.param_groups) :]
         self._memories.extend({} for _ in self.param_groups[len(self._memories) :])
         for group, hyper, memory, (lists, state_steps) in zip(self.param_groups, applied, self._memories, gathered):
             dispatch(
@@ -412,6 +415,6 @@ class PRM(CountsShrunk, CheckedOptimizer):
         options = inspect.signature(PRM.__init__).parameters
         newest = {name: p.default for name, p in options.items() if p.default is not p.empty}
         self._restore(state, {**newest, "state_format": STATE_FORMAT})
-        self._applied = []
+        self._applied, self._applied_to = [], []
         self._memories = []
         self._variances = {}

@@ -73,8 +73,8 @@ class Kept(NamedTuple):
 
     step: int
     gradients: dict[int, Tensor]
-    hyper: list[Hyperparameters]
-    reuse: list[Reuse]
+    hyper: dict[int, Hyperparameters]  # by the `id` of their group, as the next
+    reuse: dict[int, Reuse]
 
 
 class Block(NamedTuple):
@@ -96,16 +96,19 @@ class Block(NamedTuple):
 
 
 def keep(optimizer: Optimizer, step: int, reuse: list[Reuse]) -> Kept:
-    """Copy the gradients of the last step, and the numbers that it was taken with."""
+    """Copy the gradients of the last step, and the numbers that it was taken with.
+
+    `reuse` has one entry for each group.
+    """
     gradients = {
         id(param): param.grad.detach().clone()
         for param in _params(optimizer)
-        if param.grad is not None and param.numel() > 0 and optimizer.state.get(param)
+        if param.grad is not None and param.numel() > 0 and "step" in optimizer.state.get(param, {})
     }
-    hyper = [hyperparameters(optimizer, group) for group in optimizer.param_groups]
+    hyper = {id(group): hyperparameters(optimizer, group) for group in optimizer.param_groups}
     # A schedule writes to a learning rate that is a tensor.
-    hyper = [h._replace(lr=h.lr.clone()) if isinstance(h.lr, Tensor) else h for h in hyper]
-    return Kept(step, gradients, hyper, reuse)
+    hyper = {i: h._replace(lr=h.lr.clone()) if isinstance(h.lr, Tensor) else h for i, h in hyper.items()}
+    return Kept(step, gradients, hyper, dict(zip(hyper, reuse)))
 
 
 @torch.no_grad()
@@ -118,14 +121,18 @@ def compare(kept: Kept, optimizer: Optimizer, by: str | None) -> Tensor | None:
     -------
     Tensor or None
         Of shape (1, 2), (groups, 2) or (parameters, 2), on the device of the first
-        parameter. None if no parameter has both gradients.
+        gradient, without groups that came later. None if no parameter has both
+        gradients.
     """
     if not kept.gradients:
         return None
     device = next(iter(kept.gradients.values())).device
     rows: list[Tensor] = []
     empty = True
-    for group, hyper, reuse in zip(optimizer.param_groups, kept.hyper, kept.reuse):
+    for group in optimizer.param_groups:
+        if id(group) not in kept.hyper:
+            continue
+        hyper, reuse = kept.hyper[id(group)], kept.reuse[id(group)]
         count = len(group["params"]) if by == "parameter" else None
         total: Tensor | None = None
         for block in blocks(group["params"], optimizer, hyper, kept.gradients):
@@ -203,8 +210,8 @@ def read(
 
     A gradient of another shape is of a parameter that this one has replaced.
     """
-    state = optimizer.state.get(param)
-    if not state or param.numel() == 0 or param.grad is None or gradient is None or gradient.shape != param.shape:
+    state = optimizer.state.get(param, {})
+    if "step" not in state or param.numel() == 0 or param.grad is None or gradient is None or gradient.shape != param.shape:
         return None
     step = state["step"]
     second = state["max_exp_avg_sq" if hyper.amsgrad else "exp_avg_sq"]
@@ -342,8 +349,9 @@ def state_of(kept: Kept | None, optimizer: Optimizer) -> dict[str, object] | Non
     return {
         "step": kept.step,
         "gradients": {i: kept.gradients[id(p)] for i, p in places if id(p) in kept.gradients},
-        "lr": [h.lr for h in kept.hyper],
-        "reuse": [tuple(reuse) for reuse in kept.reuse],
+        # A group that came later has no gradient here that its numbers would matter to.
+        "lr": [kept.hyper[i].lr if i in kept.hyper else 0.0 for i in map(id, optimizer.param_groups)],
+        "reuse": [tuple(kept.reuse.get(i, Reuse(0.0, 0.0))) for i in map(id, optimizer.param_groups)],
     }
 
 
@@ -369,8 +377,9 @@ def restored(state: Mapping[str, Any] | None, optimizer: Optimizer) -> Kept | No
     if len(state["lr"]) != len(groups):
         raise ValueError(f"{misfit}: it has {len(state['lr'])} groups, expected {len(groups)}")
     gradients = {id(params[i]): g.to(params[i].device, copy=True) for i, g in state["gradients"].items()}
-    hyper = [hyperparameters(optimizer, g)._replace(lr=lr) for g, lr in zip(groups, state["lr"])]
-    return Kept(int(state["step"]), gradients, hyper, [Reuse(*reuse) for reuse in state["reuse"]])
+    hyper = {id(g): hyperparameters(optimizer, g)._replace(lr=lr) for g, lr in zip(groups, state["lr"])}
+    reuse = {id(g): Reuse(*numbers) for g, numbers in zip(groups, state["reuse"])}
+    return Kept(int(state["step"]), gradients, hyper, reuse)
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:

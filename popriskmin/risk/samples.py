@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,9 @@ from popriskmin.optimizer.groups import Group, parameter_names
 from popriskmin.risk.expected_fall import Kept, Reuse, compare, keep, restored, same_pass, state_of
 
 PARTS = ("group", "parameter")
+
+# What the rows of a table of parts are of: a group and a parameter each.
+Owners = list[tuple[str, str]]
 
 EVERY_AT_FIRST = 8
 
@@ -236,38 +240,42 @@ class Series:
         return RiskEstimate._make([*(numbers if self.finite else [math.nan] * 6), steps])
 
 
+def owners_of(groups: Sequence[Group], kept: str | None, known: Collection[int] | None = None) -> Owners:
+    """Return for each row of a table of parts, as groups stand now, its group and name.
+
+    The name is empty where a row is of a whole group; without parts there are no rows.
+    `known` holds the groups that the table is of, by `id`; None is all.
+    """
+    if kept is None:
+        return []
+    numbers = [i for i, group in enumerate(groups) if known is None or id(group) in known]
+    if kept == "group":
+        return [(f"group {i}", "") for i in numbers]
+    names = parameter_names(groups)
+    return [(f"group {i}", str(name)) for i in numbers for name in names[i]]
+
+
 def by_part(
     samples: Sequence[Sample],
     rows: Sequence[Tensor],
-    groups: Sequence[Group],
-    kept: str,
+    owners: Sequence[Owners],
     by: str,
 ) -> dict[str, list[Sample]]:
     """Return the samples of each part by its name.
 
     Parameters
     ----------
-    samples, rows
-        Equally many: each sample, and the table of shape (parts, 2) that it is the sum
-        of.
-    groups
-        The optimizer's.
-    kept, by
-        "group" or "parameter": the meaning of a row in the tables, and the parts asked
-        for.
+    samples, rows, owners
+        Equally many: each sample, the table of shape (parts, 2) that it is the sum of,
+        and from `owners_of` what the rows of that table are of.
+    by
+        "group" or "parameter": the parts asked for.
     """
-    names = parameter_names(groups)
-    if kept == "group":
-        owners = [f"group {i}" for i in range(len(groups))]
-    elif by == "group":
-        owners = [f"group {i}" for i, names_of in enumerate(names) for _ in names_of]
-    else:
-        owners = [str(name) for names_of in names for name in names_of]
     parts: dict[str, list[Sample]] = {}
-    for sample, table in zip(samples, rows):
+    for sample, table, own in zip(samples, rows, owners):
         sums: dict[str, list[float]] = {}
-        for owner, (fresh, influence) in zip(owners, table.tolist()):
-            pair = sums.setdefault(owner, [0.0, 0.0])
+        for (group, name), (fresh, influence) in zip(own, table.tolist()):
+            pair = sums.setdefault(group if by == "group" else name, [0.0, 0.0])
             pair[0] += fresh
             pair[1] += influence
         for owner, (fresh, influence) in sums.items():
@@ -305,8 +313,11 @@ class Sampler:
         self._counts = counts
         self._replacement = replacement
         self._kept: Kept | None = None
-        self._waiting: list[tuple[int, Tensor]] = []
-        self._rows: list[Tensor] = []  # with `by`: the tables behind the samples
+        self._waiting: list[tuple[int, Tensor, Owners]] = []
+        # With `by`: the tables behind the samples, and what their rows are of. Users
+        # edit the groups, so that this is known at the sample alone.
+        self._rows: list[Tensor] = []
+        self._owners: list[Owners] = []
         self._series = Series(smoothing)
 
     @property
@@ -325,7 +336,8 @@ class Sampler:
                 return
             if self._waiting and self._waiting[0][1].shape != rows.shape:
                 self._absorb()  # a group was added
-            self._waiting.append((kept.step, rows))
+            owners = owners_of(self.optimizer.param_groups, self.by, kept.hyper)
+            self._waiting.append((kept.step, rows, owners))
             if len(self._waiting) >= WAITING:
                 self._absorb()
 
@@ -393,19 +405,19 @@ class Sampler:
         if not self._waiting:
             return
         device = self._waiting[0][1].device
-        table = torch.stack([rows.to(device) for _, rows in self._waiting]).cpu().double()
-        for (step, _), rows in zip(self._waiting, table):
+        table = torch.stack([rows.to(device) for _, rows, _ in self._waiting]).cpu().double()
+        for (step, _, owners), rows in zip(self._waiting, table):
             fresh, influence = rows.sum(0).tolist()
             self._series.add(Sample(step, fresh, influence))
             if self._series.finite and self.by is not None:
                 self._rows.append(rows.clone())
+                self._owners.append(self._owners[-1] if self._owners[-1:] == [owners] else owners)
         self._waiting = []
 
     def parts(self, by: str) -> dict[str, list[Sample]]:
         """Return the samples of each part by its name."""
         self._absorb()
-        groups = self.optimizer.param_groups
-        return by_part(self._series.samples, self._rows, groups, self.by or by, by)
+        return by_part(self._series.samples, self._rows, self._owners, by)
 
     def estimates(self, by: str) -> dict[str, RiskEstimate]:
         """Return the estimate of each part by its name."""
@@ -427,6 +439,8 @@ class Sampler:
             "pace": self._pace is not None,
             "samples": samples.reshape(-1, len(Sample._fields)),
             "rows": list(self._rows),
+            # By runs, as they seldom change.
+            "owners": [(own, len(list(same))) for own, same in itertools.groupby(self._owners)],
             "kept": state_of(self._kept, self.optimizer),
         }
 
@@ -442,6 +456,8 @@ class Sampler:
         self.steps = state_dict["steps"]
         self.every, self._pace = state_dict["every"], Pace() if state_dict["pace"] else None
         self._waiting, self._rows = [], list(state_dict["rows"])
+        owners = owners_of(self.optimizer.param_groups, self.by)  # older checkpoints do not say
+        self._owners = [own for own, count in state_dict.get("owners", [(owners, len(self._rows))]) for _ in range(count)]
         self._series = Series(self._series.smoothing)
         for step, fresh, influence in state_dict["samples"].tolist():
             self._series.add(Sample(int(step), fresh, influence))

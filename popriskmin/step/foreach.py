@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,16 @@ from popriskmin.mask import (
     loading,
     signal_and_noise,
 )
-from popriskmin.step.lists import Lists, are_plain, compute_dtype, count_up, local_parts, shrinks
+from popriskmin.step.lists import (
+    Lists,
+    are_plain,
+    compute_dtype,
+    count_up,
+    is_compiling,
+    local_parts,
+    sharing_memory,
+    shrinks,
+)
 from popriskmin.step.rounding import random_bits, round_stochastically
 from popriskmin.step.shards import over_ranks
 
@@ -55,15 +64,16 @@ def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparame
         on_host = cohort.params[0].device.type == "cpu" and not tensor_steps and are_plain(cohort.params)
         # The random bits go by the place in the whole tensor, so tensors that need them stay whole.
         on_host = on_host and cohort.exp_avg_vars[0].dtype != torch.bfloat16
+        apart = set() if is_compiling() or not are_plain(cohort.params) else sharing_memory(cohort.params)
         if own.reduction == "per_tensor" and own.mask != "none" and c.open is not True:
-            blocks = list(_blocks(cohort, cut=on_host, join=False))
+            blocks = list(_blocks(cohort, cut=on_host, join=False, apart=apart))
             for block in blocks:
                 _advance(block, c, own, dtype)
             q = pooled_mask(whole, cohort, blocks, c, own, dtype)
             for block in blocks:
                 _move(block, [q[i] for i in block.owners], c, own, dtype)
         else:
-            for block in _blocks(cohort, cut=on_host, join=on_host):
+            for block in _blocks(cohort, cut=on_host, join=on_host, apart=apart):
                 _advance(block, c, own, dtype)
                 _move(block, mask_of(block, c, own, dtype), c, own, dtype)
 
@@ -92,12 +102,20 @@ def cohorts(
         yield indices, torch.stack([state_steps[i] for i in indices]) if tensor_steps else key[-1]
 
 
-def _blocks(cohort: Lists, cut: bool, join: bool) -> Iterator[Block]:
+def _blocks(cohort: Lists, cut: bool, join: bool, apart: Collection[int] = ()) -> Iterator[Block]:
     """Yield the cohort whole, or with `cut` in blocks of about `CPU_BLOCK` scalars.
 
     A larger tensor is cut into flat parts if its memory, and that of its gradient and state, allows. With `join` many
-    small tensors become one, which is written back to them when the next block is asked for.
+    small tensors become one, which is written back to them when the next block is asked for. The places in `apart`
+    are blocks by themselves, in their order.
     """
+    if apart:
+        for i in sorted(apart):
+            yield Block(cohort.of([i]), [i])
+        others = [i for i in range(len(cohort.params)) if i not in apart]
+        for block in _blocks(cohort.of(others), cut, join) if others else ():
+            yield block._replace(owners=[others[i] for i in block.owners])
+        return
     if not cut:
         yield Block(cohort, list(range(len(cohort.params))))
         return

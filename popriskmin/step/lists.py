@@ -101,6 +101,28 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def sharing_memory(tensors: list[Tensor]) -> set[int]:
+    """Return the places of ordinary tensors that may share elements with another.
+
+    Each must then be stepped when the one before it has been written, or the last one written is all that remains.
+    Views that lie between each other's elements count too.
+    """
+    extents = []
+    for i, tensor in enumerate(tensors):
+        if tensor.numel() > 0 and tensor.layout == torch.strided and not tensor.is_meta:
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+            begin = tensor.data_ptr()
+            extents.append((tensor.device, begin, begin + (last + 1) * tensor.element_size(), i))
+    sharing: set[int] = set()
+    reached: tuple[torch.device | None, int, int] = None, 0, 0  # a device, the farthest end on it, and whose it is
+    for device, begin, end, i in sorted(extents, key=lambda extent: (str(extent[0]), *extent[1:])):
+        if device == reached[0] and begin < reached[1]:
+            sharing |= {i, reached[2]}
+        if device != reached[0] or end > reached[1]:
+            reached = device, end, i
+    return sharing
+
+
 def as_real(tensor: Tensor) -> Tensor:
     """View a complex tensor as real, the last dimension holding both parts."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor

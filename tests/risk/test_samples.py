@@ -9,7 +9,7 @@ from torch import nn
 
 from popriskmin import PRM
 from popriskmin.risk import samples
-from popriskmin.risk.samples import Pace, Sample, Sampler, Series, Smoothed, by_part
+from popriskmin.risk.samples import Pace, Sample, Sampler, Series, Smoothed, by_part, owners_of
 
 
 def run(sampler, optimizer, steps):
@@ -165,10 +165,10 @@ def values(found):
 
 
 def test_parameters_by_name_and_groups_as_their_sums():
-    found = by_part(SAMPLES, ROWS, NAMED, "parameter", "parameter")
+    found = by_part(SAMPLES, ROWS, [owners_of(NAMED, "parameter")] * 2, "parameter")
     assert values(found) == {"a": [(2, 1), (4, 10)], "b": [(2, 2), (4, 20)], "c": [(2, 3), (4, 30)]}
     assert found["b"][0].influence == ROWS[0][1, 1].item()
-    assert values(by_part(SAMPLES, ROWS, NAMED, "parameter", "group")) == {
+    assert values(by_part(SAMPLES, ROWS, [owners_of(NAMED, "parameter")] * 2, "group")) == {
         "group 0": [(2, 3), (4, 30)],
         "group 1": [(2, 3), (4, 30)],
     }
@@ -176,13 +176,15 @@ def test_parameters_by_name_and_groups_as_their_sums():
 
 def test_without_names_places_stand_for_them():
     unnamed = [{"params": [A, B]}, {"params": [C]}]
-    assert list(by_part(SAMPLES, ROWS, unnamed, "parameter", "parameter")) == ["0", "1", "2"]
+    assert list(by_part(SAMPLES, ROWS, [owners_of(unnamed, "parameter")] * 2, "parameter")) == ["0", "1", "2"]
 
 
 def test_what_came_in_later_has_samples_from_then_on():
-    found = by_part(SAMPLES, [ROWS[0][:2], ROWS[1]], NAMED, "parameter", "parameter")
+    owners = [owners_of(NAMED, "parameter", {id(NAMED[0])}), owners_of(NAMED, "parameter")]
+    found = by_part(SAMPLES, [ROWS[0][:2], ROWS[1]], owners, "parameter")
     assert values(found) == {"a": [(2, 1), (4, 10)], "b": [(2, 2), (4, 20)], "c": [(4, 30)]}
-    groups = by_part(SAMPLES, [ROWS[0][:1], ROWS[1][:2]], NAMED, "group", "group")
+    owners = [owners_of(NAMED, "group", {id(NAMED[0])}), owners_of(NAMED, "group")]
+    groups = by_part(SAMPLES, [ROWS[0][:1], ROWS[1][:2]], owners, "group")
     assert values(groups) == {"group 0": [(2, 1), (4, 10)], "group 1": [(4, 20)]}
 
 

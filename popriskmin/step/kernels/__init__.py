@@ -16,7 +16,7 @@ from torch import Tensor
 from popriskmin.mask import Hyperparameters, mask_name
 from popriskmin.step.kernels import cpu, cuda
 from popriskmin.step.kernels.eligible import State, fits_as_usual, matched, misfit
-from popriskmin.step.lists import Lists, shrinks
+from popriskmin.step.lists import Lists, are_plain, sharing_memory, shrinks
 
 
 class Kernel(NamedTuple):
@@ -69,13 +69,14 @@ def fused_prm(
         return list(range(len(lists.params)))
     cohorts: dict[tuple[object, ...], list[int]] = {}
     left, empty = [], []
+    apart = sharing_memory(lists.params) if are_plain(lists.params) else set()
     for i, param in enumerate(lists.params):
         if param.numel() == 0:
             empty.append(i)
             continue
         reason = _refusal(hyper, param) or misfit(lists, state_steps, i)
         if reason is None:
-            kind = (shrinks(hyper, param), *_kind(lists, state_steps, i))
+            kind = (shrinks(hyper, param), i if i in apart else None, *_kind(lists, state_steps, i))
             cohorts.setdefault(kind, []).append(i)
         elif insist:
             raise RuntimeError(f"fused=True, but tensor {i} of a parameter group cannot take it: {reason}")

@@ -12,7 +12,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from popriskmin.step.lists import PLAIN, Lists, are_plain, is_dense
+from popriskmin.step.lists import PLAIN, Lists, are_plain, is_dense, sharing_memory
 
 GRADIENT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MEAN_TYPES = (torch.float32, torch.float64)
@@ -99,6 +99,7 @@ def fits_as_usual(lists: Lists, state_steps: list[Tensor], known: State | None) 
                 (layout is None or all(map(is_dense, params)))
                 and all(_are_usual(tensors, found, device) for tensors in kept if tensors)
                 and not any(map(Tensor.is_neg, params))
+                and not sharing_memory(params)
                 and all(map(_is_counter, state_steps))
                 and (_are_on(state_steps, -1) or _are_on(state_steps, device))
             )
