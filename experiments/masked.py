@@ -10,49 +10,41 @@ own and no weight decay, and is chosen and stopped on validation data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from popriskmin.compare import compare
-from popriskmin.compare.loading import load_task_class, make_task
+from masked_arms import ShortText
+
+from popriskmin.compare import Task, compare
+from popriskmin.tasks.digits import Digits
+from popriskmin.tasks.table import Table
 
 SEEDS = 5
-TASKS: dict[str, dict[str, Any]] = {
-    "table": {"data": "wine", "probes": 500},
-    "digits": {},
-    "text": {"steps": 200},
+TASKS: dict[str, Task] = {
+    "table": Table(data="wine", probes=500, steps=250),
+    "digits": Digits(epochs=8),
+    "text": ShortText(steps=80, width=32, batch_size=16),
 }
-ADAMW_RATES = {"table": (1e-3, 3e-3, 1e-2, 3e-2), "digits": (1e-3, 3e-3, 1e-2), "text": (1e-3, 3e-3, 1e-2)}
-PAIRS = {"SGD": ("sgd", "masked sgd"), "Muon": ("muon", "masked muon"), "AdamW": ("adamw", "prm")}
-PATH = "masked_arms:"
-
-
-def arms(task: str) -> tuple[dict[str, Any], dict[str, Sequence[float]]]:
-    """Return the optimizers and their learning rates, to which the best may be at no end."""
-    given = {
-        "sgd": (PATH + "SGD", {}),
-        "masked sgd": (PATH + "MaskedSGD", {}),
-        "muon": (PATH + "Muon", {}),
-        "masked muon": (PATH + "MaskedMuon", {}),
-    }
-    sgd, muon = ((0.1, 0.3, 1.0), (3e-3, 1e-2, 3e-2)) if task == "text" else ((0.01, 0.03, 0.1), (1e-3, 3e-3, 1e-2))
-    wider = (3 * sgd[-1], 3 * muon[-1])  # a mask takes shorter steps
-    return given, {"sgd": sgd, "masked sgd": (*sgd, wider[0]), "muon": muon, "masked muon": (*muon, wider[1])}
+# The same with the mask and without.
+RATES: dict[str, dict[str, tuple[float, ...]]] = {
+    "table": {"sgd": (0.01, 0.03, 0.1, 0.3), "muon": (1e-3, 3e-3, 1e-2, 3e-2)},
+    "digits": {"sgd": (0.03, 0.1, 0.3, 1.0), "muon": (3e-3, 1e-2, 3e-2)},
+    "text": {"sgd": (0.1, 0.3, 1.0), "muon": (3e-3, 1e-2, 3e-2)},
+}
+ARMS = {"sgd": "SGD", "masked sgd": "MaskedSGD", "muon": "Muon", "masked muon": "MaskedMuon"}
 
 
 def run(runs: Path) -> None:
     """Make the runs that are missing."""
-    for name, options in TASKS.items():
-        given, rates = arms(name)
+    for name, task in TASKS.items():
+        rates = RATES[name]
         compare(
-            make_task(load_task_class(name), options),
-            lr=ADAMW_RATES[name],
+            task,
+            lr=(1e-2,),  # of AdamW and PRM, which `compare` trains in any case
             weight_decay=(0.0,),
             seeds=SEEDS,
             prm=[],
-            arms=given,
-            arm_lr=rates,
+            arms={arm: (f"masked_arms:{cls}", {}) for arm, cls in ARMS.items()},
+            arm_lr={arm: rates[arm.split()[-1]] for arm in ARMS},
             out=runs / name,
             progress=False,
         ).print()
