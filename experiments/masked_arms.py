@@ -61,8 +61,8 @@ class MaskedMuon(Masked):
 
 @dataclasses.dataclass
 class ShortText(Text):
-    """The task text, evaluated at four steps, for evaluation takes longer than so few steps."""
+    """The task text, evaluated twice, for evaluation takes longer than so few steps."""
 
     def trial(self, seed: int) -> Trial:
         """Return the trial of `text`."""
-        return dataclasses.replace(super().trial(seed), evaluate_every=self.steps // 4)
+        return dataclasses.replace(super().trial(seed), evaluate_every=self.steps // 2)
