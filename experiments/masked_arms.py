@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from popriskmin import Masked
+from popriskmin.compare import Trial
+from popriskmin.tasks.text import Text
 
 
 class SGD(torch.optim.SGD):
@@ -54,3 +57,12 @@ class MaskedMuon(Masked):
 
     def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0, **mask: Any) -> None:
         super().__init__(Muon(params, lr, weight_decay), **mask)
+
+
+@dataclasses.dataclass
+class ShortText(Text):
+    """The task text, evaluated twice, for evaluation takes longer than so few steps."""
+
+    def trial(self, seed: int) -> Trial:
+        """Return the trial of `text`."""
+        return dataclasses.replace(super().trial(seed), evaluate_every=self.steps // 2)

@@ -207,6 +207,24 @@ def test_hyperparameters_are_injected():
     assert mask_stats(one[1])["mean_q"] == pytest.approx(mask_stats(other[1])["mean_q"], rel=1e-4)
 
 
+def test_gradients_are_accumulated_by_multisteps():
+    """Its inner update runs at every micro-step, and its outcome is thrown away at all but the last."""
+    solver, accumulating = prm(0.01, **ALL), optax.MultiSteps(prm(0.01, **ALL), every_k_schedule=2)
+    params = few()
+    ends, state = params, solver.init(params)
+    small, of_small = params, accumulating.init(params)
+    update = jax.jit(accumulating.update)
+    for i in range(3):
+        micro = [{name: jnp.asarray(arrays(2 * i + j, np.float32)[name]) for name in FEW} for j in range(2)]
+        for grads in micro:
+            updates, of_small = update(grads, of_small, small)
+            small = optax.apply_updates(small, updates)
+        updates, state = solver.update(jax.tree.map(lambda a, b: (a + b) / 2, *micro), state, ends)
+        ends = optax.apply_updates(ends, updates)
+    close(small, ends)
+    assert mask_stats(of_small) == pytest.approx(mask_stats(state), rel=1e-4)
+
+
 def test_a_mask_of_ones_own():
     def half(signal, noise, hyper):
         return jnp.full_like(signal, 0.5) * (signal > hyper.softness * noise)

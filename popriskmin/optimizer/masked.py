@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer, SparseAdam
+from torch.optim import Optimizer, SparseAdam
 
 from popriskmin.mask import Corrections, Hyperparameters, MaskFunction, corrections, mask_name
 from popriskmin.optimizer.checkpoint import Prepared, dtype_of_state, ids_match, saved_mask
@@ -30,8 +30,9 @@ _OF_PRM = {
     if option.default is not option.empty
 } | {"lr": 0.0, "eps": 0.0, "weight_decay": 0.0}
 
-# What Lion of pytorch-optimizer calls decoupled decay; torch's own say it by "decoupled_weight_decay".
-_LION = ("pytorch_optimizer", "Lion")
+# Of torch those that have no other decay than the decoupled one; others say it by "decoupled_weight_decay". Adafactor
+# came with torch 2.5, Muon with 2.9.
+_DECOUPLED = tuple(getattr(torch.optim, name) for name in ("AdamW", "Adafactor", "Muon") if hasattr(torch.optim, name))
 
 
 class Masked(CountsShrunk, Optimizer):
@@ -67,10 +68,10 @@ class Masked(CountsShrunk, Optimizer):
         The mask's epsilon, in units of the squared gradient.
     mask_decay
         Whether the inner optimizer's decoupled weight decay is masked too. It is told apart from the step for
-        `torch.optim.AdamW`, for others of torch with `decoupled_weight_decay=True`, for `torch.optim.Muon`, for `Lion`
-        of pytorch-optimizer, and for any whose groups say `decoupled_weight_decay=True`: these decay by
-        `lr * weight_decay * w` before they step. Decay that is part of the gradient, as in SGD, or that cannot be told
-        apart is masked in any case.
+        torch's AdamW, Adafactor and Muon, for others of torch with `decoupled_weight_decay=True`, for the `Lion` of
+        pytorch-optimizer and of lion-pytorch, and for any whose groups say `decoupled_weight_decay=True`: these decay
+        by `lr * weight_decay * w` before they step. Decay that is part of the gradient, as in SGD, or that cannot be
+        told apart is masked in any case.
 
     Raises
     ------
@@ -247,8 +248,8 @@ class Masked(CountsShrunk, Optimizer):
         for step, weights in zip(steps, others):
             q = _mask(step)
             _go_back(step.local.params, step.before, q, step)
-            if weights is not None:
-                afters = [self.inner.state[p]["z"] for p in step.whole.params]
+            afters = [self.inner.state[p].get("z") for p in step.whole.params]
+            if weights is not None and not any(z is None for z in afters):
                 _go_back(_alike(afters, step), weights, q, step)
         return loss
 
@@ -272,16 +273,17 @@ class Masked(CountsShrunk, Optimizer):
 
     def _decay(self, group: Mapping[str, Any]) -> Any:
         """Return what share of the weights the inner optimizer's step takes off them as decoupled decay."""
-        kind = type(self.inner)
-        lion = (kind.__module__.partition(".")[0], kind.__name__) == _LION
-        muon = getattr(torch.optim, "Muon", None)  # since torch 2.9
-        if isinstance(self.inner, AdamW) or (muon is not None and isinstance(self.inner, muon)):
-            decouples = True
-        else:
-            decouples = bool(group.get("weight_decouple") if lion else group.get("decoupled_weight_decay"))
-        if not decouples:
-            return 0.0
-        return group["weight_decay"] * (1 if lion and group.get("fixed_decay") else group["lr"])
+        package, name = type(self.inner).__module__.partition(".")[0], type(self.inner).__name__
+        decay = group.get("weight_decay", 0.0)
+        if (package, name) == ("lion_pytorch", "Lion"):
+            # With its decoupled_wd the decay follows the schedule of the learning rate, and not the rate itself.
+            return decay * group["lr"] / (self.inner._init_lr if self.inner.decoupled_wd else 1)
+        if (package, name) == ("pytorch_optimizer", "Lion"):
+            share = 1 if group["fixed_decay"] else group["lr"]
+            return decay * share if group["weight_decouple"] else 0.0
+        if isinstance(self.inner, _DECOUPLED) or group.get("decoupled_weight_decay"):
+            return decay * group["lr"]
+        return 0.0
 
     def _other_weights(self, steps: list[_Step]) -> list[list[Tensor] | None]:
         """Return copies of the weights that a schedule-free optimizer trains beside the parameters it evaluates."""
@@ -460,19 +462,19 @@ def _prepared(saved: Mapping[str, Any], number: Any, param: Tensor, group: Mappi
 
 
 def _check_inner(optimizer: Any) -> None:
+    name = type(optimizer).__name__
+    for attribute in ("optimizer", "_optimizer", "base"):
+        if isinstance(getattr(optimizer, attribute, None), Optimizer) and not isinstance(optimizer, Masked):
+            raise TypeError(f"{name} is a wrapper around an optimizer: put Masked inside, and hand that to the wrapper")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"Masked takes a torch optimizer that is built, such as torch.optim.SGD(model.parameters(), lr=0.1), got "
             f"{optimizer!r}"
         )
-    name = type(optimizer).__name__
     if isinstance(optimizer, (PRM, Masked)):
         raise TypeError(f"{name} masks its steps already: give Masked the optimizer that the mask is to go around")
     if isinstance(optimizer, SparseAdam):
         raise TypeError("Masked does not support sparse gradients, and SparseAdam takes no others")
-    for attribute in ("optimizer", "_optimizer"):
-        if isinstance(getattr(optimizer, attribute, None), Optimizer):
-            raise TypeError(f"{name} is a wrapper around an optimizer: put Masked inside, and hand that to the wrapper")
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     needs = closure is not None and closure.default is inspect.Parameter.empty
     if needs or hasattr(optimizer, "first_step"):  # SAM

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import options
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from popriskmin import PRM, Masked, RiskMonitor, SoftnessController, diagnose, unwrap
 from popriskmin.integrations import log
@@ -92,9 +93,21 @@ OPTIMIZERS = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1),
     "radam": lambda p: torch.optim.RAdam(p, lr=0.1),
     **({"muon": lambda p: torch.optim.Muon(p, lr=0.1)} if hasattr(torch.optim, "Muon") else {}),
+    **({"adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1, weight_decay=0.2)} if TORCH >= (2, 5) else {}),
     "lion": lambda p: framework("pytorch_optimizer").Lion(p, lr=0.1, weight_decay=0.3),
+    "lion-pytorch": lambda p: framework("lion_pytorch").Lion(p, lr=0.1, weight_decay=0.3),
+    "lion-pytorch of its schedule": lambda p: framework("lion_pytorch").Lion(
+        p, lr=0.1, weight_decay=0.3, decoupled_weight_decay=True
+    ),
     "schedule-free": lambda p: framework("pytorch_optimizer").ScheduleFreeAdamW(p, lr=0.1, warmup_steps=2),
+    "schedulefree": lambda p: in_training(framework("schedulefree").AdamWScheduleFree(p, lr=0.1, warmup_steps=2)),
+    "schedulefree's SGD": lambda p: in_training(framework("schedulefree").SGDScheduleFree(p, lr=0.1)),
 }
+
+
+def in_training(optimizer):
+    optimizer.train()
+    return optimizer
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -125,7 +138,8 @@ def test_a_shut_mask_leaves_the_decoupled_decay_alone(name):
         w.grad = torch.full((2, 2), 3.0 * (-1) ** step)
         masked.step()
     assert masked.get_mask_stats()["mean_q"] == 0
-    decay = {"muon": 0.1, "lion": 0.3}.get(name, 0)  # of Adam it is part of the gradient
+    # Of Adam it is part of the gradient.
+    decay = {"muon": 0.1, "adafactor": 0.2, "lion-pytorch of its schedule": 3.0}.get(name, 0.3 if "lion" in name else 0)
     first = 1.0  # the first step's signal equals its noise
     torch.testing.assert_close(w.detach(), torch.full((2, 2), first * (1 - 0.1 * decay) ** 6))
 
@@ -159,8 +173,13 @@ def test_a_group_may_say_that_it_decays_decoupled():
     torch.testing.assert_close(w.detach(), torch.full((2,), 0.95))
 
 
-def test_schedule_free_moves_both_of_its_sequences_alike():
-    schedule_free = framework("pytorch_optimizer").ScheduleFreeSGD
+@pytest.mark.parametrize(
+    ("package", "name"), [("pytorch_optimizer", "ScheduleFreeSGD"), ("schedulefree", "SGDScheduleFree")]
+)
+def test_schedule_free_moves_both_of_its_sequences_alike(package, name):
+    def schedule_free(*args, **options):
+        return in_training(getattr(framework(package), name)(*args, **options))
+
     w, plain = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     masked = Masked(schedule_free([w], lr=0.1), min_q=0.25, mask="hard")  # q is 0.25 throughout
     inner = schedule_free([plain], lr=0.1)
@@ -236,7 +255,7 @@ def test_a_checkpoint_goes_on_as_if_nothing_had_been(name):
     assert other.param_groups[0]["softness"] == 0.5
     run(again, other, range(3, 6))
     assert torch.equal(w, again)
-    if name in ("lion", "schedule-free"):  # which cannot be copied themselves
+    if "lion" in name or name == "schedule-free":  # which cannot be copied themselves
         return
     for copied in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):  # as torch, with parameters of their own
         (theirs,) = copied.param_groups[0]["params"]
@@ -376,6 +395,34 @@ def test_a_compiled_step_and_a_plain_one_agree(reduction):
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-5, atol=1e-5)
 
 
+class _Reading(TorchDispatchMode):
+    """Notes the tensors whose value is handed to Python, which on a GPU means to wait for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.read.append(args[0])
+        assert function not in (torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "per_tensor", "debias": True, "warmup_steps": 1}])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_step_reads_no_tensor_but_the_step_counts_of_the_cpu(options, capturable):
+    ours = params(torch.float32)
+    masked = Masked(torch.optim.SGD([{"params": ours, "capturable": capturable}], lr=0.1, momentum=0.9), **options)
+    for step in range(3):
+        give_gradients([ours], step)
+        with _Reading() as reading:
+            masked.step()
+        counts = {masked.state[p]["mask_step"].data_ptr() for p in ours}
+        assert all(not capturable and tensor.data_ptr() in counts for tensor in reading.read)
+        assert capturable or step == 0 or reading.read  # that it notices them
+
+
 def test_complex_parameters_count_as_two_reals():
     real, whole = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, dtype=torch.complex64) * (1 + 1j))
     masked = [Masked(torch.optim.SGD([p], lr=0.1)) for p in (real, whole)]
@@ -481,6 +528,19 @@ def test_a_distributed_checkpoint_goes_on(flatten):
     assert other.state[again.weight]["mask_step"] == 3
 
 
+def test_an_optimizer_with_weights_of_its_own_for_evaluation_is_no_schedule_free_one():
+    w = nn.Parameter(torch.ones(3, 3))
+    masked = Masked(framework("pytorch_optimizer").SPlus([w], lr=0.1))
+    w.grad = torch.ones(3, 3)
+    masked.step()
+    assert masked.get_mask_stats()["mean_q"] == pytest.approx(0.5)
+    assert torch.all(w != 1)
+
+
+def around_a_base(p):
+    return framework("schedulefree").ScheduleFreeWrapper(torch.optim.SGD(p, lr=0.1))
+
+
 class _Twice(torch.optim.SGD):
     def step(self, closure):
         return closure()
@@ -495,6 +555,8 @@ class _Twice(torch.optim.SGD):
         (lambda p: torch.optim.LBFGS(p), "LBFGS evaluates the loss several times"),
         (lambda p: _Twice(p, lr=0.1), "_Twice evaluates the loss several times"),
         (lambda p: framework("pytorch_optimizer").SAM(p, torch.optim.SGD, lr=0.1), "SAM evaluates the loss several"),
+        (lambda p: framework("schedulefree").SGDScheduleFreeClosure(p), "Closure evaluates the loss several times"),
+        (around_a_base, "ScheduleFreeWrapper is a wrapper around an optimizer: put Masked inside"),
         (lambda p: torch.optim.SparseAdam(p), "SparseAdam takes no others"),
     ],
 )
@@ -519,6 +581,15 @@ def test_a_bad_option_is_named(options, message):
     w = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match=message):
         Masked(torch.optim.SGD([w], lr=0.1), **options)
+
+
+def test_inside_a_wrapper_it_masks_what_the_wrapper_takes_from_it():
+    w = nn.Parameter(torch.ones(2))
+    wrapper = framework("schedulefree").ScheduleFreeWrapper(Masked(torch.optim.SGD([w], lr=0.1)), momentum=0.9)
+    wrapper.train()
+    w.grad = torch.ones(2)
+    wrapper.step()
+    torch.testing.assert_close(wrapper.state[w]["z"], torch.full((2,), 0.95))
 
 
 def test_a_sparse_gradient_or_a_differentiable_step_is_refused():
