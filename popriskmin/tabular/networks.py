@@ -67,6 +67,13 @@ class Data(NamedTuple):
             return functional.cross_entropy(answers.movedim(3, 1), target, reduction="none")
         return (answers[..., 0] - target).square()
 
+    def slopes(self, answers: Tensor, rows: Tensor) -> Tensor:
+        """Return the gradients of the weighted mean losses over `rows` by the answers, shaped as `losses` takes them."""
+        weight = (self.weight[rows] / rows.shape[1])[..., None]
+        if self.classifies:
+            return (answers.softmax(3) - functional.one_hot(self.y[rows], self.outputs)) * weight
+        return 2 * (answers - self.y[rows][..., None]) * weight
+
 
 @dataclasses.dataclass
 class Trained:
@@ -119,7 +126,11 @@ class Stack:
         self.settings = list(settings)
         self.weights = weights
         self.sizes = (batch_size, n_dataset)
+        self.gradients = [torch.zeros_like(w) for w in weights]
         self.leaves = [[nn.Parameter(w[c]) for w in weights] for c in range(len(settings))]
+        for c, leaves in enumerate(self.leaves):
+            for leaf, gradient in zip(leaves, self.gradients):
+                leaf.grad = gradient[c]
         groups: list[dict[str, object]] = []
         for (learning_rate, shrinkage), (first, *others) in zip(self.settings, self.leaves):
             groups.append({"params": [first], "lr": learning_rate, "shrinkage": shrinkage})
@@ -128,12 +139,7 @@ class Stack:
 
     def step(self, data: Data, rows: Tensor) -> None:
         """Train on `rows` of shape (parts, batch)."""
-        weights = [w.detach().requires_grad_() for w in self.weights]
-        losses = data.losses(answers(weights, data.x[rows]), rows)
-        loss = (losses * data.weight[rows]).mean(2).sum()
-        for of_all, gradient in zip(zip(*self.leaves), torch.autograd.grad(loss, weights)):
-            for leaf, one in zip(of_all, gradient.contiguous()):  # the fused step wants the weights' order of memory
-                leaf.grad = one
+        gradients(self.weights, data, rows, out=self.gradients)
         self.optimizer.step()
 
     def only(self, places: Sequence[int]) -> Stack:
@@ -150,6 +156,26 @@ def answers(weights: Sequence[Tensor], x: Tensor) -> Tensor:
     first, first_bias, second, second_bias = weights
     hidden = (x @ first.mT + first_bias[:, :, None]).relu()
     return hidden @ second.mT + second_bias[:, :, None]
+
+
+@torch.no_grad()
+def gradients(weights: Sequence[Tensor], data: Data, rows: Tensor, out: Sequence[Tensor]) -> None:
+    """Write the gradients of each network's mean loss on `rows` of shape (parts, batch) into `out`.
+
+    Written out because autograd lays the first layer's gradient out transposed, and allocates
+    it anew in each step: both together cost more than the products.
+    """
+    of_first, of_first_bias, of_second, of_second_bias = (gradient.flatten(0, 1) for gradient in out)
+    first, first_bias, second, second_bias = (w.flatten(0, 1) for w in weights)
+    x = data.x[rows].expand(len(weights[0]), -1, -1, -1).flatten(0, 1)
+    hidden = torch.baddbmm(first_bias[:, None], x, first.mT).relu_()
+    answered = torch.baddbmm(second_bias[:, None], hidden, second.mT)
+    error = data.slopes(answered.view(*out[0].shape[:2], *answered.shape[1:]), rows).flatten(0, 1)
+    torch.bmm(error.mT, hidden, out=of_second)
+    torch.sum(error, 1, out=of_second_bias)
+    behind = torch.bmm(error, second).mul_(hidden > 0)
+    torch.bmm(behind.mT, x, out=of_first)
+    torch.sum(behind, 1, out=of_first_bias)
 
 
 def initial(data: Data, settings: int, parts: int, hidden: int, generator: torch.Generator) -> list[Tensor]:
