@@ -19,6 +19,7 @@ from popriskmin.optimizer.checkpoint import (
     replaced_lr,
     without_start,
 )
+from popriskmin.optimizer.coded_state import readable
 from popriskmin.optimizer.options import check_keep, check_options, check_spelling, plain, with_numbers
 from popriskmin.step.compat import split_names
 
@@ -100,8 +101,7 @@ class CheckedOptimizer(Optimizer):
 
     def mask_state_of(self, param: Tensor) -> Mapping[str, Any]:
         """Return the state of a parameter that the mask is made of; empty before its first step."""
-        state: Mapping[str, Any] = self.state.get(param, {})
-        return state
+        return readable(self.state.get(param, {}), param)
 
     def hyperparameters_of(self, group: int) -> Hyperparameters:
         """Return the numbers of a group as it stands now."""

@@ -203,7 +203,7 @@ def read(
 
     A gradient of another shape is of a parameter that this one has replaced.
     """
-    state = optimizer.state.get(param)
+    state = optimizer.mask_state_of(param) if isinstance(optimizer, PRM) else optimizer.state.get(param)
     if not state or param.numel() == 0 or param.grad is None or gradient is None or gradient.shape != param.shape:
         return None
     step = state["step"]
