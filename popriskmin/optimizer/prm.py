@@ -104,10 +104,10 @@ class PRM(CountsShrunk, CheckedOptimizer):
     state_dtype
         `torch.float32` or `torch.float64` for `m`, `v` and `s`. None takes the parameter's dtype, and float32 for
         half-precision parameters. `torch.bfloat16` stores `v` and `s` in it, rounded stochastically
-        (`popriskmin.step.rounding`), and `m` in float32: 8 bytes of state per parameter, as AdamW has. "8bit" stores all
-        three in 8 bits with a range for each 128 scalars (`popriskmin.step.codes`): 3.125 bytes per parameter. Tensors
-        under 4,096 scalars and complex ones keep float32, and so does the maximum of `amsgrad`. All arithmetic is in
-        float32 at least.
+        (`popriskmin.step.rounding`), and `m` in float32: 8 bytes of state per parameter, as AdamW has. "8bit" stores
+        all three in 8 bits with a range for each 128 scalars (`popriskmin.step.codes`): 3.125 bytes per parameter.
+        Tensors under 4,096 scalars and complex ones keep float32, and so does the maximum of `amsgrad`. All arithmetic
+        is in float32 at least.
     maximize, capturable, differentiable
         As in `torch.optim.AdamW`. `capturable` is not limited to accelerators.
     foreach

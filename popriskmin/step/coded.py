@@ -17,7 +17,7 @@ from popriskmin.step.functional import choose_implementation, dispatch
 from popriskmin.step.lists import Lists, compute_dtype, count_up, shrinks
 from popriskmin.step.shards import is_sharded, local_part, over_ranks
 
-# Scalars that are decoded at a time where launches cost more than the cache gives; a multiple of BLOCK, as CPU_BLOCK is.
+# Scalars that are decoded at a time on other devices; a multiple of BLOCK, as CPU_BLOCK is.
 DEVICE_PART = 1 << 24
 
 
@@ -76,10 +76,11 @@ class _Flat(NamedTuple):
 
 def _step(one: Lists, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype) -> None:
     [param], [codes] = one.params, one.exp_avgs
-    flat = _Flat(*[
-        _like(tensors[0], param).reshape(-1) if tensors else None
-        for tensors in (one.params, one.grads, one.max_exp_avg_sqs, one.grad_vars, one.starts)
-    ])  # fmt: skip
+    flat = _Flat(
+        _flat(one.params, param),
+        _flat(one.grads, param),
+        *[_flat(tensors, param) if tensors else None for tensors in (one.max_exp_avg_sqs, one.grad_vars, one.starts)],
+    )
     n = flat.param.numel()
     size = CPU_BLOCK if flat.param.is_cpu else DEVICE_PART
     parts = [slice(start, min(start + size, n)) for start in range(0, n, size)]
@@ -103,14 +104,15 @@ def _step(one: Lists, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype
             target.copy_(values.view(target.shape))
 
 
-def _like(tensor: Tensor, param: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, which may lie differently over the ranks than its parameter."""
+def _flat(tensors: list[Tensor], param: Tensor) -> Tensor:
+    """Return this rank's part of the one tensor, which may lie differently over the ranks than its parameter."""
+    [tensor] = tensors
     if is_sharded(param) and is_sharded(tensor):
         sharded: Any = tensor
         like: Any = param
         if sharded.placements != like.placements:
             tensor = sharded.redistribute(like.device_mesh, like.placements)
-    return local_part(tensor)
+    return local_part(tensor).reshape(-1)
 
 
 def _rows(codes: Tensor, part: slice) -> Tensor:
@@ -119,10 +121,9 @@ def _rows(codes: Tensor, part: slice) -> Tensor:
 
 def _block(flat: _Flat, moments: Moments, part: slice) -> Block:
     n = part.stop - part.start
-    state = [[x.view(-1)[:n]] for x in moments]
-    param, grad, *others = ([] if x is None else [x[part]] for x in flat)
-    maximum, grad_var, start = others
-    return Block(Lists(param, grad, *state, maximum, grad_var, start), [0])
+    m, v, s = ([x.view(-1)[:n]] for x in moments)
+    maximum, grad_var, start = ([] if x is None else [x[part]] for x in (flat.maximum, flat.grad_var, flat.start))
+    return Block(Lists([flat.param[part]], [flat.grad[part]], m, v, s, maximum, grad_var, start), [0])
 
 
 def _advanced(

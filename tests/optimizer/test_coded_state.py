@@ -100,7 +100,7 @@ def test_the_step_is_that_of_float32s_state_as_it_is_stored(options, dtype):
 
 @pytest.mark.parametrize("extra", [{}, {"mask": "soft", "reduction": "per_tensor"}, {"debias": True, "amsgrad": True}])
 def test_the_mask_is_as_open_as_with_float32s_state(extra):
-    """Over 300 steps on the same gradients; the weights end where those of float32's state do, next to how far they went."""
+    """Over 300 steps on the same gradients; the weights end next to those of float32's state."""
     found = []
     for state_dtype in (torch.float32, "8bit"):
         params, optimizer = make(state_dtype=state_dtype, lr=1e-3, **extra)
@@ -191,7 +191,8 @@ def test_copies_and_pickles_go_on_alike():
     for pair in ((params, optimizer), (copied_params, copied), (pickled_params, pickled)):
         run(*pair, 2, seed=5)
     for one, two, three in zip(params, copied_params, pickled_params):
-        assert torch.equal(one, two) and torch.equal(one, three)
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
 
 
 @pytest.mark.parametrize("reduction", ["per_param", "per_tensor"])
@@ -223,7 +224,7 @@ def test_a_tensor_that_is_not_contiguous_steps_as_its_copy():
 def test_statistics_and_diagnosis_read_what_the_step_used():
     params, optimizer = make()
     run(params, optimizer, 5)
-    plain_params, plain = make(state_dtype=torch.float32)
+    _plain_params, plain = make(state_dtype=torch.float32)
     plain.load_state_dict(optimizer.state_dict())
     plain._applied = list(optimizer._applied)
     assert optimizer.get_mask_stats() == plain.get_mask_stats()

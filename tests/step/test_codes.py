@@ -72,9 +72,15 @@ def test_zeros_stay_zeros_and_what_is_no_number_stays_none():
     mean[0, :4] = torch.tensor([0.0, torch.nan, torch.inf, -torch.inf])
     square[0, :4] = torch.tensor([0.0, torch.nan, torch.inf, -1.0])
     m, v, s = decode(blocks(mean, square, square))
-    assert m[0, 0] == 0 and m[0, 1].isnan() and m[0, 2] == torch.inf and m[0, 3] == -torch.inf
+    assert m[0, 0] == 0
+    assert m[0, 1].isnan()
+    assert m[0, 2] == torch.inf
+    assert m[0, 3] == -torch.inf
     for x in (v, s):
-        assert x[0, 0] == 0 and x[0, 1].isnan() and x[0, 2] == torch.inf and x[0, 3] == 0
+        assert x[0, 0] == 0
+        assert x[0, 1].isnan()
+        assert x[0, 2] == torch.inf
+        assert x[0, 3] == 0
         assert ((x[0, 4:] / square[0, 4:] - 1).abs() < 1 / 16).all()
     assert ((m[0, 4:] - mean[0, 4:]).abs() < square[0, 4:].sqrt() / 8).all()
 
@@ -84,7 +90,8 @@ def test_what_is_too_small_for_a_block_is_raised():
     square = torch.ones(1, BLOCK)
     square[0, 3] = 1e-30
     _, v, s = decode(blocks(torch.zeros(1, BLOCK), square, square))
-    assert 1e-30 < v[0, 3] < 1e-8 and v[0, 3] == s[0, 3]
+    assert 1e-30 < v[0, 3] < 1e-8
+    assert v[0, 3] == s[0, 3]
 
 
 def test_rounded_to_nearest_what_was_decoded_is_encoded_as_it_was():
