@@ -9,9 +9,7 @@ from popriskmin import PRM, Masked, RiskMonitor, diagnose
 
 BUILDS = {
     "PRM": PRM,
-    "Masked": lambda groups, softness=1.0, **options: Masked(
-        torch.optim.AdamW(groups, **options), softness=softness
-    ),
+    "Masked": lambda groups, softness=1.0, **options: Masked(torch.optim.AdamW(groups, **options), softness=softness),
 }
 
 

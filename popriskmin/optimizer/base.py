@@ -19,6 +19,7 @@ from popriskmin.optimizer.checkpoint import (
     replaced_lr,
     without_start,
 )
+from popriskmin.optimizer.coded_state import readable
 from popriskmin.optimizer.groups import pair_names, with_plain_names
 from popriskmin.optimizer.mask_state import forget_applied
 from popriskmin.optimizer.options import check_keep, check_options, check_spelling, plain, with_numbers
@@ -111,7 +112,7 @@ class CheckedOptimizer(Optimizer):
     def mask_state_of(self, param: Tensor) -> Mapping[str, Any]:
         """Return the state of a parameter that the mask is made of; empty before its first step."""
         state: Mapping[str, Any] = self.state.get(param, {})
-        return state if "step" in state else {}  # else it is the user's alone
+        return readable(state, param) if "step" in state else {}  # else it is the user's alone
 
     def hyperparameters_of(self, group: int) -> Hyperparameters:
         """Return the numbers of a group as it stands now."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from popriskmin.mask import Hyperparameters, MaskFunction, corrections, found_mask, mask_name
+from popriskmin.optimizer.coded_state import CODED, encoded, has_codes, new_codes, uncoded
 from popriskmin.optimizer.options import FOLLOWED, with_numbers
 
 # Raised when a checkpoint's state can no longer be read by older versions.
@@ -24,7 +25,7 @@ IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable", "state_dty
 
 
 # What the state of a parameter may hold of the optimizer's; torch says what becomes of a user's own entries.
-OWN = {"step", "exp_avg", "exp_avg_sq", "exp_avg_var", "max_exp_avg_sq", "start"}
+OWN = {"step", "exp_avg", "exp_avg_sq", "exp_avg_var", "max_exp_avg_sq", "start", "codes"}
 
 
 class Prepared:
@@ -34,7 +35,7 @@ class Prepared:
         self.value = value
 
 
-def dtype_of_state(name: str, param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
+def dtype_of_state(name: str, param: Tensor, state_dtype: torch.dtype | str | None) -> torch.dtype:
     """Return the dtype of a state tensor: `state_dtype`, or by default the parameter's, float32 at least.
 
     Bfloat16 is for `v`, `s` and the maximum of `v` alone: the mean `m`, and complex parameters, keep float32. The
@@ -42,7 +43,7 @@ def dtype_of_state(name: str, param: Tensor, state_dtype: torch.dtype | None) ->
     """
     if name == "start":
         return param.dtype
-    if state_dtype is None:
+    if state_dtype is None or isinstance(state_dtype, str):
         double = param.dtype in (torch.float64, torch.complex128)
         state_dtype = torch.float64 if double else torch.float32
     elif state_dtype == torch.bfloat16 and (name == "exp_avg" or param.is_complex()):
@@ -66,6 +67,9 @@ def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the state of a parameter that has taken no step."""
     names = ["exp_avg", "exp_avg_sq", "exp_avg_var", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
     state = {"step": new_step(param, group)}
+    if has_codes(param, group):
+        state["codes"] = new_codes(param)
+        names = names[len(CODED) :]
     for name in names:
         dtype = dtype_of_state(name, param, group["state_dtype"])
         state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
@@ -178,6 +182,8 @@ def prepare_state(
 
 
 def _prepare_one(key: Any, saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    codes = saved.get("codes")
+    saved = uncoded(key, saved, param)
     missing = {"step", "exp_avg", "exp_avg_sq"} - set(saved)
     if missing:
         raise ValueError(
@@ -205,6 +211,10 @@ def _prepare_one(key: Any, saved: Mapping[str, Any], param: Tensor, group: Mappi
         state["exp_avg_var"] = implied_variance(state, group).to(dtype)
     if group["shrink_to"] == "start" and "start" not in state:
         state["start"] = param.detach().clone(memory_format=torch.preserve_format)
+    if has_codes(param, group):
+        # What was in blocks stays as it was, to the bit.
+        codes = encoded(state, param) if codes is None else codes.to(param.device)
+        state = {"codes": codes, **{name: value for name, value in state.items() if name not in CODED}}
     return state
 
 

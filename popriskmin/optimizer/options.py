@@ -146,9 +146,10 @@ def _check_words(options: Mapping[str, Any]) -> None:
             continue
         if not isinstance(options[name], str) or options[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {options[name]!r}")
-    if options["state_dtype"] not in (None, torch.bfloat16, torch.float32, torch.float64):
+    if options["state_dtype"] not in (None, torch.bfloat16, torch.float32, torch.float64, "8bit"):
         raise ValueError(
-            f"state_dtype must be None, torch.bfloat16, torch.float32 or torch.float64, got {options['state_dtype']!r}"
+            "state_dtype must be None, '8bit', torch.bfloat16, torch.float32 or torch.float64, "
+            f"got {options['state_dtype']!r}"
         )
 
 
@@ -167,6 +168,8 @@ def _check_combinations(options: Mapping[str, Any]) -> None:
             "mask_decay=True needs decoupled_weight_decay=True, got decoupled_weight_decay=False, "
             "where the mask reaches the decay anyway"
         )
+    if options["state_dtype"] == "8bit" and options["differentiable"]:
+        raise ValueError("state_dtype='8bit' needs differentiable=False: no gradient passes through its rounding")
 
 
 def _check_lr(lr: Any) -> None:

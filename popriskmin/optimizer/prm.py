@@ -18,6 +18,7 @@ from popriskmin.optimizer.mask_state import remember_applied
 from popriskmin.optimizer.options import check_options, check_variances, name_of, plain, with_numbers
 from popriskmin.optimizer.shrunk import CountsShrunk
 from popriskmin.optimizer.stats import MaskStats, mask_stats
+from popriskmin.step.coded import dispatch_coded
 from popriskmin.step.compat import check_graph_capture
 from popriskmin.step.functional import dispatch
 from popriskmin.step.lists import Lists
@@ -104,7 +105,9 @@ class PRM(CountsShrunk, CheckedOptimizer):
     state_dtype
         `torch.float32` or `torch.float64` for `m`, `v` and `s`. None takes the parameter's dtype, and float32 for
         half-precision parameters. `torch.bfloat16` stores `v` and `s` in it, rounded stochastically
-        (`popriskmin.step.rounding`), and `m` in float32: 8 bytes of state per parameter, as AdamW has. All arithmetic
+        (`popriskmin.step.rounding`), and `m` in float32: 8 bytes of state per parameter, as AdamW has. "8bit" stores
+        all three in 8 bits with a range for each 128 scalars (`popriskmin.step.codes`): 3.125 bytes per parameter.
+        Tensors under 4,096 scalars and complex ones keep float32, and so does the maximum of `amsgrad`. All arithmetic
         is in float32 at least.
     maximize, capturable, differentiable
         As in `torch.optim.AdamW`. `capturable` is not limited to accelerators.
@@ -177,7 +180,7 @@ class PRM(CountsShrunk, CheckedOptimizer):
         mask_decay: bool = False,
         min_q: float = 0.0,
         variance: str = "streaming",
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -268,9 +271,10 @@ class PRM(CountsShrunk, CheckedOptimizer):
                 state.update(new_state(p, group))
             params.append(p)
             grads.append(grad)
-            exp_avgs.append(state["exp_avg"])
-            exp_avg_sqs.append(state["exp_avg_sq"])
-            exp_avg_vars.append(state["exp_avg_var"])
+            # In 8 bits all three are in one tensor.
+            exp_avgs.append(state["codes"] if "codes" in state else state["exp_avg"])
+            exp_avg_sqs.append(state["codes"] if "codes" in state else state["exp_avg_sq"])
+            exp_avg_vars.append(state["codes"] if "codes" in state else state["exp_avg_var"])
             if group["amsgrad"]:
                 max_exp_avg_sqs.append(state["max_exp_avg_sq"])
             if to_start:
@@ -314,7 +318,8 @@ class PRM(CountsShrunk, CheckedOptimizer):
         del self._memories[len(self.param_groups) :]
         self._memories.extend({} for _ in self.param_groups[len(self._memories) :])
         for group, hyper, memory, (lists, state_steps) in zip(self.param_groups, applied, self._memories, gathered):
-            dispatch(
+            take = dispatch_coded if group["state_dtype"] == "8bit" else dispatch
+            take(
                 lists,
                 state_steps,
                 hyper,

@@ -210,8 +210,10 @@ def read(
 
     A gradient of another shape is of a parameter that this one has replaced.
     """
-    state = optimizer.state.get(param, {})
-    if "step" not in state or param.numel() == 0 or param.grad is None or gradient is None or gradient.shape != param.shape:
+    state = optimizer.mask_state_of(param) if isinstance(optimizer, PRM) else optimizer.state.get(param, {})
+    if "step" not in state or param.numel() == 0 or param.grad is None:
+        return None
+    if gradient is None or gradient.shape != param.shape:
         return None
     step = state["step"]
     second = state["max_exp_avg_sq" if hyper.amsgrad else "exp_avg_sq"]

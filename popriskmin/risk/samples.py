@@ -457,7 +457,8 @@ class Sampler:
         self.every, self._pace = state_dict["every"], Pace() if state_dict["pace"] else None
         self._waiting, self._rows = [], list(state_dict["rows"])
         owners = owners_of(self.optimizer.param_groups, self.by)  # older checkpoints do not say
-        self._owners = [own for own, count in state_dict.get("owners", [(owners, len(self._rows))]) for _ in range(count)]
+        counted = state_dict.get("owners", [(owners, len(self._rows))])
+        self._owners = [own for own, count in counted for _ in range(count)]
         self._series = Series(self._series.smoothing)
         for step, fresh, influence in state_dict["samples"].tolist():
             self._series.add(Sample(int(step), fresh, influence))

@@ -68,14 +68,14 @@ def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparame
         if own.reduction == "per_tensor" and own.mask != "none" and c.open is not True:
             blocks = list(_blocks(cohort, cut=on_host, join=False, apart=apart))
             for block in blocks:
-                _advance(block, c, own, dtype)
+                advance(block, c, own, dtype)
             q = pooled_mask(whole, cohort, blocks, c, own, dtype)
             for block in blocks:
-                _move(block, [q[i] for i in block.owners], c, own, dtype)
+                move(block, [q[i] for i in block.owners], c, own, dtype)
         else:
             for block in _blocks(cohort, cut=on_host, join=on_host, apart=apart):
-                _advance(block, c, own, dtype)
-                _move(block, mask_of(block, c, own, dtype), c, own, dtype)
+                advance(block, c, own, dtype)
+                move(block, mask_of(block, c, own, dtype), c, own, dtype)
 
 
 class Block(NamedTuple):
@@ -200,7 +200,7 @@ def _each(c: Any, block: Block) -> Any:
     return [c] * len(block.owners) if c.dim() == 0 else [c[i] for i in block.owners]
 
 
-def _advance(block: Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype) -> None:
+def advance(block: Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype) -> None:
     """Bring `m`, `v`, `s` and the maximum of `v` to this step."""
     grads = widen(block.lists.grads, dtype)
     if hyper.maximize:
@@ -331,7 +331,7 @@ def pooled_mask(
     return list(evaluate(signal, noise, c, hyper).unbind())
 
 
-def _move(
+def move(
     block: Block,
     q: list[Tensor] | None,
     c: Corrections,

@@ -68,7 +68,7 @@ class Data(NamedTuple):
         return (answers[..., 0] - target).square()
 
     def slopes(self, answers: Tensor, rows: Tensor) -> Tensor:
-        """Return the gradients of the weighted mean losses over `rows` by the answers, shaped as `losses` takes them."""
+        """Return the gradients of the weighted mean losses over `rows` by the answers, in their shape."""
         weight = (self.weight[rows] / rows.shape[1])[..., None]
         if self.classifies:
             return (answers.softmax(3) - functional.one_hot(self.y[rows], self.outputs)) * weight

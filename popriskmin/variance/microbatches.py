@@ -14,6 +14,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 
 from popriskmin.mask import Hyperparameters, corrections
+from popriskmin.optimizer.coded_state import readable
 from popriskmin.step.lists import as_real, compute_dtype
 from popriskmin.variance.source import Record, Source, TakesVariances, gradient, zeros_for
 
@@ -164,7 +165,7 @@ class Microbatches(Source):
         group_of = {p: group for group in self._optimizer.param_groups for p in group["params"]}
         carried = []
         for record in records:
-            own = state.get(record.param, {})
+            own = readable(state.get(record.param, {}), record.param)
             if "exp_avg_var" not in own or (own["step"].is_cpu and own["step"] < 1):
                 return None
             c = corrections(own["step"], Hyperparameters.of_group(group_of[record.param]))
