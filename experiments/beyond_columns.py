@@ -1,9 +1,11 @@
-"""Whether selection carries over where noise is not a column: rare words, distracting patches, distracting tokens.
+"""Whether masks also help where the noise is in words, patches or tokens.
 
-    python experiments/beyond_columns.py --out docs/results/tables      # some minutes on one core; resumes after a kill
+    python experiments/beyond_columns.py --out docs/results/tables      # some minutes
+    on one core; resumes after a kill
 
-Three small problems with 400 training examples, in each of which few of the words, patches or tokens matter. Every arm
-is tuned over learning rates and decays and stopped on validation data, by `popriskmin.compare`.
+Three small problems with 400 training examples, in each of which few of the words,
+patches or tokens matter. Every arm is tuned over learning rates and decays and stopped
+on validation data, by `popriskmin.compare`.
 """
 
 from __future__ import annotations
@@ -73,12 +75,12 @@ class Problem(Task):
 
 @dataclasses.dataclass
 class Words(Problem):
-    """Bags of 30 words from a vocabulary in which word i comes up in proportion to 1 / i; ten words tell the class."""
+    """Bags of 30 words, word i drawn in proportion to 1 / i; ten words tell the class."""
 
     vocabulary: int = 1000
 
     def examples(self, generator: torch.Generator, number: int) -> tuple[Tensor, Tensor]:
-        """Return numbers of words of shape (number, 30), and whether the words that matter add up to more than 0."""
+        """Return words of shape (number, 30), and whether those that matter sum above 0."""
         often = 1 / torch.arange(1, self.vocabulary + 1)
         words = torch.multinomial(often, number * 30, replacement=True, generator=generator).view(number, 30)
         weight = torch.zeros(self.vocabulary)
@@ -94,7 +96,7 @@ class Words(Problem):
 
 @dataclasses.dataclass
 class Patches(Problem):
-    """A digit in the middle of eight patches, which are other digits with their pixels in random order."""
+    """A digit amid eight patches, which are digits with shuffled pixels."""
 
     def examples(self, generator: torch.Generator, number: int) -> tuple[Tensor, Tensor]:
         """Return images of shape (number, 1, 24, 24) and the digit in the middle."""
@@ -118,10 +120,10 @@ class Patches(Problem):
 
 @dataclasses.dataclass
 class Tokens(Problem):
-    """Sixteen tokens of which one is marked; what it holds tells the class, the others hold noise."""
+    """Sixteen tokens: the content of a marked one tells the class, the rest is noise."""
 
     def examples(self, generator: torch.Generator, number: int) -> tuple[Tensor, Tensor]:
-        """Return tokens of shape (number, 16, 24), marked in the first entry, and a class of four."""
+        """Return tokens of shape (number, 16, 24), the first entry a mark, and classes."""
         x = torch.randn(number, 16, 24, generator=generator)
         x[..., 0] = 0
         place = torch.randint(16, (number,), generator=generator)

@@ -1,10 +1,12 @@
-"""Count how often a comparison claims a difference where there is none.
+"""Count how often a comparison claims a difference that is not there.
 
     python experiments/false_claims.py
 
-Two arms that do not differ, and the intervals of their difference over the seeds: Student's, which `popriskmin compare`
-takes, and a bootstrap's percentiles at the widened level of Hesterberg ("What Teachers Should Know About the
-Bootstrap", 2015), which it took before. Then pages of eight statements, with and without Holm's correction.
+Two arms that do not differ, and the intervals of their difference over the seeds:
+Student's, which `popriskmin compare` takes, and a bootstrap's percentiles at the
+widened level of Hesterberg ("What Teachers Should Know About the Bootstrap", 2015),
+which it took before. Then pages of eight statements, with and without Holm's
+correction.
 """
 
 from __future__ import annotations

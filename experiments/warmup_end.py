@@ -1,8 +1,9 @@
-"""The length of PRM's update where `warmup_steps` ends, with and without a floor that falls over as many steps again.
+"""The length of PRM's update where `warmup_steps` ends, with and without a falling floor.
 
     python experiments/warmup_end.py
 
-Prints the median length over five seeds, on the digits data with a net of one hidden layer.
+Prints the median length over five seeds, on the digits data with a net of one hidden
+layer.
 """
 
 from __future__ import annotations

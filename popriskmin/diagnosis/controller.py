@@ -19,16 +19,18 @@ from popriskmin.optimizer.unwrap import unwrapped_prm
 from popriskmin.step.lists import sum_dtype
 from popriskmin.step.shards import whole
 
-# The share of the way, in the logarithm of the softness, that is taken towards where the target is expected.
+# The share of the way, in the logarithm of the softness, that is taken towards where
+# the target is expected.
 GAIN = 0.5
-# Of larger tensors so many scalars, evenly spaced, stand for all: a mean of that many is as good, and costs little.
+# Of larger tensors about this many scalars, evenly spaced, stand for all: their mean is
+# as good, and costs little.
 SAMPLE = 16_384
-# Shares nearer to 0 or 1 have no logarithm to speak of.
+# Shares nearer to 0 or 1 count as this near, for log(q / (1 - q)).
 NEAREST = 1e-3
 
 
 class Reading(NamedTuple):
-    """What the controller saw in one group, and did.
+    """The controller's measurement of one group, and its action.
 
     Attributes
     ----------
@@ -37,7 +39,7 @@ class Reading(NamedTuple):
     measured
         The mean `q`, or the share of scalars with `q >= 1/2`, of the last step.
     snr
-        The group's signal-to-noise ratio without what pure noise alone gives.
+        The group's signal-to-noise ratio; 0 for pure noise.
     softness
         The group's softness from now on.
     held
@@ -52,38 +54,49 @@ class Reading(NamedTuple):
 
 
 class SoftnessController:
-    """Hold the mean `q`, or the share of open scalars, of parameter groups at a target by moving their `softness`.
+    """Hold the mask of parameter groups at a target, by moving their `softness`.
 
-    After every `every`-th step, each group's mask is recomputed from the state. Where it is more shut than the target
-    the softness falls, else it rises, in the logarithm by half of what `log(q / (1 - q))` is off, and by `rate` for
-    each step at most. Nothing is added to `optimizer.step()`; once in `every` steps this waits for the device. In
-    tensors with more than 16,384 scalars about so many, evenly spaced, are looked at, unless masks are pooled.
+    The target is a mean `q` or a share of open scalars. After every `every`-th step
+    each group's mask is recomputed from the state. If it is more shut than the target
+    the softness falls, else it rises. The logarithm of the softness changes by half of
+    the distance in `log(q / (1 - q))`, and by at most `rate` per step. Nothing is added
+    to `optimizer.step()`. Once in `every` steps this waits for the device. Of tensors
+    with more than 16,384 scalars about as many, evenly spaced, are read, unless masks
+    are pooled.
 
-    The target is no reason to follow noise. Where the group's signal-to-noise ratio is below `floor`, the softness does
-    not fall; if it is lower than at the start it goes back towards that, at the same rate. The ratio is
-    `u**2 / z`, with the squared mean `u**2` and the variance `z` of the gradient estimated without bias from sums of
-    `m^**2` and `s^` over the group (`popriskmin.diagnosis.noise.mean_and_variance`), so that pure noise is at 0.
+    The controller does not open a mask for noise. If the group's signal-to-noise ratio
+    is below `floor` the softness does not fall. If it is then lower than at the start
+    it goes back towards the start, at the same rate. The ratio is `u**2 / z`, with
+    `u**2` the squared mean of the gradient and `z` its variance. Both are estimated
+    without bias from sums of `m^**2` and `s^` over the group
+    (`popriskmin.diagnosis.noise.mean_and_variance`), so pure noise has the ratio 0.
 
     Parameters
     ----------
     optimizer
-        A `PRM`, wrapped by a framework or not (`popriskmin.unwrap`). The controller attaches itself with
-        `register_step_post_hook`; `remove()` takes it off. Under `ZeroRedundancyOptimizer` every rank's controller
-        holds that rank's part of the parameters at the target, and moves that rank's softness.
+        A `PRM`, wrapped by a framework or not (`popriskmin.unwrap`). The controller
+        attaches itself with `register_step_post_hook`, and `remove()` detaches it.
+        Under `ZeroRedundancyOptimizer` every rank's controller holds that rank's part
+        of the parameters at the target, and moves that rank's softness.
     mean_q, active_fraction
-        The target, in (0, 1); one of the two. Active is a scalar with `q >= 1/2`: with `mask="snr"` and `softness=1`
-        that is the `active_fraction` of `get_mask_stats()`, which does not depend on the softness as such. With
-        `reduction="per_tensor"` all scalars of a tensor are active or none; the target is met as nearly as whole
-        tensors allow, and the softness then goes to and fro about the border of one.
+        The target, in (0, 1). Give one of the two. A scalar is active if `q >= 1/2`.
+        With `mask="snr"` and `softness=1` this is the `active_fraction` of
+        `get_mask_stats()`, which itself does not depend on the softness. With
+        `reduction="per_tensor"` a tensor's scalars are all active or all not. The
+        target is then met as nearly as whole tensors allow, and the softness moves to
+        and fro about the border of one tensor.
     groups
-        Numbers of the groups to control. None takes all but those with `mask="none"`, later ones too.
+        Numbers of the groups to control. None takes all but those with `mask="none"`,
+        later ones too.
     every
         Steps between two corrections.
     rate
-        Bound on the change of the logarithm of the softness, per step: 0.01 lets it double in 70 steps.
+        Bound on the change of the logarithm of the softness, per step: 0.01 lets it
+        double in 70 steps.
     floor
-        Signal-to-noise ratio of a single gradient below which the mask is not opened. For `beta1 = 0.9` a ratio of
-        0.053 means that the mean gradient holds as much signal as noise.
+        Signal-to-noise ratio of a single gradient below which the mask is not opened.
+        For `beta1 = 0.9` a ratio of 0.053 means that the mean gradient holds as much
+        signal as noise.
     bounds
         Least and largest softness.
 
@@ -92,13 +105,15 @@ class SoftnessController:
     TypeError
         For another optimizer.
     ValueError
-        For arguments out of range; for a group with `mask="hard"` or "none", which do not depend on the softness, with
-        `softness=0`, or with a `min_q` that the target lies below. The same in `step()`, if a group is changed to that.
+        For arguments out of range. For a group with `mask="hard"` or "none", which do
+        not depend on the softness, with `softness=0`, or with a `min_q` above the
+        target. In `step()`, if a group is changed to one of these.
 
     Notes
     -----
-    The softness is saved with the optimizer, the count of steps with `state_dict()` of the controller; load both, and
-    going on is bit for bit the uninterrupted run. A captured graph keeps the softness that it was captured with.
+    The softness is saved with the optimizer, the count of steps with the controller's
+    `state_dict()`. With both loaded, a resumed run equals the uninterrupted one bit for
+    bit. A captured graph keeps the softness that it was captured with.
 
     Examples
     --------
@@ -160,11 +175,14 @@ class SoftnessController:
         self._handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs beside the optimizer's; `torch.load(..., weights_only=True)` reads it."""
+        """Return what a checkpoint needs beside the optimizer's state.
+
+        `torch.load(..., weights_only=True)` reads it.
+        """
         return {"steps": self._steps, "start": dict(self._start)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; the target and the other settings stay as this controller was built.
+        """Go on from a checkpoint; the target and the other settings stay as built.
 
         Raises
         ------
@@ -182,7 +200,7 @@ class SoftnessController:
         self._steps, self._start = int(state_dict["steps"]), start
 
     def _controlled(self) -> list[int]:
-        """Return the numbers of the groups to control, which must depend on their softness."""
+        """Return the numbers of the groups to control; raise if one cannot be."""
         groups = self.optimizer.param_groups
         numbers = (
             [i for i, group in enumerate(groups) if group["mask"] != "none"] if self.groups is None else self.groups
@@ -206,23 +224,23 @@ class SoftnessController:
                 )
         return numbers
 
-    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         if made_state_alone(self.optimizer, counted=0):
             return  # a distributed checkpoint has begun to load
         self._steps += 1
         if self._steps % self.every == 0:
-            self.readings = [self._correct(*found) for found in self._read(self._controlled())]
+            self.readings = [self._correct(*read) for read in self._read(self._controlled())]
 
     def _read(self, numbers: list[int]) -> list[tuple[int, float, float]]:
-        """Return, for each group that can be judged, its number, what is held at the target, and its ratio."""
-        found: list[tuple[int, Tensor]] = []
+        """Return number, measure and ratio of each group that can be judged."""
+        tensors: list[tuple[int, Tensor]] = []
         for one in held(self.optimizer):
             least = max(enough_steps(one.hyper), one.hyper.warmup_steps + 1)
             if one.group in numbers and one.step >= least:
-                found.append((one.group, self._sums(one)))
+                tensors.append((one.group, self._sums(one)))
         # One transfer to the host for each device.
         sums: dict[int, list[list[float]]] = {}
-        for (i, _), values in zip(found, to_host([values for _, values in found])):
+        for (i, _), values in zip(tensors, to_host([values for _, values in tensors])):
             sums.setdefault(i, []).append(values)
         readings = []
         for i, rows in sums.items():
@@ -233,7 +251,11 @@ class SoftnessController:
 
     @torch.no_grad()
     def _sums(self, one: Held) -> Tensor:
-        """Return count, sum of `q` or of open scalars, squared mean and variance of a tensor, on its device."""
+        """Return four sums of a tensor, on its device.
+
+        They are the scalars, `q` or the open scalars, the squared mean and the
+        variance.
+        """
         t, hyper, count = one.step, one.hyper, one.scalars
         m, s, _, _, _, q = recompute(one.state, t, hyper, _stride(count))
         wide = sum_dtype(m.device)
@@ -253,7 +275,8 @@ class SoftnessController:
         softness = float(group["softness"])
         start = self._start.setdefault(i, softness)
         if not (math.isfinite(measured) and not math.isnan(ratio)):
-            return Reading(i, measured, ratio, softness, True)  # a run that has overflowed is not to be opened
+            # The mask of a run that has overflowed is not opened.
+            return Reading(i, measured, ratio, softness, True)
         most = self.rate * self.every
         change = max(-most, min(most, GAIN * (_logit(measured) - _logit(self.target))))
         held = change < 0 and ratio < self.floor
@@ -265,7 +288,10 @@ class SoftnessController:
 
 
 def _stride(count: int) -> int:
-    """Return the distance at which to sample: without a common divisor, so that all rows and columns are met alike."""
+    """Return the distance between samples.
+
+    It shares no divisor with the count, so all rows and columns are sampled alike.
+    """
     stride = max(1, count // SAMPLE)
     while math.gcd(stride, count) > 1:
         stride += 1
@@ -277,14 +303,14 @@ def _logit(share: float) -> float:
     return math.log(share / (1 - share))
 
 
-def _number(name: str, value: Any, least: float, largest: float) -> float:
+def _number(name: str, value: object, least: float, largest: float) -> float:
     if not (isinstance(value, Real) and least < float(value) < largest):
         limits = f"between {least} and {largest}" if largest < math.inf else f"above {least}, and finite"
         raise ValueError(f"{name} must be a number {limits}, got {value!r}")
     return float(value)
 
 
-def _whole(name: str, value: Any) -> int:
+def _whole(name: str, value: object) -> int:
     if not isinstance(value, Integral) or int(value) < 1:
         raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
     return int(value)

@@ -1,4 +1,4 @@
-"""Which layers the mask holds shut, why, and what to try; read off an optimizer's state."""
+"""Which layers the mask holds shut, and why, judged from an optimizer's state."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from torch.optim import Optimizer
 
 from popriskmin.diagnosis.evidence import ROUNDING, ROUNDING_IN_MODULE, Evidence, Sums, read
 from popriskmin.diagnosis.noise import enough_steps, needed_ratio
-from popriskmin.diagnosis.row import FINE, NOISE, SLOWED, Row
-from popriskmin.diagnosis.table import sentences, table
+from popriskmin.diagnosis.rows import FINE, NOISE, SLOWED, Row, sentences, table
 from popriskmin.mask import Hyperparameters
 from popriskmin.optimizer.unwrap import Unwrapped, unwrapped_prm
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found. Printed, it is a table of the layers and a few sentences.
+    """The result of `diagnose`. Printed, it is a table of the layers and sentences.
 
     Attributes
     ----------
     rows
         One `Row` for each parameter tensor, in the optimizer's order.
     note
-        Where there is nothing to say yet, why; where the figures are of a part of the model, of which; else empty.
+        Why there are no rows yet, or which part of the model the rows are about; empty
+        otherwise.
     """
 
     rows: list[Row]
@@ -46,38 +46,46 @@ class Diagnosis:
 
 
 def diagnose(optimizer: Optimizer | Iterable[Optimizer], threshold: float = 0.2) -> Diagnosis:
-    """Say which layers the mask holds shut, and why, and what to try.
+    """Return which layers the mask holds shut, why, and what to try.
 
-    The state is read and nothing changed. This waits for the device, and with sharded parameters for all ranks, each of
-    which must ask. A layer is shut where the mean `q` of its scalars that have gradients is below `threshold`. Then the
-    first of these is the cause:
+    It reads the state and changes nothing. This waits for the device, and with sharded
+    parameters for all ranks, each of which must call. A layer is shut if the mean `q`
+    of its scalars that have gradients is below `threshold`. The cause is the first of
+    these that holds:
 
-    - **dead**: no gradient, for at least 99% of its scalars; or one that only rounding makes, as that of a bias before
-      a normalization layer.
-    - **epsilon**: without `mask_eps` its mean `q` would be twice as large or more.
-    - **strict**: the plain mask (`mask="snr"`, `softness=1`, `boundary="batch"`) would be twice as open or more, and
-      let it move: what is stricter is the group's own mask, softness or boundary.
-    - **weak**: its mean gradient holds more signal than noise (`over_noise` is beyond
-      `popriskmin.diagnosis.noise.needed_ratio`), and still it is held back against the other modules: their mean `q` is
-      more than 3 times as large, or they are at their noise and this one is 3 times as far above it.
-    - **decay**: the weight decay's step is more than half the masked gradient step, and more than twice what it is of
-      the step without the mask, while `lr * weight_decay` times the steps so far is above 0.05. Not looked for in
-      vectors and small tensors.
-    - **slowed**: more signal than noise, as in the rest of the model; all move by smaller steps. No fault.
-    - **noise**: about what pure noise gives. No fault: it is what the mask is for.
+    - **dead**: at least 99% of its scalars have no gradient, or only one that rounding
+      makes, as the bias before a normalization layer.
+    - **epsilon**: without `mask_eps` its mean `q` would be at least twice as large.
+    - **strict**: the plain mask (`mask="snr"`, `softness=1`, `boundary="batch"`) would
+      be at least twice as open, and would let it move. The group's own mask, softness
+      or boundary is stricter.
+    - **weak**: its mean gradient holds more signal than noise (`over_noise` exceeds
+      `popriskmin.diagnosis.noise.needed_ratio`), and yet the other modules move more.
+      Their mean `q` is more than 3 times as large, or they are at their noise and this
+      layer is 3 times as far above it.
+    - **decay**: the weight decay's step is more than half the masked gradient step, and
+      the mask more than doubles this ratio, and `lr * weight_decay` times the steps so
+      far is above 0.05. Vectors and small tensors are not judged by it.
+    - **slowed**: it has more signal than noise, as the rest of the model; all move by
+      smaller steps. No fault.
+    - **noise**: its mean gradient is about as large as pure noise makes it. No fault:
+      the mask is meant to hold noise back.
 
-    **What cannot be seen.** A signal much weaker than the noise of the mean gradient, which hundreds of steps of an
-    unmasked optimizer would add up, looks like noise. So does a true gradient that drifts within about ten steps: for
-    any gradients that do not change on the whole, independent or not, `s^ = (v^ - m^**2) / beta1` on average, so the
-    state has no third number that would tell drift from noise. `variance="given"` does not take one for the other.
+    **Limits.** Two kinds of signal look like noise. One is a signal much weaker than
+    the noise of the mean gradient, which hundreds of unmasked steps would add up. The
+    other is a true gradient that drifts within about ten steps. For gradients with a
+    steady distribution, independent or not, `s^ = (v^ - m^**2) / beta1` on average, so
+    the state has no third number that would tell drift from noise. With
+    `variance="given"` the two are told apart.
 
     Parameters
     ----------
     optimizer
-        A `PRM`, wrapped by a framework or not (`popriskmin.unwrap`), that has taken some dozens of steps. Before the
-        first the diagnosis has no rows, and says so. Or several, as where each parameter has its own, stepped in the
-        backward pass: modules are then compared over all of them, and groups and parameters without a name are counted
-        through.
+        A `PRM`, wrapped by a framework or not (`popriskmin.unwrap`), after some dozens
+        of steps. Before the first step the diagnosis has no rows, and says so. Several
+        are possible too, as when each parameter has its own and steps in the backward
+        pass. Modules are then compared over all of them, and groups and parameters
+        without a name are numbered over all.
     threshold
         The mean `q` below which a layer counts as shut, in (0, 1].
 
@@ -104,23 +112,23 @@ def diagnose(optimizer: Optimizer | Iterable[Optimizer], threshold: float = 0.2)
     insides = _insides(optimizer)
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be a number in (0, 1], got {threshold!r}")
-    found = read([inside.optimizer for inside in insides])
+    tensors = read([inside.optimizer for inside in insides])
     note = " ".join(dict.fromkeys(inside.of_rank for inside in insides if inside.of_rank))
-    if all(one.sums is None for one in found):
+    if all(one.sums is None for one in tensors):
         return Diagnosis([], f"{note} {_NO_STEP}".strip())
     total = _Total()
     modules: dict[str | int, _Total] = collections.defaultdict(_Total)
-    for one in found:
+    for one in tensors:
         total.add(one)
         modules[_module(one)].add(one)
-    rows = [_row(one, _cause(one, total, modules[_module(one)], threshold)) for one in found]
+    rows = [_row(one, _cause(one, total, modules[_module(one)], threshold)) for one in tensors]
     return Diagnosis(rows, note)
 
 
 def _insides(optimizer: Optimizer | Iterable[Optimizer]) -> list[Unwrapped]:
     """Return the PRM inside each of what was given: one optimizer, or several."""
     one = hasattr(optimizer, "param_groups") or not isinstance(optimizer, Iterable)
-    insides = [unwrapped_prm(each, "diagnose") for each in ([optimizer] if one else cast(Iterable[Any], optimizer))]
+    insides = [unwrapped_prm(each, "diagnose") for each in ([optimizer] if one else cast(Iterable[object], optimizer))]
     if not insides:
         raise ValueError("diagnose needs at least one optimizer, got none")
     return insides
@@ -131,10 +139,10 @@ class _Total:
 
     def __init__(self, live: float = 0.0, q: float = 0.0, over_noise: float = 0.0) -> None:
         self.live, self.q, self.over_noise = live, q, over_noise
-        self.gradient_sq = 0.0  # of the tensor where it is largest, on average over its scalars
+        self.gradient_sq = 0.0  # mean over the tensor with the largest
 
     def add(self, one: Evidence) -> None:
-        """Count a tensor in that is under a mask, and has been for long enough to judge by."""
+        """Count a tensor in, if it has been under a mask for long enough to judge."""
         n, hyper = one.sums, one.hyper
         if n is not None and n.v > self.gradient_sq * one.scalars:
             self.gradient_sq = n.v / one.scalars
@@ -164,7 +172,7 @@ class _Finding(NamedTuple):
 
 
 def _cause(one: Evidence, total: _Total, module: _Total, threshold: float) -> _Finding:
-    """Find why a tensor moves as it does, compared with its module and with the rest of the total."""
+    """Return why a tensor moves as it does, compared with its module and the rest."""
     hyper, n = one.hyper, one.sums
     if n is None:
         return _Finding(
@@ -201,9 +209,9 @@ def _under_mask(one: Evidence, n: Sums, rest: _Total, threshold: float) -> _Find
     coherent = one.over_noise >= needed_ratio(one.shape)
     scored = f"mean gradient {one.over_noise:.1f} times what noise gives"
     if q < threshold:
-        found = _epsilon(one.hyper, n) or _strict(one.hyper, n, coherent, threshold, scored)
-        if found is not None:
-            return found
+        of_options = _epsilon(one.hyper, n) or _strict(one.hyper, n, coherent, threshold, scored)
+        if of_options is not None:
+            return of_options
         if coherent and _held_back(q, one.over_noise, rest):
             return _Finding("weak", f"{scored}, mean q {q:.2g}, elsewhere {rest.q / rest.live:.2g}", _weak(one.hyper))
         if _decays(one):
@@ -216,7 +224,7 @@ def _under_mask(one: Evidence, n: Sums, rest: _Total, threshold: float) -> _Find
 
 
 def _rounding(one: Evidence, n: Sums, total: _Total, module: _Total) -> bool:
-    """Return whether the gradient is so small beside its module's and the model's that only rounding makes it."""
+    """Return whether the gradient is so small, against others, that it is rounding."""
     mean = n.v / one.scalars
     small = mean < ROUNDING * total.gradient_sq and mean < ROUNDING_IN_MODULE * module.gradient_sq
     return small and not one.over_noise >= needed_ratio(one.shape)
@@ -265,7 +273,7 @@ def _strict(hyper: Hyperparameters, n: Sums, coherent: bool, threshold: float, s
 
 
 def _decays(one: Evidence) -> bool:
-    """Return whether decay outweighs the step because of the mask, and to some effect."""
+    """Return whether decay outweighs the step because of the mask, with an effect."""
     shrunk = float(one.hyper.lr) * one.hyper.weight_decay * one.step
     # The step of a few numbers is small by chance now and then.
     many = needed_ratio(one.shape) < 3

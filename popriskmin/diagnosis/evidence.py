@@ -1,4 +1,4 @@
-"""What the state of `PRM` says of every parameter tensor: numbers for a diagnosis, in one transfer from each device."""
+"""The numbers behind a diagnosis, of every tensor, in one transfer per device."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from torch import Tensor
 
 from popriskmin.diagnosis.noise import first_step, mean_and_variance, weights
 from popriskmin.mask import Hyperparameters, corrections, evaluate
-from popriskmin.optimizer.mask_state import Held, as_wide_reals, held, parameter_names, recompute, to_host
+from popriskmin.optimizer.groups import parameter_names
+from popriskmin.optimizer.mask_state import Held, as_wide_reals, held, recompute, to_host
 from popriskmin.optimizer.prm import PRM
 from popriskmin.step.lists import sum_dtype
 from popriskmin.step.shards import whole
 
-# A mean gradient so much smaller than its noise (both squared) is that of one which has been 0 for some 100 steps.
+# A mean gradient so much smaller than its noise (both squared) is that of one which has
+# been 0 for some 100 steps.
 SILENT = 1e-9
-# Squared gradients that are so much smaller than the tensor's mean one are what rounding leaves of a gradient of 0, as
-# that of a key's bias in attention.
+# Squared gradients that are so much smaller than the tensor's mean one are what
+# rounding leaves of a gradient of 0, as that of a key's bias in attention.
 ROUNDING = 1e-10
-# And of a whole tensor's: beside the model's largest, and so much beside its own module's. The bias of a convolution
-# before a normalization has 1e-10 of the squared gradient of its weights.
+# And of a whole tensor's: beside the model's largest, and so much beside its own
+# module's. The bias of a convolution before a normalization has 1e-10 of the squared
+# gradient of its weights.
 ROUNDING_IN_MODULE = 1e-8
 
 
@@ -58,7 +61,10 @@ class Evidence(NamedTuple):
 
     @property
     def over_noise(self) -> float:
-        """The mean of `m^**2 / z` over the live scalars in units of what pure noise gives; NaN where not known."""
+        """The mean of `m^**2 / z` over the live scalars, over that of pure noise.
+
+        NaN if it is not known.
+        """
         if self.sums is None or self.sums.live == 0 or self.step < first_step(self.hyper):
             return math.nan
         return self.sums.live_ratio / self.sums.live / weights(self.step, self.hyper).k
@@ -69,7 +75,7 @@ class Evidence(NamedTuple):
         return 1.0 if self.sums is None else 1 - self.sums.live / self.scalars
 
     def decay_ratio(self, masked: bool = True) -> float:
-        """Return the length of the decay's step over that of the gradient's step, with the mask or without."""
+        """Return the length of the decay's step over the gradient's, masked or not."""
         hyper, n = self.hyper, self.sums
         if n is None:
             return math.nan
@@ -81,17 +87,18 @@ class Evidence(NamedTuple):
 
 
 def read(optimizers: Sequence[PRM]) -> list[Evidence]:
-    """Return what is known of every tensor that has elements and has stepped or could, over several optimizers.
+    """Return the evidence on every tensor, of several optimizers, that has elements.
 
-    Groups and unnamed parameters are counted through; names that several optimizers have get their group's number.
+    Groups and unnamed parameters are counted through; names that several optimizers
+    have get their group's number.
     """
-    found = [pair for optimizer, names in zip(optimizers, _names(optimizers)) for pair in _found(optimizer, *names)]
-    numbers = iter(to_host([sums for _, sums in found if sums is not None]))
-    return [one if sums is None else one._replace(sums=Sums(*next(numbers))) for one, sums in found]
+    pairs = [pair for optimizer, names in zip(optimizers, _names(optimizers)) for pair in _pairs(optimizer, *names)]
+    numbers = iter(to_host([sums for _, sums in pairs if sums is not None]))
+    return [one if sums is None else one._replace(sums=Sums(*next(numbers))) for one, sums in pairs]
 
 
 def _names(optimizers: Sequence[PRM]) -> Iterator[tuple[int, dict[Tensor, str | int]]]:
-    """Yield for each optimizer the number of its first group among all, and the names of its parameters."""
+    """Yield for each optimizer the number of its first group, and parameter names."""
     names = iter(parameter_names([group for optimizer in optimizers for group in optimizer.param_groups]))
     first = 0
     for optimizer in optimizers:
@@ -100,7 +107,7 @@ def _names(optimizers: Sequence[PRM]) -> Iterator[tuple[int, dict[Tensor, str | 
         first += len(groups)
 
 
-def _found(
+def _pairs(
     optimizer: PRM, first_group: int, names: Mapping[Tensor, str | int]
 ) -> Iterator[tuple[Evidence, Tensor | None]]:
     for one in held(optimizer):
@@ -116,10 +123,12 @@ def _sums(one: Held) -> Tensor:
     m, s, c, signal, noise, q = recompute(one.state, t, hyper)
     dtype, v = m.dtype, one.state["exp_avg_sq"]
     _, w, v, divisor = as_wide_reals(m, one.param, v, one.state["max_exp_avg_sq"] if hyper.amsgrad else v)
-    # Corrected even where the step is not: what is expected of noise is expected of the corrected averages.
+    # Corrected even where the step is not: what is expected of noise is expected of the
+    # corrected averages.
     full = corrections(t, hyper._replace(bias_correction=True))
     mean_sq, spread = (m / full.bias1).square(), s / full.bias_var
-    mean_v = v.sum() / v.numel()  # not mean(), for which gloo of torch 2.7 lacks an average over ranks
+    # Not mean(): gloo of torch 2.7 has no average over ranks.
+    mean_v = v.sum() / v.numel()
     live = ((v > ROUNDING * mean_v) & (mean_sq > SILENT * spread)).to(dtype)
     ratio = torch.zeros_like(m)
     if t >= first_step(hyper):
@@ -132,7 +141,7 @@ def _sums(one: Held) -> Tensor:
     wide = sum_dtype(m.device)
 
     def total(x: Tensor, among: Tensor | None = None) -> Tensor:
-        """Sum over the tensor, or over those `among` it; a pooled number stands for each of them."""
+        """Sum over the tensor or `among`; a pooled number stands for each scalar."""
         if x.dim() == 0 and m.dim() > 0:
             return x.to(wide) * (m.numel() if among is None else among.sum(dtype=wide))
         return (x if among is None else x * among).sum(dtype=wide)

@@ -1,19 +1,26 @@
-"""What the state of an optimizer says of a gradient's mean and variance, and what pure noise alone would say.
+"""A gradient's mean and variance from an optimizer's state, and their values for noise.
 
-Pure functions. The running mean `m^` of a gradient without any signal is not 0: its square has the mean `k(t) * z`,
-with `z` the gradient's variance. What is above that is signal.
+Pure functions. The running mean `m^` of a gradient without any signal is not 0: its
+square has the mean `k(t) * z`, with `z` the gradient's variance. Only the excess over
+this is signal.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor
 
 from popriskmin.mask import Hyperparameters, variance_of_mean
 
+Number = TypeVar("Number", float, Tensor)
+
 
 class Weights(NamedTuple):
-    """How the state's averages are made of the squared mean `u**2` and the variance `z` of independent gradients.
+    """The state's averages in terms of the gradients' squared mean and variance.
+
+    With `u**2` the squared mean and `z` the variance of independent gradients,
 
     `E[m^**2] = u**2 + k * z` and `E[s^] = leak * u**2 + own * z`.
     """
@@ -29,7 +36,7 @@ def first_step(hyper: Hyperparameters) -> int:
 
 
 def enough_steps(hyper: Hyperparameters) -> int:
-    """Return the steps after which the averages are worth judging by: twice the length of the mean's memory.
+    """Return the steps after which the averages can be judged: twice the mean's memory.
 
     Examples
     --------
@@ -44,14 +51,16 @@ def enough_steps(hyper: Hyperparameters) -> int:
 def weights(t: float, hyper: Hyperparameters) -> Weights:
     """Return the weights after `t` steps, for bias-corrected `m^` and `s^`.
 
-    With `debias`, `mask="threshold"` or a variance that is given, `s^` is unbiased: `leak = 0`, `own = 1`. Else step
-    `j` adds `(g - m(j-1))**2`, whose mean is `z + k(inf) * (1 - b**(j-1)) * z + b**(j-1) * u**2` with `b = beta1**2`:
-    at first `m` is 0 and the squared mean counts as noise. Averaged with the weights `rho**(t-j)`.
+    With `debias`, `mask="threshold"` or a variance that is given, `s^` is unbiased:
+    `leak = 0`, `own = 1`. Else step `j` adds `(g - m(j-1))**2`, whose mean is `z +
+    k(inf) * (1 - b**(j-1)) * z + b**(j-1) * u**2` with `b = beta1**2`: at first `m` is
+    0 and the squared mean counts as noise. Averaged with the weights `rho**(t-j)`.
 
     Raises
     ------
     ValueError
-        Before the second step (the first, with a given variance), where nothing tells mean and variance apart.
+        Before the second step (the first, with a given variance). Mean and variance
+        cannot be told apart there.
 
     Examples
     --------
@@ -69,27 +78,29 @@ def weights(t: float, hyper: Hyperparameters) -> Weights:
     if hyper.given or hyper.unbiased:
         return Weights(k, 0.0, 1.0)
     b, rho = hyper.beta1**2, hyper.rho
-    # The sum of rho**(t-j) * b**(j-1) over the steps; its closed form divides 0 by 0 where the two are equal.
+    # The sum of rho**(t-j) * b**(j-1) over the steps; its closed form divides 0 by 0
+    # where the two are equal.
     total = t * b ** (t - 1) if math.isclose(b, rho, rel_tol=1e-6) else (rho**t - b**t) / (rho - b)
     leak = total * (1 - rho) / (1 - rho**t)
     return Weights(k, leak, 1 + (1 - hyper.beta1) / (1 + hyper.beta1) * (1 - leak))
 
 
-def mean_and_variance(signal: Any, noise: Any, w: Weights) -> tuple[Any, Any]:
-    """Return unbiased estimates of the squared mean and of the variance of the gradient.
+def mean_and_variance(signal: Number, noise: Number, w: Weights) -> tuple[Number, Number]:
+    """Return unbiased estimates of the gradient's squared mean and variance.
 
     Parameters
     ----------
     signal, noise
-        `m^**2` and `s^`, bias-corrected: numbers, tensors of one shape, or sums of both over the same scalars, as the
-        estimates are linear. Units of the squared gradient.
+        `m^**2` and `s^`, bias-corrected: numbers, tensors of one shape, or sums of both
+        over the same scalars, as the estimates are linear. Units of the squared
+        gradient.
     w
         From `weights`.
 
     Returns
     -------
     mean_sq, variance
-        Of the type of the input. Where nothing but noise is, the first is as often below 0 as above.
+        Of the type of the input. For pure noise the first is below 0 as often as above.
 
     Examples
     --------
@@ -102,11 +113,15 @@ def mean_and_variance(signal: Any, noise: Any, w: Weights) -> tuple[Any, Any]:
 
 
 def needed_ratio(shape: tuple[int, ...]) -> float:
-    """Return how many times what pure noise gives a tensor's mean `m^**2 / z` must be, to be called coherent.
+    """Return the factor over pure noise from which a tensor's mean is coherent.
 
-    At least 2, where the mean holds as much signal as noise. Noise alone passes it one time in ten thousand, if it
-    holds as many independent numbers as assumed here: 1 in a vector, whose entries often follow one error; in larger
-    tensors the root of their number, 32 at most. The quantile of chi-squared is that of Wilson and Hilferty.
+    The mean is that of `m^**2 / z`.
+
+    The factor is at least 2, where the mean holds as much signal as noise. Noise exceeds
+    it one time in ten thousand, if the tensor holds as many independent numbers as
+    assumed here. A vector counts as 1, because its entries often follow one error. A
+    larger tensor counts as the root of its size, 32 at most. The quantile of
+    chi-squared is Wilson and Hilferty's approximation.
 
     Examples
     --------

@@ -1,14 +1,15 @@
-"""What stands between PRM and the frameworks that people train with: figures for their logs, a file per framework."""
+"""PRM in training frameworks: one file each, and the numbers for their logs."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from popriskmin.diagnosis import diagnose
-from popriskmin.diagnosis.row import FAULTS, FINE
-from popriskmin.optimizer.stats import Row, combined
+from popriskmin.diagnosis.rows import FAULTS, FINE
+from popriskmin.optimizer.stats import MaskStats, combined
 from popriskmin.optimizer.unwrap import unwrapped_prm
 from popriskmin.risk import RiskMonitor
 
@@ -21,31 +22,34 @@ VERDICTS = {"improving": 1.0, "unclear": 0.0, "overfitting": -1.0}
 def log(
     optimizer: Any, monitor: RiskMonitor | None = None, *, diagnosis: bool = False, local: bool = False
 ) -> dict[str, float]:
-    """Return what there is to log of a `PRM` as one flat dict of floats, for TensorBoard and any other tracker.
+    """Return the log of a `PRM` as one flat dict of floats, for any tracker.
 
     This waits for the device: call it where you log, not at every step.
 
     Parameters
     ----------
     optimizer
-        A `PRM`, wrapped by a framework or not. Under `ZeroRedundancyOptimizer` the figures are this rank's.
+        A `PRM`, wrapped by a framework or not. Under `ZeroRedundancyOptimizer` the
+        figures are this rank's.
     monitor
         Adds what a `RiskMonitor` has to say.
     diagnosis
-        Count the tensors by what `diagnose` finds, each of its causes in a figure of its own, as `prm/diagnosis/noise`.
-        All ranks must ask.
+        Count the tensors by what `diagnose` finds, each of its causes in a figure of
+        its own, as `prm/diagnosis/noise`. All ranks must ask.
     local
-        Under FSDP2: this rank's shards alone, without a message, so that one rank may log by itself. Without it all
-        ranks must ask.
+        Under FSDP2: this rank's shards alone, without a message, so that one rank may
+        log by itself. Without it all ranks must ask.
 
     Returns
     -------
     dict
-        Empty before the first step. Then, for everything together, `prm/mean_q` and the other numbers of
-        `get_mask_stats`. `prm/lr` and `prm/softness`; where there are several groups, these and the statistics come
-        for each, as `prm/group0/lr`. From the monitor, as soon as it has them: `prm/verdict`, 1 for "improving", 0 for
-        "unclear" and -1 for "overfitting"; `prm/fresh`, `prm/reused`, `prm/fresh_total` and `prm/reused_total` of its
-        estimate; `prm/held_out`, the mean held-out loss of the last look, and `prm/best_step`.
+        Empty before the first step. Then, for everything together, `prm/mean_q` and the
+        other numbers of `get_mask_stats`. `prm/lr` and `prm/softness`; where there are
+        several groups, these and the statistics come for each, as `prm/group0/lr`. From
+        the monitor, as soon as it has them: `prm/verdict`, 1 for "improving", 0 for
+        "unclear" and -1 for "overfitting"; `prm/fresh`, `prm/reused`, `prm/fresh_total`
+        and `prm/reused_total` of its estimate; `prm/held_out`, the mean held-out loss
+        of the last look, and `prm/best_step`.
 
     Raises
     ------
@@ -70,7 +74,7 @@ def log(
     if diagnosis and local:
         raise ValueError("diagnosis needs the figures of all ranks: leave out local=True, or diagnosis=True")
     prm = unwrapped_prm(optimizer, "log").optimizer
-    rows: dict[int, Row] = prm.get_mask_stats(by="group", local=local)
+    rows: dict[int, MaskStats] = prm.get_mask_stats(by="group", local=local)
     if not rows:
         return {}
     values = _prefixed("prm", combined(rows.values()))
@@ -88,17 +92,17 @@ def log(
 
 
 def _judged(monitor: RiskMonitor) -> dict[str, float]:
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     verdict = monitor.verdict
     if verdict is not None:
-        found["verdict"] = VERDICTS[verdict]
+        values["verdict"] = VERDICTS[verdict]
     with contextlib.suppress(RuntimeError):  # no sample yet
         estimate = monitor.estimate()
-        found |= {name: getattr(estimate, name) for name in ("fresh", "reused", "fresh_total", "reused_total")}
+        values |= {name: getattr(estimate, name) for name in ("fresh", "reused", "fresh_total", "reused_total")}
     if monitor.held_out_curve and monitor.best_step is not None:
-        found |= {"held_out": monitor.held_out_curve[-1][1], "best_step": monitor.best_step}
-    return found
+        values |= {"held_out": monitor.held_out_curve[-1][1], "best_step": monitor.best_step}
+    return values
 
 
-def _prefixed(prefix: str, values: Any) -> dict[str, float]:
+def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": float(value) for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""PRM in Lightning: `lightning` or `pytorch_lightning`, whichever the program has imported."""
+"""PRM in Lightning: `lightning` or `pytorch_lightning`, as the program imported it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ _logger = logging.getLogger("popriskmin")
 
 
 class PRMCallback(Callback):  # type: ignore[misc]
-    """Put the mask's statistics, the risk monitor's verdict and the diagnosis into what Lightning logs.
+    """Log the mask's statistics, the risk monitor's verdict and the diagnosis.
 
-    They come every `log_every_n_steps` steps of the optimizer, to every logger and into `trainer.callback_metrics`. The
-    monitor's state goes into Lightning's checkpoints. What the mask holds shut by a fault (`popriskmin.diagnose`) is
-    said at the end of training.
+    They come every `log_every_n_steps` steps of the optimizer, to every logger and into
+    `trainer.callback_metrics`. The monitor's state goes into Lightning's checkpoints.
+    What the mask holds shut by a fault (`popriskmin.diagnose`) is said at the end of
+    training.
 
     Parameters
     ----------
@@ -38,8 +39,9 @@ class PRMCallback(Callback):  # type: ignore[misc]
         Makes the risk monitor for the module's PRM, as `RiskMonitor` itself does, or
         `lambda optimizer: RiskMonitor(optimizer, held_out=losses)`. None makes none.
     stop
-        End training where the verdict is "overfitting" on any rank, looked at where it is logged. With `keep_best`
-        among the monitor's options `callback.monitor.restore_best()` then brings the best weights back.
+        End training where the verdict is "overfitting" on any rank, looked at where it
+        is logged. With `keep_best` among the monitor's options
+        `callback.monitor.restore_best()` then brings the best weights back.
     diagnosis
         Log how many tensors `diagnose` finds in which condition.
 
@@ -48,7 +50,8 @@ class PRMCallback(Callback):  # type: ignore[misc]
     ValueError
         For `stop` without `monitor`, or where nothing is logged.
     TypeError
-        When training begins, where the module's optimizers are not one PRM, beside others if need be.
+        When training begins, where the module's optimizers are not one PRM, beside
+        others if need be.
 
     Examples
     --------
@@ -56,7 +59,7 @@ class PRMCallback(Callback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, monitor: Callable[[Any], RiskMonitor] | None = None, stop: bool = False, diagnosis: bool = True
+        self, monitor: Callable[[PRM], RiskMonitor] | None = None, stop: bool = False, diagnosis: bool = True
     ) -> None:
         if stop and monitor is None:
             raise ValueError("stop=True needs a monitor, such as monitor=RiskMonitor")
@@ -69,11 +72,11 @@ class PRMCallback(Callback):  # type: ignore[misc]
         self._logged = 0  # at how many steps it was logged last
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the optimizer, attach the monitor to it, and give it the state of the checkpoint."""
-        found = [unwrapped(optimizer) for optimizer in trainer.optimizers]
-        prms = [one.optimizer for one in found if isinstance(one.optimizer, PRM)]
+        """Find the optimizer, attach the monitor, and load the monitor's state."""
+        insides = [unwrapped(optimizer) for optimizer in trainer.optimizers]
+        prms = [inside.optimizer for inside in insides if isinstance(inside.optimizer, PRM)]
         if len(prms) != 1:
-            given = ", ".join(map(described, found)) or "none"
+            given = ", ".join(map(described, insides)) or "none"
             raise TypeError(f"PRMCallback needs a module with one popriskmin.PRM among its optimizers, got {given}")
         if prms[0] is not self._optimizer:
             if self.monitor is not None:
@@ -87,10 +90,11 @@ class PRMCallback(Callback):  # type: ignore[misc]
             raise ValueError("stop=True looks at the verdict where Lightning logs, and log_every_n_steps is 0")
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Log, and stop on the verdict, after the batch with which the optimizer has taken a step."""
-        automatic = pl_module.automatic_optimization  # without it Lightning counts batches, as each may step anything
+        """Log, and stop on the verdict, after a batch that ended a step."""
+        # Without automatic optimization each batch may step anything: batches count.
+        automatic = pl_module.automatic_optimization
         steps = trainer.global_step if automatic else trainer.fit_loop.total_batch_idx + 1
         if steps == self._logged or trainer.log_every_n_steps == 0 or steps % trainer.log_every_n_steps:
             return
@@ -103,9 +107,9 @@ class PRMCallback(Callback):  # type: ignore[misc]
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what the mask holds shut by a fault."""
         if self.diagnosis and self._optimizer is not None:
-            found = diagnose(self._optimizer)
-            if found.problems and trainer.is_global_zero:
-                _logger.warning("%s", found)
+            diagnosis = diagnose(self._optimizer)
+            if diagnosis.problems and trainer.is_global_zero:
+                _logger.warning("%s", diagnosis)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the monitor's state, for Lightning's checkpoints."""

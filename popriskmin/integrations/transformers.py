@@ -6,7 +6,7 @@ import logging
 import os
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,11 +27,12 @@ _logger = logging.getLogger("popriskmin")
 
 
 def prm_cls_and_kwargs(args: TrainingArguments, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Return what a `Trainer` takes as `optimizer_cls_and_kwargs`, so that it builds a `PRM` itself when it needs one.
+    """Return a `Trainer`'s `optimizer_cls_and_kwargs`, so that it builds a `PRM` itself.
 
-    That is the way to hand over PRM where the trainer changes the model first (`peft_config`, FSDP), or makes it
-    (`model_init`). A trainer that does not take the argument, as TRL's `DPOTrainer`, takes it as an attribute, before
-    `train()`: `trainer.optimizer_cls_and_kwargs = prm_cls_and_kwargs(args)`.
+    That is the way to hand over PRM where the trainer changes the model first
+    (`peft_config`, FSDP), or makes it (`model_init`). A trainer that does not take the
+    argument, as TRL's `DPOTrainer`, takes it as an attribute, before `train()`:
+    `trainer.optimizer_cls_and_kwargs = prm_cls_and_kwargs(args)`.
 
     Parameters
     ----------
@@ -50,16 +51,16 @@ def prm_cls_and_kwargs(args: TrainingArguments, **options: Any) -> tuple[Any, di
 
 
 def prm_optimizer(model: nn.Module, args: TrainingArguments, **options: Any) -> PRM:
-    """Return a `PRM` for a model, for a `Trainer`'s `optimizers=(prm_optimizer(model, args), None)`.
+    """Return a `PRM` for a `Trainer`'s `optimizers=(prm_optimizer(model, args), None)`.
 
-    Its groups are those of the Trainer's own optimizer, so that a checkpoint of its AdamW goes on; its parameters have
-    their names.
+    Its groups are those of the Trainer's own optimizer, so that a checkpoint of its
+    AdamW goes on; its parameters have their names.
 
     Parameters
     ----------
     model
-        As it will be trained: what the trainer itself adds to it, as with `peft_config`, this optimizer does not have.
-        `prm_cls_and_kwargs` does.
+        As it will be trained: what the trainer itself adds to it, as with
+        `peft_config`, this optimizer does not have. `prm_cls_and_kwargs` does.
     args, options
         As in `prm_cls_and_kwargs`.
     """
@@ -72,7 +73,7 @@ def _options(args: TrainingArguments, options: dict[str, Any]) -> dict[str, Any]
 
 
 class _Factory:
-    """What the Trainer makes and then calls with the model, where it is given something that is no optimizer class."""
+    """The Trainer calls it with the model, since it is no optimizer class."""
 
     def __call__(self, model: nn.Module, weight_decay: float, **options: Any) -> PRM:
         # The Trainer's rule has changed with its versions; the method needs no Trainer.
@@ -81,40 +82,45 @@ class _Factory:
         groups = []
         for decays, decay in ((True, weight_decay), (False, 0.0)):
             members = [(name, param) for name, param in named if (name in decaying) == decays]
-            # The Trainer keeps an empty group, too, of which torch has to be told that it has names.
+            # The Trainer keeps an empty group, too, of which torch has to be told that
+            # it has names.
             groups.append({"params": members, "weight_decay": decay, **({} if members else {"param_names": []})})
         return PRM(groups, **options)
 
 
 class PRMCallback(TrainerCallback):  # type: ignore[misc]
-    """Put the mask's statistics, the risk monitor's verdict and the diagnosis into what a `Trainer` logs.
+    """Log the mask's statistics, the risk monitor's verdict and the diagnosis.
 
-    They are then in `log_history` and wherever `report_to` leads. The monitor's state goes into the Trainer's
-    checkpoints. What the mask holds shut by a fault (`popriskmin.diagnose`) is said at the end of training.
+    They are then in `log_history` and wherever `report_to` leads. The monitor's state
+    goes into the Trainer's checkpoints. What the mask holds shut by a fault
+    (`popriskmin.diagnose`) is said at the end of training.
 
     Parameters
     ----------
     trainer
-        Add the callback to it: `trainer.add_callback(PRMCallback(trainer))`. It has to know the trainer, because
-        transformers tells its trackers before the callbacks of a user may add to the logs.
+        Add the callback to it: `trainer.add_callback(PRMCallback(trainer))`. It has to
+        know the trainer, because transformers tells its trackers before the callbacks
+        of a user may add to the logs.
     monitor
-        Makes the risk monitor for the optimizer that the trainer has when training begins, as `RiskMonitor` itself
-        does, or `lambda optimizer: RiskMonitor(optimizer, held_out=losses)`. None makes none.
+        Makes the risk monitor for the optimizer that the trainer has when training
+        begins, as `RiskMonitor` itself does, or `lambda optimizer:
+        RiskMonitor(optimizer, held_out=losses)`. None makes none.
     stop
-        End training where the verdict is "overfitting", which is looked at whenever the Trainer logs. On several
-        ranks the first decides. With `keep_best` among the monitor's options `callback.monitor.restore_best()` then
-        brings the best weights back.
+        End training where the verdict is "overfitting", which is looked at whenever the
+        Trainer logs. On several ranks the first decides. With `keep_best` among the
+        monitor's options `callback.monitor.restore_best()` then brings the best weights
+        back.
     diagnosis
         Log how many tensors `diagnose` finds in which condition.
     resume_from
-        The folder of the checkpoint that training goes on from, where that is not `checkpoint-STEP` in `output_dir`
-        nor `args.resume_from_checkpoint`.
+        The folder of the checkpoint that training goes on from, where that is not
+        `checkpoint-STEP` in `output_dir` nor `args.resume_from_checkpoint`.
 
     Raises
     ------
     ValueError
-        For `stop` without `monitor`, or where nothing is logged; when training begins, where the optimizer holds
-        nothing of what is trainable.
+        For `stop` without `monitor`, or where nothing is logged; when training begins,
+        where the optimizer holds nothing of what is trainable.
     TypeError
         When training begins, for another optimizer than `PRM`.
 
@@ -126,7 +132,7 @@ class PRMCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self,
         trainer: Trainer,
-        monitor: Callable[[Any], RiskMonitor] | None = None,
+        monitor: Callable[[PRM], RiskMonitor] | None = None,
         stop: bool = False,
         diagnosis: bool = True,
         resume_from: str | os.PathLike[str] | None = None,
@@ -150,7 +156,7 @@ class PRMCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the optimizer, attach the monitor to it, and take its state from the checkpoint."""
+        """Check the optimizer, attach the monitor, and load the monitor's state."""
         prm = unwrapped_prm(kwargs["optimizer"], "PRMCallback").optimizer
         if not self.trainer.is_deepspeed_enabled:  # which trains on copies of its own
             _check_trains(prm, kwargs["model"])
@@ -165,28 +171,33 @@ class PRMCallback(TrainerCallback):  # type: ignore[misc]
             if self.monitor is not None and state.global_step > 0:
                 self._resume(self.monitor, args, state)
 
-    def _log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Stand in the place of the trainer's `log`; only what it logs of training itself is added to."""
+    def _log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
+        """Stand in for the trainer's `log`, and add to its logs of training itself."""
         if "loss" in logs:
             logs.update(log(self._optimizer, self.monitor, diagnosis=self.diagnosis))
         self._log_of_trainer(logs, *args, **kwargs)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: object,
     ) -> None:
-        """Stop on the verdict. Every rank logs, and so every rank is here at the same step."""
+        """Stop on the verdict. Every rank logs, so every rank is here at the same step."""
         if self.stop and self.monitor is not None and logs is not None and "loss" in logs:
             decision = [self.monitor.overfitting]
             broadcast_object_list(decision)
             if decision[0]:
                 control.should_training_stop = True
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Put the monitor's state into the checkpoint that was just written."""
         resumable = not args.save_only_model and not state.is_hyper_param_search
         if self.monitor is None or not resumable:
             return
-        monitor = self.monitor.state_dict()  # by every rank: weights that are sharded are gathered
+        monitor = self.monitor.state_dict()  # by every rank: sharded weights are gathered
         if args.should_save:
             path = _checkpoint(args, state) / FILE
             unfinished = path.with_suffix(".part")
@@ -198,9 +209,9 @@ class PRMCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Say what the mask holds shut by a fault."""
         if self.diagnosis:
-            found = diagnose(self._optimizer)
-            if found.problems and state.is_world_process_zero:
-                _logger.warning("%s", found)
+            diagnosis = diagnose(self._optimizer)
+            if diagnosis.problems and state.is_world_process_zero:
+                _logger.warning("%s", diagnosis)
 
     def _resume(self, monitor: RiskMonitor, args: TrainingArguments, state: TrainerState) -> None:
         given = self.resume_from or args.resume_from_checkpoint
@@ -220,9 +231,9 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> pathlib.Path:
 
 
 def _check_trains(optimizer: PRM, model: nn.Module) -> None:
-    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    own = {id(param) for group in optimizer.param_groups for param in group["params"]}
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    if trainable and not any(id(param) in held for param in trainable.values()):
+    if trainable and not any(id(param) in own for param in trainable.values()):
         raise ValueError(
             f"the optimizer holds none of the model's {len(trainable)} trainable tensors, the first of which is "
             f"{next(iter(trainable))}: it was built before the trainer changed the model, as peft_config does. Let the "

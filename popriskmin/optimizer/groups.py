@@ -1,14 +1,18 @@
-"""Parameter groups from name patterns, with weight decay kept off biases and norms."""
+"""Parameter groups from name patterns, and the names of the parameters in any groups."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+
+# A parameter group of an optimizer: "params", and options by their names.
+Group = Mapping[str, Any]
 
 _NORMS: tuple[type[nn.Module], ...] = tuple(
     kind
@@ -101,6 +105,24 @@ def param_groups(
     return groups
 
 
+def parameter_names(groups: Sequence[Group]) -> list[list[str | int]]:
+    """Return a key for every parameter of each group: its name, or where it has none its place in the whole list.
+
+    A name that several groups share, as when two models are trained together, gets its group's number.
+    """
+    names: list[list[str | int]] = []
+    start = 0
+    for group in groups:
+        count = len(group["params"])
+        names.append(list(group.get("param_names") or range(start, start + count)))
+        start += count
+    uses = Counter(name for group_names in names for name in group_names)
+    return [
+        [f"group {i}: {name}" if uses[name] > 1 else name for name in group_names]
+        for i, group_names in enumerate(names)
+    ]
+
+
 def _checked(model: Any, patterns: Any) -> Mapping[str, Mapping[str, Any]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -121,12 +143,12 @@ def _checked(model: Any, patterns: Any) -> Mapping[str, Mapping[str, Any]]:
 
 def _parameters(model: nn.Module) -> list[tuple[nn.Parameter, list[str], bool]]:
     """Return each parameter once, with all its names and whether it decays."""
-    found: dict[nn.Parameter, tuple[list[str], list[bool]]] = {}
+    occurrences: dict[nn.Parameter, tuple[list[str], list[bool]]] = {}
     for name, param, decays in _occurrences(model):
-        names, decaying = found.setdefault(param, ([], []))
+        names, decaying = occurrences.setdefault(param, ([], []))
         names.append(name)
         decaying.append(decays)
-    return [(param, names, all(decaying)) for param, (names, decaying) in found.items()]
+    return [(param, names, all(decaying)) for param, (names, decaying) in occurrences.items()]
 
 
 def _occurrences(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:

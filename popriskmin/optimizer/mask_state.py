@@ -5,21 +5,26 @@ The statistics, the diagnosis and the controller read the state through here. No
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from popriskmin.mask import Corrections, Hyperparameters, corrections, evaluate, signal_and_noise
+from popriskmin.optimizer.groups import parameter_names
 from popriskmin.step.lists import are_plain, as_real
 
-if TYPE_CHECKING:
-    from popriskmin.optimizer.prm import PRM
-
-
 SMALL = 2**16  # scalars of a tensor whose launches take longer than its arithmetic
+
+
+class HasMask(Protocol):
+    """An optimizer with PRM's state, and what each group's last step was taken with."""
+
+    param_groups: list[dict[str, Any]]
+    state: defaultdict[Tensor, Any]
+    _applied: list[Hyperparameters]
 
 
 class Held(NamedTuple):
@@ -49,7 +54,7 @@ class Recomputed(NamedTuple):
     q: Tensor
 
 
-def held(optimizer: PRM) -> Iterator[Held]:
+def held(optimizer: HasMask) -> Iterator[Held]:
     """Yield every parameter with elements, in the optimizer's order; the step counts come in one transfer."""
     names, steps = parameter_names(optimizer.param_groups), steps_taken(optimizer)
     for i, group in enumerate(optimizer.param_groups):
@@ -86,7 +91,7 @@ def joined(several: Sequence[Held]) -> list[Held]:
     return kept
 
 
-def applied(optimizer: PRM, group: int) -> Hyperparameters:
+def applied(optimizer: HasMask, group: int) -> Hyperparameters:
     """Return what the group's last step was taken with; a schedule may have moved on since."""
     kept = optimizer._applied
     return kept[group] if group < len(kept) else Hyperparameters.of_group(optimizer.param_groups[group])
@@ -119,25 +124,7 @@ def as_wide_reals(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) for x in reals)
 
 
-def parameter_names(groups: Sequence[Mapping[str, Any]]) -> list[list[str | int]]:
-    """Return a key for every parameter of each group: its name, or where it has none its place in the whole list.
-
-    A name that several groups share, as when two models are trained together, gets its group's number.
-    """
-    names: list[list[str | int]] = []
-    start = 0
-    for group in groups:
-        count = len(group["params"])
-        names.append(list(group.get("param_names") or range(start, start + count)))
-        start += count
-    uses = Counter(name for group_names in names for name in group_names)
-    return [
-        [f"group {i}: {name}" if uses[name] > 1 else name for name in group_names]
-        for i, group_names in enumerate(names)
-    ]
-
-
-def steps_taken(optimizer: PRM) -> list[list[int]]:
+def steps_taken(optimizer: HasMask) -> list[list[int]]:
     """Return the steps that every parameter of every group has taken, in one transfer from each device."""
     states = [[optimizer.state.get(param) for param in group["params"]] for group in optimizer.param_groups]
     counters = [state["step"].detach().reshape(1) for group in states for state in group if state]

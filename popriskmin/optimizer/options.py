@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from popriskmin.mask import BOUNDARIES, MASKS, REDUCTIONS, VARIANCES, boundary_coefficient
-from popriskmin.optimizer.mask_state import parameter_names
+from popriskmin.optimizer.groups import parameter_names
 from popriskmin.step.functional import choose_implementation
 from popriskmin.step.shards import is_sharded
 

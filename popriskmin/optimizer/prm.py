@@ -15,7 +15,7 @@ from popriskmin.optimizer.base import CheckedOptimizer
 from popriskmin.optimizer.checkpoint import STATE_FORMAT, new_state
 from popriskmin.optimizer.checkpoint_probe import makes_state_alone
 from popriskmin.optimizer.options import check_options, check_variances, name_of, plain, with_numbers
-from popriskmin.optimizer.stats import Row, mask_stats
+from popriskmin.optimizer.stats import MaskStats, mask_stats
 from popriskmin.step.compat import check_graph_capture
 from popriskmin.step.functional import dispatch
 from popriskmin.step.lists import Lists
@@ -333,11 +333,11 @@ class PRM(CheckedOptimizer):
         self._variances = dict(variances)
 
     @overload
-    def get_mask_stats(self, by: None = None, *, local: bool = False) -> Row | None: ...
+    def get_mask_stats(self, by: None = None, *, local: bool = False) -> MaskStats | None: ...
     @overload
-    def get_mask_stats(self, by: Literal["group"], *, local: bool = False) -> dict[int, Row]: ...
+    def get_mask_stats(self, by: Literal["group"], *, local: bool = False) -> dict[int, MaskStats]: ...
     @overload
-    def get_mask_stats(self, by: Literal["parameter"], *, local: bool = False) -> dict[str | int, Row]: ...
+    def get_mask_stats(self, by: Literal["parameter"], *, local: bool = False) -> dict[str | int, MaskStats]: ...
     def get_mask_stats(self, by: Literal["group", "parameter"] | None = None, *, local: bool = False) -> Any:
         """Say how open the mask was at the last step.
 

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from popriskmin.mask import corrections, evaluate, finish_signal_and_noise
-from popriskmin.optimizer.mask_state import Held, as_wide_reals, held, joined, recompute, to_host
+from popriskmin.optimizer.mask_state import HasMask, Held, as_wide_reals, held, joined, recompute, to_host
 from popriskmin.step.lists import sum_dtype
 from popriskmin.step.shards import local_part, over_ranks
 
-if TYPE_CHECKING:
-    from popriskmin.optimizer.prm import PRM
-
-Row = dict[str, float]
+MaskStats = dict[str, float]
 
 BY = (None, "group", "parameter")
 
 
 @overload
-def mask_stats(optimizer: PRM, by: None = None, local: bool = False) -> Row | None: ...
+def mask_stats(optimizer: HasMask, by: None = None, local: bool = False) -> MaskStats | None: ...
 @overload
-def mask_stats(optimizer: PRM, by: Literal["group"], local: bool = False) -> dict[int, Row]: ...
+def mask_stats(optimizer: HasMask, by: Literal["group"], local: bool = False) -> dict[int, MaskStats]: ...
 @overload
-def mask_stats(optimizer: PRM, by: Literal["parameter"], local: bool = False) -> dict[str | int, Row]: ...
-def mask_stats(optimizer: PRM, by: str | None = None, local: bool = False) -> Any:
+def mask_stats(optimizer: HasMask, by: Literal["parameter"], local: bool = False) -> dict[str | int, MaskStats]: ...
+def mask_stats(optimizer: HasMask, by: str | None = None, local: bool = False) -> Any:
     """Recompute the mask of the last step from the state of a `PRM` optimizer; see `PRM.get_mask_stats`."""
     if by not in BY:
         raise ValueError(f"by must be None, 'group' or 'parameter', got {by!r}")
@@ -41,7 +38,7 @@ def mask_stats(optimizer: PRM, by: str | None = None, local: bool = False) -> An
 
 
 @torch.no_grad()
-def _measured(optimizer: PRM, local: bool, apart: bool) -> Iterator[tuple[Held, int, int, list[float]]]:
+def _measured(optimizer: HasMask, local: bool, apart: bool) -> Iterator[tuple[Held, int, int, list[float]]]:
     """Yield each tensor that has moved, its scalars, the weight of its sums, and six numbers; one transfer a device.
 
     Those are the sums of `q`, of active scalars, signal and noise, and the least and the largest `q`. Unless they are
@@ -88,8 +85,8 @@ def _sums(one: Held, means: Tensor | None) -> Tensor:
     """Return four sums over this rank's part, less the least `q`, and the largest; for a pooled mask its numbers."""
     if means is None:
         m, s = _parts(one)
-        found = recompute({"exp_avg": m, "exp_avg_var": s}, one.step, one.hyper)
-        signal, noise, q = found.signal, found.noise * one.hyper.coefficient, found.q
+        mask = recompute({"exp_avg": m, "exp_avg_var": s}, one.step, one.hyper)
+        signal, noise, q = mask.signal, mask.noise * one.hyper.coefficient, mask.q
     else:
         c = corrections(one.step, one.hyper)
         signal, noise = finish_signal_and_noise(means[0], means[1], c, one.hyper)
@@ -109,7 +106,7 @@ def _parts(one: Held) -> tuple[Tensor, Tensor]:
     return m, s
 
 
-def _row(parts: list[tuple[int, list[float]]]) -> Row:
+def _row(parts: list[tuple[int, list[float]]]) -> MaskStats:
     count = sum(n for n, _ in parts)
     q, active, signal, noise = (math.fsum(values[k] for _, values in parts) for k in range(4))
     without_noise = math.inf if signal > 0 else math.nan
@@ -125,7 +122,7 @@ def _row(parts: list[tuple[int, list[float]]]) -> Row:
     }
 
 
-def combined(rows: Iterable[Row]) -> Row:
+def combined(rows: Iterable[MaskStats]) -> MaskStats:
     """Return the row of all the scalars that several rows, one at least and of different scalars, are of."""
     parts = []
     for row in rows:

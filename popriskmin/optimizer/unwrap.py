@@ -1,4 +1,4 @@
-"""The optimizer inside the wrappers that frameworks put around it; known by their attributes, none is imported."""
+"""The optimizer inside a framework's wrappers, which are known by their attributes."""
 
 from __future__ import annotations
 
@@ -8,54 +8,58 @@ from torch.optim import Optimizer
 
 from popriskmin.optimizer.prm import PRM
 
-# Where wrappers keep what they wrap: Accelerate, Lightning, Fabric, DeepSpeed and most others; ZeroRedundancyOptimizer.
+# Where wrappers keep their optimizer: Accelerate, Lightning, Fabric, DeepSpeed and most
+# others; ZeroRedundancyOptimizer.
 ATTRIBUTES = ("optimizer", "_optimizer", "optim")
 
 
 class Unwrapped(NamedTuple):
-    """What a wrapper holds at its innermost, and the types that were passed on the way there."""
+    """The innermost object of a wrapper, and the types of the wrappers around it."""
 
     optimizer: Any
     wrappers: list[str]  # from the outside in
-    elsewhere: int  # parameter tensors that the wrappers list and this optimizer does not: other ranks hold them
+    elsewhere: int  # parameter tensors of the wrappers that other ranks hold
 
     @property
     def of_rank(self) -> str:
-        """Say, where other ranks hold parameters, whose figures these are; empty otherwise."""
+        """A sentence on this rank's part if other ranks hold parameters; else empty."""
         if not self.elsewhere:
             return ""
         here = _count(self.optimizer)
         return f"This rank's {here} of {here + self.elsewhere} tensors; the other ranks hold the others."
 
 
-def unwrap(optimizer: Any) -> Optimizer:
-    """Return the optimizer inside a framework's wrapper, or the optimizer itself where there is none.
+def unwrap(optimizer: object) -> Optimizer:
+    """Return the optimizer inside a framework's wrapper, or an unwrapped one itself.
 
-    Accelerate (and with it transformers' `Trainer`), Lightning, Fabric, DeepSpeed and `ZeroRedundancyOptimizer` put an
-    object of their own around an optimizer. Its methods that torch's optimizers do not have, as `get_mask_stats` and
-    `set_variances`, are reached through this. `diagnose`, `RiskMonitor`, `SoftnessController` and the sources of
-    variances take wrapped optimizers as they are.
+    Accelerate (and with it transformers' `Trainer`), Lightning, Fabric, DeepSpeed and
+    `ZeroRedundancyOptimizer` put an object of their own around an optimizer. Methods
+    that torch's optimizers do not have, such as `get_mask_stats` and `set_variances`,
+    are reached through this function. `diagnose`, `RiskMonitor`, `SoftnessController`
+    and the sources of variances take wrapped optimizers as they are.
 
     Parameters
     ----------
     optimizer
-        A torch optimizer, or a wrapper that holds one as `optimizer`, `_optimizer` or `optim`, itself wrapped or not.
+        A torch optimizer, or a wrapper that holds one as `optimizer`, `_optimizer` or
+        `optim`. The held one may be wrapped too.
 
     Returns
     -------
     torch.optim.Optimizer
-        A `PRM`, where that is what was wrapped.
+        The innermost optimizer, such as a `PRM`.
 
     Raises
     ------
     TypeError
-        For what is no optimizer and holds none.
+        For an object that is no optimizer and holds none.
 
     Notes
     -----
-    Under `ZeroRedundancyOptimizer` each rank has a `PRM` of its own with a part of the parameters. What is read off it
-    is of that part: `sum` what is a sum over scalars, as `signal_sq`, over the ranks, and weigh means by
-    `parameter_count`. A `SoftnessController` there holds each rank's part at the target.
+    Under `ZeroRedundancyOptimizer` each rank has a `PRM` of its own with a part of the
+    parameters, and its statistics cover that part. Over the ranks, add up what is a sum
+    over scalars, such as `signal_sq`, and weigh means by `parameter_count`. A
+    `SoftnessController` there holds each rank's part at the target.
 
     Examples
     --------
@@ -67,52 +71,55 @@ def unwrap(optimizer: Any) -> Optimizer:
     >>> unwrap(Wrapper(adamw)) is adamw
     True
     """
-    found = unwrapped(optimizer)
-    if not isinstance(found.optimizer, Optimizer):
+    inside = unwrapped(optimizer)
+    if not isinstance(inside.optimizer, Optimizer):
         raise TypeError(
             f"unwrap takes a torch optimizer, or a wrapper that holds one as {', '.join(ATTRIBUTES)}, got "
-            f"{described(found)}"
+            f"{described(inside)}"
         )
-    return found.optimizer
+    return inside.optimizer
 
 
-def unwrapped(optimizer: Any) -> Unwrapped:
-    """Return what is innermost, whatever it is, and how it was reached."""
+def unwrapped(optimizer: object) -> Unwrapped:
+    """Return the innermost object, of any type, and the wrappers around it."""
     wrappers: list[str] = []
     passed = {id(optimizer)}
     inner, most = optimizer, _count(optimizer)
-    while (held := _held(inner)) is not None and id(held) not in passed:
+    while (wrapped := _wrapped_by(inner)) is not None and id(wrapped) not in passed:
         wrappers.append(type(inner).__name__)
-        passed.add(id(held))
-        inner = held
+        passed.add(id(wrapped))
+        inner = wrapped
         most = max(most, _count(inner))
     return Unwrapped(inner, wrappers, most - _count(inner))
 
 
-def unwrapped_prm(optimizer: Any, who: str) -> Unwrapped:
-    """Return what a wrapper holds where that is a `PRM`; raise TypeError in the name of `who` needs one otherwise."""
-    found = unwrapped(optimizer)
-    if not isinstance(found.optimizer, PRM):
+def unwrapped_prm(optimizer: object, who: str) -> Unwrapped:
+    """Return the `PRM` inside a wrapper; raise TypeError, naming `who`, for others."""
+    inside = unwrapped(optimizer)
+    if not isinstance(inside.optimizer, PRM):
         raise TypeError(
-            f"{who} needs a popriskmin.PRM, got {described(found)}: other optimizers keep no variance of the gradient. "
-            "Hand the framework a PRM; the state of an AdamW goes on by load_state_dict(adamw.state_dict())"
+            f"{who} needs a popriskmin.PRM, got {described(inside)}: other optimizers keep no variance of the "
+            "gradient. Hand the framework a PRM; the state of an AdamW goes on by load_state_dict(adamw.state_dict())"
         )
-    return found
+    return inside
 
 
-def described(found: Unwrapped) -> str:
-    """Return in words what was given: `AcceleratedOptimizer around AdamW`."""
-    return " around ".join([*found.wrappers, type(found.optimizer).__name__])
+def described(inside: Unwrapped) -> str:
+    """Return wrappers and optimizer in words: `AcceleratedOptimizer around AdamW`."""
+    return " around ".join([*inside.wrappers, type(inside.optimizer).__name__])
 
 
-def _held(wrapper: Any) -> Any:
-    """Return the optimizer that a wrapper holds, or None. Some wrappers are of the wrapped class as well."""
+def _wrapped_by(wrapper: object) -> Any:
+    """Return the optimizer that a wrapper holds, or None.
+
+    The type does not tell, as some wrappers are also of the wrapped class.
+    """
     for name in ATTRIBUTES:
-        held = getattr(wrapper, name, None)
-        if held is not None and hasattr(held, "param_groups") and hasattr(held, "step"):
-            return held
+        inner = getattr(wrapper, name, None)
+        if inner is not None and hasattr(inner, "param_groups") and hasattr(inner, "step"):
+            return inner
     return None
 
 
-def _count(optimizer: Any) -> int:
+def _count(optimizer: object) -> int:
     return sum(len(group["params"]) for group in getattr(optimizer, "param_groups", ()))

@@ -1,6 +1,6 @@
-"""Does training still generalize? What held-out examples say, or an estimate read off an optimizer's state."""
+"""Whether training still generalizes: by held-out examples, or by an estimate."""
 
 from popriskmin.risk.monitor import RiskMonitor
-from popriskmin.risk.series import RiskEstimate
+from popriskmin.risk.samples import RiskEstimate
 
 __all__ = ["RiskEstimate", "RiskMonitor"]

@@ -1,7 +1,8 @@
-"""A few held-out examples, used well: judged example by example against the best point so far."""
+"""Held-out examples: looks at their losses, each judged against the best look."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from statistics import NormalDist
@@ -10,60 +11,71 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from popriskmin.risk.pace import Pace
-from popriskmin.risk.verdict import IMPROVING, OVERFITTING, UNCLEAR
-from popriskmin.risk.weights import copied, gathered, spread
-from popriskmin.step.shards import is_sharded
+from popriskmin.risk.samples import Pace
+from popriskmin.step.shards import is_sharded, whole
 
-# Share of the training time that looks may take, and steps from one to the next at least where they go by time: the
-# closer looks are, the more of them err, and what training shakes weights about is taken for a rise.
+IMPROVING, OVERFITTING, UNCLEAR = "improving", "overfitting", "unclear"
+
+# Share of the training time that looks may take, and the fewest steps between two looks
+# that are paced by time. The closer looks are, the more of them err: the shaking of the
+# weights by training is then taken for a rise.
 SHARE = 0.05
 FEWEST_STEPS = 16
 
-# A look comes so many steps later than the one before, in parts of the steps taken: what happens at step 10,000 is
-# slower than what happens at step 100, and neighbours shall differ by more than noise.
+# Looks are at least this part of the steps taken apart: a change at step 10,000 is
+# slower than one at step 100, and neighbouring looks should differ by more than noise.
 GROWTH = 0.05
 
 # Weight of each neighbour in a smoothed look.
 NEIGHBOUR = 0.25
 
-# Of one look, and how many in a row have to say so. More of either costs more on the way to an alarm than it saves in
-# false ones: chosen on six of the ten data sets of experiments/risk_rivals.py.
+# The confidence of one look, and the looks in a row that an alarm takes. More of either
+# delays an alarm by more than it saves in false ones. Chosen on six of the ten data
+# sets of experiments/risk_rivals.py.
 CONFIDENCE = 0.7
 IN_A_ROW = 2
 
+Weights = Mapping[str, Any]
+
 
 class Look(NamedTuple):
-    """One evaluation: the step after which it was made, and the loss of each held-out example."""
+    """One evaluation: the step that it followed, and the loss of each example."""
 
     step: int
     losses: Tensor
 
 
 class HeldOut:
-    """Looks at held-out losses now and then, remembers where they were lowest, and says when they rise.
+    """Looks at held-out losses, remembers the lowest, and says when they rise.
 
-    Looks are smoothed over their neighbours, so that each is judged when the next one has come: `(1, 2, 1) / 4` of
-    three. It is compared with the best one so far, example by example: how hard an example is drops out of the
-    difference, and what remains scatters far less than the losses do. Where the mean difference favours the new
-    one it becomes the best; where it speaks against it by more than the confidence asks of its standard error, in two
-    looks in a row, the verdict is "overfitting".
+    A look is smoothed over its two neighbours with the weights `(1, 2, 1) / 4`, so it
+    is judged when the next one is there. It is compared with the best look so far,
+    example by example: the difficulty of an example drops out of the difference, which
+    scatters far less than the losses do. If the mean difference favours the new look,
+    that becomes the best. If it speaks against the new look by more than the confidence
+    asks of its standard error, in two looks in a row, the verdict is "overfitting".
 
     Parameters
     ----------
     losses
-        Called without arguments and under `torch.no_grad()`; returns one loss per held-out example, shape (examples,),
-        always of the same examples in the same order.
+        Called without arguments under `torch.no_grad()`. It returns one loss for each
+        held-out example, shape (examples,), of the same examples in the same order.
     confidence
-        Of "improving", and of each of the two looks that "overfitting" takes, between 0.5 and 1.
+        Of "improving", and of each of the two looks that "overfitting" takes; between
+        0.5 and 1.
     every
-        Steps from one look to the next at least; None finds it by time, so that looks take 5% of it, and not below 16.
+        The fewest steps between two looks. None finds a number, not below 16, that
+        keeps looks to 5% of the training time.
     model
-        Whose weights are kept at the best look; two copies in memory. None keeps none.
+        The model whose best weights are kept; None keeps none.
     """
 
     def __init__(
-        self, losses: Callable[[], Tensor], confidence: float, every: int | None = None, model: nn.Module | None = None
+        self,
+        losses: Callable[[], Tensor],
+        confidence: float,
+        every: int | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         self.losses = losses
         self.confidence = confidence
@@ -73,17 +85,18 @@ class HeldOut:
         self.curve: list[tuple[int, float]] = []
         self.verdict: str | None = None
         self._against = 0  # the looks in a row that spoke against the best
-        self._recent: list[Look] = []  # the last two, of which the later is not judged yet
+        self._recent: list[Look] = []  # the last two; the later one is not judged yet
         self._best: Look | None = None  # smoothed
-        self._recent_weights: dict[str, Any] | None = None  # of the later of the two
-        self._best_weights: dict[str, Any] | None = None
+        self._recent_weights: Weights | None = None  # of the later of the two
+        self._best_weights: Weights | None = None
 
     def begin(self, params: Iterable[Tensor] = ()) -> None:
-        """Look at the weights that training begins with, unless that was done or would change the training.
+        """Look at the first weights, unless this would change the training.
 
-        `params` are those that the step is about to change. After an evaluation FSDP2 leaves the outermost module's
-        parameters whole, and would train on them once more as they were before the step; asking the model for its
-        state, which keeping weights does, parts them again.
+        `params` are those that the step is about to change. After an evaluation FSDP2
+        leaves the outermost module's parameters whole, and would train on them as they
+        were before the step. Asking the model for its state, which keeping weights
+        does, shards them again.
         """
         own = set() if self.model is None else {id(param) for param in self.model.parameters()}
         harmless = all(id(param) in own for param in params if is_sharded(param))
@@ -107,26 +120,29 @@ class HeldOut:
 
     @torch.no_grad()
     def look(self, step: int) -> None:
-        """Evaluate the held-out losses of the weights after `step` steps, and judge the look before.
+        """Evaluate the held-out losses after `step` steps, and judge the look before.
 
         Raises
         ------
         ValueError
-            For losses that are not one floating-point number for each of at least two examples, as many as before.
+            For losses that are not one floating-point number for each of two or more
+            examples, as many as before.
         """
         losses = self.losses()
-        if not (isinstance(losses, Tensor) and losses.dim() == 1 and losses.is_floating_point() and len(losses) > 1):
+        is_row = isinstance(losses, Tensor) and losses.dim() == 1 and losses.is_floating_point()
+        if not is_row or len(losses) < 2:
             given = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(f"held_out must return one loss for each of two or more examples, 1-d, got {given}")
         if self._recent and len(losses) != len(self._recent[-1].losses):
             raise ValueError(
-                f"held_out must return the losses of the same examples each time, got {len(losses)}, before "
-                f"{len(self._recent[-1].losses)}"
+                "held_out must return the losses of the same examples each time, got "
+                f"{len(losses)}, before {len(self._recent[-1].losses)}"
             )
         new = Look(step, losses.detach().to("cpu", torch.float64, copy=True))
         self.curve.append((step, new.losses.mean().item()))
         if self._recent:
-            self._judge(Look(self._recent[-1].step, _smooth(*self._neighbours(), new.losses)))
+            smoothed = _smooth(*self._neighbours(), new.losses)
+            self._judge(Look(self._recent[-1].step, smoothed))
         self._recent = [*self._recent[-1:], new]
         if self.model is not None:
             self._recent_weights = copied(self.model.state_dict())
@@ -140,14 +156,18 @@ class HeldOut:
             return
         gains = self._best.losses - look.losses
         gain = gains.mean().item()
-        needed = NormalDist().inv_cdf(self.confidence) * gains.std().item() / math.sqrt(len(gains))
+        stderr = gains.std().item() / math.sqrt(len(gains))
+        needed = NormalDist().inv_cdf(self.confidence) * stderr
         self._against = self._against + 1 if gain < -needed else 0
-        self.verdict = IMPROVING if gain > needed else OVERFITTING if self._against >= IN_A_ROW else UNCLEAR
+        if gain > needed:
+            self.verdict = IMPROVING
+        else:
+            self.verdict = OVERFITTING if self._against >= IN_A_ROW else UNCLEAR
         if gain > 0:
             self._best, self._best_weights = look, self._recent_weights
 
     def _last_is_best(self) -> bool:
-        """Return whether the last look, which has no neighbour after it yet, is better than the best one judged."""
+        """Return whether the last look, without a later neighbour yet, is the best."""
         if self._best is None:
             return True
         before, last = self._neighbours()
@@ -155,10 +175,12 @@ class HeldOut:
 
     @property
     def best_step(self) -> int | None:
-        """The step after which the smoothed loss was lowest so far; None before the first look."""
+        """The step of the lowest smoothed loss so far; None before the first look."""
         if not self._recent:
             return None
-        return self._recent[-1].step if self._last_is_best() or self._best is None else self._best.step
+        if self._last_is_best() or self._best is None:
+            return self._recent[-1].step
+        return self._best.step
 
     def restore(self) -> int:
         """Load the weights of the best look into the model, and return its step.
@@ -166,20 +188,22 @@ class HeldOut:
         Raises
         ------
         RuntimeError
-            Without a model whose weights were to be kept, or before the first look.
+            Without a model whose weights are kept, or before the first look.
         """
         if self.model is None:
             raise RuntimeError("no weights were kept: give RiskMonitor the model, keep_best=model")
-        step, weights = self.best_step, self._recent_weights if self._last_is_best() else self._best_weights
+        step = self.best_step
+        weights = self._recent_weights if self._last_is_best() else self._best_weights
         if step is None or weights is None:
             raise RuntimeError("no weights were kept yet: the held-out examples have not been looked at")
         self.model.load_state_dict(weights)
         return step
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs; tensors and plain numbers, but for what the model's own state holds.
+    def state_dict(self) -> dict[str, object]:
+        """Return what a checkpoint needs: tensors, numbers, and the model's own state.
 
-        Where the model is sharded over ranks its kept weights are gathered: every rank must call.
+        If the model is sharded over ranks its kept weights are gathered, and every rank
+        must call.
         """
         return {
             "every": self.every,
@@ -206,3 +230,42 @@ class HeldOut:
 
 def _smooth(before: Tensor, losses: Tensor, after: Tensor) -> Tensor:
     return NEIGHBOUR * before + (1 - 2 * NEIGHBOUR) * losses + NEIGHBOUR * after
+
+
+def copied(weights: Weights | None) -> dict[str, Any] | None:
+    """Return a copy of a model's state that training does not change.
+
+    Of tensors that are sharded over ranks it holds this rank's parts.
+    """
+    if weights is None:
+        return None
+    return {name: x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x) for name, x in weights.items()}
+
+
+def gathered(weights: Weights | None) -> Weights | None:
+    """Return the weights with sharded tensors whole, on the CPU; all ranks must call."""
+    if weights is None:
+        return None
+    return {name: whole(x).cpu() if isinstance(x, Tensor) and is_sharded(x) else x for name, x in weights.items()}
+
+
+def spread(weights: Weights | None, model: nn.Module | None) -> Weights | None:
+    """Return a copy of whole weights that is sharded over ranks as the model is.
+
+    Nothing is sent: each rank takes its parts of the weights that it was given.
+    """
+    kept = copied(weights)
+    if kept is None or model is None:
+        return kept
+    for name, own in model.state_dict().items():
+        if name in kept and isinstance(own, Tensor) and is_sharded(own) and not is_sharded(kept[name]):
+            kept[name] = _sharded(kept[name], own)
+    return kept
+
+
+def _sharded(tensor: Tensor, like: Any) -> Tensor:
+    # Imported when needed: not every build of torch has it, and it is public since 2.5.
+    from torch.distributed.tensor import distribute_tensor
+
+    on_device = tensor.to(like.device)
+    return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,92 +1,109 @@
-"""The risk monitor: what training still gains on data that it has not seen, judged while it goes on."""
+"""The risk monitor: whether training still lowers the loss on unseen data."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from numbers import Real
+from statistics import NormalDist
 from typing import Any, overload
 
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from popriskmin.optimizer.checkpoint_probe import made_state_alone, makes_state_alone
+from popriskmin.optimizer.closure import Arguments, with_gradients
 from popriskmin.optimizer.options import check_counts
 from popriskmin.optimizer.prm import PRM
 from popriskmin.optimizer.unwrap import described, unwrapped
-from popriskmin.risk.held_out import CONFIDENCE, HeldOut
-from popriskmin.risk.parts import PARTS
-from popriskmin.risk.sampler import Sampler
-from popriskmin.risk.series import RiskEstimate, Sample
-from popriskmin.risk.states import STATE_FORMAT, check_state
-from popriskmin.risk.verdict import OVERFITTING, of_ends
+from popriskmin.risk.held_out import CONFIDENCE, IMPROVING, OVERFITTING, UNCLEAR, HeldOut
+from popriskmin.risk.samples import PARTS, RiskEstimate, Sample, Sampler
 from popriskmin.step.compat import run_uncompiled
 
-# Nothing is said of the estimate before so many samples.
+# The estimate gives no verdict before this many samples.
 FEWEST_FOR_A_VERDICT = 50
+
+STATE_FORMAT = 1
+
+FIELDS = ("format", "steps", "every", "pace", "samples", "rows", "kept", "held_out")
 
 
 class RiskMonitor:
-    """Estimates by how much each step lowers the population risk.
+    """Says whether training still lowers the population risk.
 
-    Wherever a few examples can be spared, say fifty, hold them out and give `held_out`: the verdict is then that of
-    their losses. Without them it is that of an estimate from the optimizer's state and the gradients of two steps. A
-    step takes `D(m)` off the weights, a function of the mean gradient `m`, and the next batch's gradient `g'` knows
-    nothing of it. So to second order, and without a further pass, the step lowers the risk by the sum over scalars of::
+    If a few examples can be spared, fifty say, hold them out and give `held_out`: the
+    verdict then follows their losses. Without them the verdict follows an estimate from
+    the optimizer's state and the gradients of two steps. A step takes `D(m)` off the
+    weights, a function of the mean gradient `m`. The next batch's gradient `g'` is
+    independent of it. So to second order, and without a further pass, the step lowers
+    the risk by the sum over scalars of::
 
         (g' * D(m) + g * D(m')) / 2
 
-    where `g` is the step's own gradient and `m'` the mean with `g'` in its place. That holds for fresh data. Where
-    `n_dataset` examples are used again and again, it is the fall on the training set, and what that owes to the set's
-    own noise is not known but for its bounds: the estimate has two ends. Derivation, assumptions, biases and how well
-    all this follows the held-out loss: docs/risk.md.
+    where `g` is the step's own gradient and `m'` the mean with `g'` in its place. This
+    holds for fresh data. If `n_dataset` examples are used again and again, it is the
+    fall on the training set. The part that only fits the set's own noise is known by
+    its bounds alone, so the estimate has two ends. docs/risk.md gives the derivation,
+    the assumptions, the biases, and how well all this follows the held-out loss.
 
-    It looks at every `every`-th step through the optimizer's hooks, changes nothing, keeps one copy of the gradients
-    from a sampled step to the next, and waits for the device only when asked for a result, once in 256 samples, and to
-    read held-out losses. A parameter without a gradient does not count.
+    The monitor watches every `every`-th step through the optimizer's hooks and changes
+    nothing. It keeps one copy of the gradients from a sampled step to the next. It
+    waits for the device when a result is asked for, once in 256 samples, and to read
+    held-out losses. Parameters without a gradient do not count.
 
     Parameters
     ----------
     optimizer
-        `PRM`, `torch.optim.AdamW` or `torch.optim.Adam`, or a framework's wrapper around one of these.
+        `PRM`, `torch.optim.AdamW` or `torch.optim.Adam`, or a framework's wrapper
+        around one.
     every
-        Steps from one sample to the next. None begins with 8 and measures for 48 steps how long a step takes and how
-        long a sample; then it is the power of two that keeps samples to 1% of the time. That depends on the
-        machine: give a number where a run must give the same numbers twice.
+        Steps from one sample to the next. None begins with 8, measures for 48 steps how
+        long a step and a sample take, and then takes the power of two that keeps
+        samples to 1% of the time. That depends on the machine: give a number if a run
+        must give the same numbers twice.
     n_dataset, batch_size
-        Numbers of examples in the data set and in a step (of all micro-batches and ranks together), where the data set
-        is used more than once. Taken from PRM's groups if they have them and nothing is given here.
+        Numbers of examples in the data set and in a step (of all micro-batches and
+        ranks together), if the data set is used more than once. None takes those of
+        PRM's groups.
     replacement
-        Whether batches are drawn with replacement, and not in shuffled passes over the data set.
+        Whether batches are drawn with replacement. If not, they come in shuffled
+        passes.
     smoothing
         Steps over which the estimate is averaged, with exponentially falling weights.
     by
-        "group" or "parameter": keep samples of these parts too, for `estimate(by=...)` and `parts`.
+        "group" or "parameter": also keep the samples of these parts, for
+        `estimate(by=...)` and `parts`. They tell which layer still learns something
+        that generalizes.
     held_out
-        A function without arguments that returns one loss per held-out example, shape (examples,), always of the same
-        examples in the same order. It is called under `torch.no_grad()`; putting the model into evaluation mode and
-        back is its own matter, and so is gathering the losses where examples are spread over ranks. The verdict is
-        then theirs. Where parameters are sharded (FSDP2) the first look comes after the first step, and before it only
+        A function without arguments that returns one loss for each held-out example,
+        shape (examples,), of the same examples in the same order. It is called under
+        `torch.no_grad()`. It has to put the model into evaluation mode and back itself,
+        and to gather the losses if examples are spread over ranks. If parameters are
+        sharded (FSDP2) the first look comes after the first step, and before it only
         with `keep_best`.
     held_out_every
-        Steps from one look at the held-out losses to the next, at least; looks are also 5% of the steps taken apart.
-        None is one pass over the data where `n_dataset` is known. Where it is not, it begins with 16 and finds by time
-        the power of two, not below 16, that keeps looks to 5% of it; that depends on the machine. Looks that are much
-        closer than a pass are the worse for it: more of them err.
+        The fewest steps from one look at the held-out losses to the next. Looks are
+        also at least 5% of the steps taken apart. None is one pass over the data if
+        `n_dataset` is known. If not, it begins with 16 and then takes the power of two,
+        at least 16, that keeps looks to 5% of the time, which depends on the machine.
+        Looks much closer than a pass err more often.
     keep_best
-        The model whose weights are to be kept where the held-out losses were lowest, for `restore_best`; with the
-        candidate for the next best one they take two copies of it in memory, of a model that is sharded over ranks
-        (FSDP2) two of each rank's parts.
+        The model whose weights are kept where the held-out losses were lowest, for
+        `restore_best`. This takes two copies of the weights in memory, of a model that
+        is sharded over ranks (FSDP2) two copies of each rank's parts.
     confidence
-        Of the verdict, between 0.5 and 1. None is 0.7 with `held_out`, of each of the two looks in a row that
-        "overfitting" takes: there waiting costs more than it saves. Without, it is 0.95, of "improving" at one look and
-        of "overfitting" over the whole run.
+        Of the verdict, between 0.5 and 1. None is 0.7 with `held_out`, for each of the
+        two looks in a row that "overfitting" takes: more would cost more by waiting
+        than it saves. Without `held_out` None is 0.95, for "improving" at one look and
+        for "overfitting" over the whole run.
 
     Raises
     ------
     TypeError
         For another optimizer.
     ValueError
-        For an argument out of range, and `n_dataset` without `batch_size` or the reverse.
+        For an argument out of range, and `n_dataset` without `batch_size` or the
+        reverse.
 
     References
     ----------
@@ -129,23 +146,17 @@ class RiskMonitor:
         held_out_every: int | None = None,
         keep_best: nn.Module | None = None,
     ) -> None:
-        found = unwrapped(optimizer)
-        optimizer = found.optimizer
+        inside = unwrapped(optimizer)
+        optimizer = inside.optimizer
         if not isinstance(optimizer, (PRM, Adam, AdamW)):
             raise TypeError(
-                f"RiskMonitor reads popriskmin.PRM, torch.optim.AdamW and torch.optim.Adam, got {described(found)}"
+                f"RiskMonitor reads popriskmin.PRM, torch.optim.AdamW and torch.optim.Adam, got {described(inside)}"
             )
-        for name, value in (
-            ("every", 1 if every is None else every),
-            ("smoothing", smoothing),
-            ("held_out_every", 1 if held_out_every is None else held_out_every),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        _check_steps(every=every, smoothing=smoothing, held_out_every=held_out_every)
         if held_out is not None and not callable(held_out):
             raise TypeError(f"held_out must be a function that returns losses, got {type(held_out).__name__}")
         if held_out is None and (held_out_every is not None or keep_best is not None):
-            raise ValueError("held_out_every and keep_best say what to do with held-out losses: give held_out too")
+            raise ValueError("held_out_every and keep_best are about held-out losses: give held_out too")
         if confidence is None:
             confidence = CONFIDENCE if held_out is not None else 0.95
         if not (_is_number(confidence) and 0.5 < confidence < 1):
@@ -161,7 +172,8 @@ class RiskMonitor:
         check_counts({"warmup_steps": 0, "batch_size": batch_size, "n_dataset": n_dataset})
         self.optimizer = optimizer
         self.confidence = confidence
-        self._sampler = Sampler(optimizer, every, (batch_size, n_dataset), replacement, smoothing, by)
+        counts = (batch_size, n_dataset)
+        self._sampler = Sampler(optimizer, every, counts, replacement, smoothing, by)
         self._held_out = None
         if held_out is not None:
             looks = self._sampler.steps_of_a_pass() if held_out_every is None else held_out_every
@@ -172,29 +184,20 @@ class RiskMonitor:
         ]
 
     def detach(self) -> None:
-        """Stop watching; what has been seen stays."""
+        """Stop watching; the samples and looks so far stay."""
         for handle in self._handles:
             handle.remove()
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """Let the sampler see this step's gradients, after the closure has made them where there is one."""
-        if self._held_out is not None and self._sampler.steps == 0 and not makes_state_alone(optimizer):
-            self._held_out.begin(param for group in optimizer.param_groups for param in group["params"])
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """Let the sampler see this step's gradients."""
+        held_out, steps = self._held_out, self._sampler.steps
+        if held_out is not None and steps == 0 and not makes_state_alone(optimizer):
+            held_out.begin(p for group in optimizer.param_groups for p in group["params"])
         if not self._sampler.awaits_gradients:
             return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._sampler.gradients_ready()
-            return None
+        return with_gradients(args, kwargs, self._sampler.gradients_ready)
 
-        def observed() -> Any:
-            loss = closure()
-            self._sampler.gradients_ready()
-            return loss
-
-        return ((args[0], observed, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": observed})
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         if made_state_alone(optimizer, counted=0 if isinstance(optimizer, PRM) else 1):
             return  # a distributed checkpoint has begun to load
         self._sampler.step_ended()
@@ -203,7 +206,7 @@ class RiskMonitor:
 
     @property
     def every(self) -> int:
-        """Steps from one sample to the next; without a number of one's own it changes once, when the pace is found."""
+        """Steps from one sample to the next; changes once if it was given as None."""
         return self._sampler.every
 
     @property
@@ -213,10 +216,11 @@ class RiskMonitor:
 
     @property
     def parts(self) -> dict[str, list[Sample]]:
-        """The samples of each group or parameter, whichever `by` says, by its name; they add up to `samples`.
+        """The samples of each group or parameter (see `by`) by its name.
 
-        A parameter that came later than a sample has none there. Where the optimizer was given names they are these,
-        otherwise a parameter is called by its place among all.
+        They add up to `samples`. A parameter that was added later than a sample has
+        none there. A parameter is called by its name if the optimizer was given names,
+        otherwise by its place among all parameters.
 
         Raises
         ------
@@ -224,7 +228,7 @@ class RiskMonitor:
             Without `by`.
         """
         if self._sampler.by is None:
-            raise RuntimeError('RiskMonitor keeps samples of parts only where it is told to: give it by="parameter"')
+            raise RuntimeError('RiskMonitor keeps the samples of parts only if it is told to: give it by="parameter"')
         return self._sampler.parts(self._sampler.by)
 
     @overload
@@ -232,13 +236,13 @@ class RiskMonitor:
     @overload
     def estimate(self, by: str) -> dict[str, RiskEstimate]: ...
     def estimate(self, by: str | None = None) -> RiskEstimate | dict[str, RiskEstimate]:
-        """Return the estimate as it stands.
+        """Return the estimate so far.
 
         Parameters
         ----------
         by
-            None: of the whole step. "group" or "parameter": of each of these, by its name, for a monitor that was given
-            the same `by` or a finer one.
+            None: of the whole step. "group" or "parameter": of each of these, by its
+            name. The monitor must have been given the same `by` or a finer one.
 
         Raises
         ------
@@ -251,8 +255,9 @@ class RiskMonitor:
         series = sampler.series()
         if not series.samples and series.finite:
             raise RuntimeError(
-                f"no sample yet: the optimizer has taken {sampler.steps} steps since the monitor was attached, and "
-                f"every {sampler.every} of them give one, as soon as the next brings its gradients"
+                f"no sample yet: the optimizer has taken {sampler.steps} steps since the "
+                f"monitor was attached, and every {sampler.every} of them give one, as soon as "
+                "the next brings its gradients"
             )
         if by is None:
             return series.estimate(sampler.steps)
@@ -262,39 +267,47 @@ class RiskMonitor:
 
     @property
     def verdict(self) -> str | None:
-        """What may be said now: "improving", "overfitting", "unclear", or nothing yet, None.
+        """The verdict: "improving", "overfitting" or "unclear"; None before there is one.
 
-        With `held_out` it is the judgement of the last look but one, beside the best before it, and "overfitting" where
-        that of the one before was the same. Without, "improving"
-        asks that both ends of the estimate lie above 0 with the stated confidence, "overfitting" that both lie below
-        and that examples have come more than once; nothing is said before 50 samples and one whole pass. On a data set
-        that is used again and again that is seldom more than "unclear": see docs/risk.md.
+        With `held_out` the last look but one is judged against the best look before it.
+        "overfitting" takes two such judgements in a row. Without `held_out`,
+        "improving" asks that both ends of the estimate lie above 0 with the given
+        confidence, and "overfitting" that both lie below 0 and that examples were used
+        more than once. The verdict is None before 50 samples and one whole pass. On a
+        data set that is used again and again it is seldom more than "unclear": see
+        docs/risk.md.
         """
         if self._held_out is not None:
             return self._held_out.verdict
         series, passes = self._sampler.series(), self._sampler.passes()
-        if len(series.samples) < FEWEST_FOR_A_VERDICT or not series.finite or (passes is not None and passes < 1):
+        if len(series.samples) < FEWEST_FOR_A_VERDICT or not series.finite:
+            return None
+        if passes is not None and passes < 1:
             return None
         steps = self._sampler.steps
-        return of_ends(series.estimate(steps), self.confidence, 1 + steps // series.smoothing, passes is not None)
+        looks = 1 + steps // series.smoothing
+        return of_ends(series.estimate(steps), self.confidence, looks, passes is not None)
 
     @property
     def overfitting(self) -> bool:
-        """Whether the verdict is "overfitting". It can become false again; who stops by it stops at the first time."""
+        """Whether the verdict is "overfitting".
+
+        It can become false again. To stop early, stop the first time that it is true.
+        """
         return self.verdict == OVERFITTING
 
     @property
     def best_step(self) -> int | None:
-        """The step after which the smoothed held-out loss was lowest so far; None before the first look."""
+        """The step of the lowest smoothed held-out loss; None before the first look."""
         return None if self._held_out is None else self._held_out.best_step
 
     @property
     def held_out_curve(self) -> list[tuple[int, float]]:
-        """The looks so far: steps, counted since the monitor was attached, and mean held-out losses."""
+        """The looks so far: steps since the start, and mean held-out losses."""
         return [] if self._held_out is None else list(self._held_out.curve)
 
     def restore_best(self) -> int:
-        """Load the weights of `best_step` into the model that was given as `keep_best`, and return that step.
+        """Load the weights of `best_step` into `keep_best`, and return that step.
 
         Raises
         ------
@@ -306,24 +319,26 @@ class RiskMonitor:
         return self._held_out.restore()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs, so that a run that goes on from it gives the same numbers.
+        """Return what a checkpoint needs for a resumed run to give the same numbers.
 
-        Tensors and plain numbers: `torch.load(..., weights_only=True)` reads it. Where parameters are sharded over
-        ranks (FSDP2) the sample under way is left out, so that a run on another number of ranks can load it. With
-        `keep_best` the kept weights are part of it; sharded ones are gathered to the CPU, for which every rank must
-        call, and one of them can save.
+        It holds tensors and plain numbers: `torch.load(..., weights_only=True)` reads
+        it. If parameters are sharded over ranks (FSDP2) the sample under way is left
+        out, so that a run on another number of ranks can load it. With `keep_best` the
+        kept weights are part of it. Sharded ones are gathered to the CPU, so every rank
+        must call, and one of them can save.
         """
         held_out = None if self._held_out is None else self._held_out.state_dict()
         return {"format": STATE_FORMAT, **self._sampler.state_dict(), "held_out": held_out}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; the optimizer's own is loaded by itself.
+        """Go on from a checkpoint; the optimizer's own is loaded separately.
 
         Raises
         ------
         ValueError
-            For something that is no state of a RiskMonitor, of a newer version, of other parameters, of a monitor
-            with another `by`, or with held-out losses where this one has none or the reverse.
+            For a mapping that is no state of a RiskMonitor, or the state of a newer
+            version, of other parameters, of a monitor with another `by`, or with
+            held-out losses if this one has none or the reverse.
         """
         check_state(state_dict, self._sampler.by, self._held_out is not None)
         self._sampler.load_state_dict(state_dict)
@@ -331,5 +346,84 @@ class RiskMonitor:
             self._held_out.load_state_dict(state_dict["held_out"])
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, Real)
+
+
+def _check_steps(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is None and name != "smoothing":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+
+
+def of_ends(estimate: RiskEstimate, confidence: float, looks: int, reused: bool) -> str:
+    """Return the verdict on an estimate.
+
+    Parameters
+    ----------
+    estimate
+        Its two ends and their standard errors.
+    confidence
+        Of "improving" at one look, and of "overfitting" over all looks together.
+    looks
+        The number of separate looks so far. The `n`-th may err with `1 / (n * (n + 1))`
+        of `1 - confidence`, so that all together err with no more than `1 -
+        confidence`.
+    reused
+        Whether examples were used more than once. Examples used once cannot be
+        overfitted.
+    """
+    one, all_looks = NormalDist().inv_cdf(confidence), quantile_over_looks(confidence, looks)
+    ends = ((estimate.fresh, estimate.fresh_stderr), (estimate.reused, estimate.reused_stderr))
+    if all(end - one * stderr > 0 for end, stderr in ends):
+        return IMPROVING
+    highest = [end + all_looks * stderr for end, stderr in ends]
+    if reused and max(highest) < 0 and not any(map(math.isnan, highest)):
+        return OVERFITTING
+    return UNCLEAR
+
+
+def quantile_over_looks(confidence: float, looks: int) -> float:
+    """Return the standard errors that the `looks`-th look asks for.
+
+    All looks together then err with at most `1 - confidence`.
+
+    Examples
+    --------
+    >>> [round(quantile_over_looks(0.95, looks), 2) for looks in (1, 10, 100)]
+    [1.96, 3.32, 4.42]
+    """
+    return -NormalDist().inv_cdf((1 - confidence) / (looks * (looks + 1)))
+
+
+def check_state(state_dict: Mapping[str, Any], by: str | None, held_out: bool) -> None:
+    """Raise ValueError for a mapping that is no state of such a monitor.
+
+    Parameters
+    ----------
+    state_dict
+        The mapping to be loaded.
+    by, held_out
+        The monitor's `by`, and whether it has held-out losses.
+    """
+    missing = set(FIELDS) - set(state_dict)
+    if missing:
+        raise ValueError(f"not the state of a RiskMonitor: it lacks {', '.join(sorted(missing))}")
+    if not isinstance(state_dict["format"], int) or state_dict["format"] > STATE_FORMAT:
+        raise ValueError(
+            f"the state of a RiskMonitor has format {state_dict['format']}, and this version of "
+            f"popriskmin reads formats up to {STATE_FORMAT}; a newer version can load it"
+        )
+    for name in ("steps", "every"):
+        if not isinstance(state_dict[name], int) or state_dict[name] < (name == "every"):
+            raise ValueError(f"not the state of a RiskMonitor: {name} is {state_dict[name]!r}")
+    samples, columns = state_dict["samples"], len(Sample._fields)
+    if not isinstance(samples, Tensor) or samples.dim() != 2 or samples.shape[1] != columns:
+        raise ValueError("not the state of a RiskMonitor: samples is no table of three columns")
+    if len(state_dict["rows"]) != (len(samples) if by is not None else 0):
+        raise ValueError(f"the state of a RiskMonitor has other parts than this one, which has by={by!r}")
+    if (state_dict["held_out"] is not None) != held_out:
+        has, needs = ("no ", "") if held_out else ("", "no ")
+        raise ValueError(f"the state of a RiskMonitor has {has}held-out losses, and this one {needs}held_out")

@@ -1,1 +1,1 @@
-"""Experiments that come with the package, one file each; `popriskmin compare NAME` runs them."""
+"""The tasks of the package, one file each; `popriskmin compare NAME` runs them."""

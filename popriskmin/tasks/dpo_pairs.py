@@ -16,13 +16,13 @@ class Pairs(NamedTuple):
     Attributes
     ----------
     tokens
-        Prompt and answer, of shape (pairs, 2, length); the chosen answer comes first. What follows an answer, for
-        others are longer, says nothing.
+        Prompt and answer, of shape (pairs, 2, length); the chosen answer comes first.
+        What follows an answer, for others are longer, says nothing.
     answers
         Which tokens are an answer's, in that shape.
     reference
-        Log-probabilities of the answers under the reference model, of shape (pairs, 2); of no elements before they are
-        measured.
+        Log-probabilities of the answers under the reference model, of shape (pairs, 2);
+        of no elements before they are measured.
     """
 
     tokens: Tensor
@@ -34,18 +34,18 @@ class Pairs(NamedTuple):
         return Pairs(self.tokens[rows], self.answers[rows], self.reference[rows])
 
     def with_more(self, others: Pairs) -> Pairs:
-        """Return these pairs and others; the shorter ones are filled up behind the answer."""
+        """Return these pairs and others; the shorter ones are padded."""
         length = max(self.tokens.shape[2], others.tokens.shape[2])
         both = [part.filled_up(length) for part in (self, others)]
         return Pairs(*(torch.cat(parts) for parts in zip(*both)))
 
     def filled_up(self, length: int) -> Pairs:
-        """Return the pairs with tokens that say nothing behind the answer, up to a length."""
+        """Return the pairs with padding behind the answers, up to a length."""
         more = (0, length - self.tokens.shape[2])
         return self._replace(tokens=nn.functional.pad(self.tokens, more), answers=nn.functional.pad(self.answers, more))
 
     def swapped(self, which: Tensor) -> Pairs:
-        """Return the pairs with chosen and rejected answers exchanged where `which`, of shape (pairs,), says so."""
+        """Return the pairs with the answers of `which`, of shape (pairs,), exchanged."""
         order = torch.stack([which.long(), 1 - which.long()], 1)[:, :, None].expand_as(self.tokens)
         return Pairs(self.tokens.gather(1, order), self.answers.gather(1, order), self.reference)
 
@@ -60,7 +60,7 @@ class Pairs(NamedTuple):
 
 
 def measured(model: nn.Module, pairs: Pairs) -> Tensor:
-    """Return the log-probabilities of many pairs, a few at a time, so that little memory is needed."""
+    """Return the log-probabilities of many pairs, a few at a time to save memory."""
     parts = torch.split(torch.arange(len(pairs.tokens)), MEASURED_AT_ONCE)
     return torch.cat([log_probabilities(model, pairs.rows(rows)) for rows in parts])
 
@@ -71,7 +71,8 @@ def log_probabilities(model: nn.Module, pairs: Pairs) -> Tensor:
     Parameters
     ----------
     model
-        What gives logits of the next token, of shape (texts, length, tokens), for tokens of shape (texts, length).
+        What gives logits of the next token, of shape (texts, length, tokens), for
+        tokens of shape (texts, length).
     """
     tokens, answers = pairs.tokens.flatten(0, 1), pairs.answers.flatten(0, 1)
     logits = model(tokens[:, :-1])

@@ -1,4 +1,4 @@
-"""Conditional flow matching from few samples, to learn their distribution and not the samples by heart."""
+"""Conditional flow matching from few samples, which may be memorized."""
 
 from __future__ import annotations
 
@@ -22,18 +22,22 @@ HELD_OUT = 300  # samples for validation, and as many for test
 DRAWN = 300  # samples drawn from the model at an evaluation
 FREQUENCIES = 8  # of the time's features
 EULER_STEPS = 20
-COPY = 1 / 3  # of the distance to the second nearest training sample; Yoon et al., "Diffusion Probabilistic Models
-# Generalize when They Fail to Memorize", ICML 2023 workshop
+# A copy is nearer to a training sample than this part of the distance to the second
+# nearest; Yoon et al., "Diffusion Probabilistic Models Generalize when They Fail to
+# Memorize", ICML 2023 workshop.
+COPY = 1 / 3
 
 
 @dataclasses.dataclass
 class Flow(Task):
     """Learn to draw samples like a few given ones (Lipman et al., arXiv:2210.02747).
 
-    A network learns the velocity `x - noise` at `t * x + (1 - t) * noise` for samples `x`, and draws by integrating it
-    from noise in 20 steps of Euler. The metrics are the loss on held-out samples, with noise and times that are the
-    same at every evaluation; the energy distance between 300 drawn and the held-out samples; and the share of
-    drawn samples that are copies: so near to a training sample that the second nearest is three times as far.
+    A network learns the velocity `x - noise` at `t * x + (1 - t) * noise` for samples
+    `x`. It draws samples by integrating the velocity from noise in 20 steps of Euler.
+    There are three metrics: the loss on held-out samples, with the same noise and times
+    at every evaluation; the energy distance between 300 drawn samples and the held-out
+    ones; and the share of drawn samples that are copies. The second nearest training
+    sample is three times as far from a copy as the nearest.
     """
 
     scale: Literal["test", "default", "paper"] = option("default", "which values the options below have by default")
@@ -48,14 +52,14 @@ class Flow(Task):
     weight_decays = (0.01,)
 
     def __post_init__(self) -> None:
-        """Take what was left out from the scale, and check the options."""
+        """Complete the options from the scale, and check them."""
         complete(self, SCALES[self.scale])
         check_least(self, {"samples": 2, "width": 1, "batch_size": 1, "steps": 1})
         if self.data == "digits" and self.samples > 1797 - 2 * HELD_OUT:
             raise ValueError(f"samples must be at most {1797 - 2 * HELD_OUT} of the digits, got {self.samples}")
 
     def trial(self, seed: int) -> Trial:
-        """Draw the samples, and with them noise and times for every step, from the seed; build the network."""
+        """Draw the samples, noise and times from the seed, and build the network."""
         generator = torch.Generator().manual_seed(seed)
         everything = self._data(seed, generator)
         training, validation, test = torch.split(everything, [self.samples, HELD_OUT, HELD_OUT])
@@ -86,7 +90,7 @@ class Flow(Task):
         )
 
     def _data(self, seed: int, generator: torch.Generator) -> Tensor:
-        """Return training, validation and test samples, each column of mean 0 and the whole of variance 1."""
+        """Return all samples, with columns of mean 0 and a total variance of 1."""
         number = self.samples + 2 * HELD_OUT
         if self.data == "moons":
             x = torch.tensor(make_moons(number, noise=0.08, random_state=seed)[0], dtype=torch.float32)
@@ -111,7 +115,7 @@ class Velocity(nn.Module):
         self.layers = nn.Sequential(*hidden, nn.Linear(width, dimensions))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return velocities of the shape of `x`, (samples, dimensions), for times of shape (samples, 1)."""
+        """Return velocities for `x`, (samples, dimensions), and times, (samples, 1)."""
         angles = math.pi * t * torch.arange(1, FREQUENCIES + 1)
         velocity: Tensor = self.layers(torch.cat([x, angles.sin(), angles.cos()], 1))
         return velocity
@@ -133,7 +137,9 @@ def sample(model: nn.Module, start: Tensor) -> Tensor:
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
-    """Return the energy distance of two samples, `sqrt(2 E|a - b| - E|a - a'| - E|b - b'|)`, with distinct a' and b'.
+    """Return the energy distance of two samples.
+
+    It is `sqrt(2 E|a - b| - E|a - a'| - E|b - b'|)`, with distinct a' and b'.
 
     Examples
     --------
@@ -149,7 +155,9 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
 
 
 def copies(drawn: Tensor, training: Tensor) -> float:
-    """Return the share of drawn samples whose nearest training sample is three times as near as the second nearest.
+    """Return the share of drawn samples that are copies of a training sample.
+
+    The second nearest training sample is three times as far from a copy as the nearest.
 
     Examples
     --------

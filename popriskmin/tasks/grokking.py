@@ -1,4 +1,4 @@
-"""Modular division: a small transformer learns the pairs by heart long before it finds the rule."""
+"""Modular division: a transformer memorizes the pairs long before it finds the rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from popriskmin.compare.task import Metrics, Task, Trial, check_least, complete, option
 from popriskmin.tasks.text import HEADS, Layer
 
-# "paper" is the setting of the published figures, as far as it is known: learning rate, decay, batch and width are not.
+# "paper" is the setting of the published numbers, as far as it is known. The learning
+# rate, decay, batch and width are not.
 SCALES = {
     "test": {"prime": 7, "share": 0.5, "layers": 1, "width": 16, "batch_size": 16, "steps": 30},
     "default": {"prime": 59, "share": 0.4, "layers": 1, "width": 128, "batch_size": 128, "steps": 1600},
@@ -25,9 +26,10 @@ EVALUATIONS = 60
 class Grokking(Task):
     """Learn `a * b^-1 mod p` from a share of all pairs (Power et al., arXiv:2201.02177).
 
-    Each example is the four tokens `a / b =`; the answer is read at the last. All `p (p - 1)` pairs are shuffled from
-    the seed: the first `share` is for training, again and again, and half of the others each for validation and test.
-    What counts is the first step with 95% of held-out pairs right.
+    Each example is the four tokens `a / b =`, and the answer is read at the last one.
+    All `p * (p - 1)` pairs are shuffled from the seed. The first `share` is used for
+    training, again and again; half of the others each for validation and test. The goal
+    is 95% of held-out pairs right, and the first step that reaches it is compared.
     """
 
     scale: Literal["test", "default", "paper"] = option("default", "which values the options below have by default")
@@ -45,7 +47,7 @@ class Grokking(Task):
     optimizer_options: ClassVar[dict[str, tuple[float, float]]] = {"betas": (0.9, 0.98)}
 
     def __post_init__(self) -> None:
-        """Take what was left out from the scale, and check the options."""
+        """Complete the options from the scale, and check them."""
         complete(self, SCALES[self.scale])
         check_least(self, {"prime": 3, "layers": 1, "batch_size": 1, "steps": 1})
         if any(self.prime % q == 0 for q in range(2, math.isqrt(self.prime) + 1)):
@@ -78,7 +80,7 @@ class Grokking(Task):
 
 
 def pairs(p: int) -> tuple[Tensor, Tensor]:
-    """Return all examples modulo the prime `p`: tokens of shape (p * (p - 1), 4), and the answers.
+    """Return all examples modulo `p`: tokens of shape (p * (p - 1), 4), and answers.
 
     Examples
     --------
@@ -94,7 +96,7 @@ def pairs(p: int) -> tuple[Tensor, Tensor]:
 
 
 class Divider(nn.Module):
-    """Logits of the answer, from four tokens: embeddings, causal pre-norm layers, and a head at the last place."""
+    """Logits of the answer: embeddings, causal pre-norm layers, and a head."""
 
     def __init__(self, p: int, width: int, layers: int) -> None:
         super().__init__()
@@ -110,10 +112,10 @@ class Divider(nn.Module):
 
 
 class LastPlace(Layer):
-    """The last of the layers, computed at the last place alone, for the answer is read nowhere else."""
+    """The last layer, computed at the last place alone, where the answer is read."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return a tensor of shape (batch, width) for `x` of shape (batch, length, width)."""
+        """Return shape (batch, width) for `x` of shape (batch, length, width)."""
         seen, last = self.norm(x), x[:, -1]
         weights, biases = self.queries_keys_values.weight, self.queries_keys_values.bias
         width = last.shape[1]

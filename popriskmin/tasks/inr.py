@@ -1,4 +1,4 @@
-"""An implicit neural representation: a network from places to brightness, fitted to a photograph's noisy pixels."""
+"""An implicit neural representation: from places to brightness, on noisy pixels."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ HELD_OUT = 0.1  # share of the pixels, for validation
 
 @dataclasses.dataclass
 class Inr(Task):
-    """Fit a network to noisy pixels of one of scikit-learn's photographs, and compare it with the clean ones.
+    """Fit a network to the noisy pixels of one of scikit-learn's photographs.
 
-    The network takes random Fourier features of a place (Tancik et al., arXiv:2006.10739) and gives the brightness, in
-    [0, 1] where the image is clean. Noise, features and batches come from the seed. The metric is the peak
-    signal-to-noise ratio in decibels: for the test against all clean pixels; for the validation against a tenth of the
-    noisy ones, which are not trained on.
+    The network takes random Fourier features of a place (Tancik et al.,
+    arXiv:2006.10739) and returns the brightness, which is in [0, 1] in the clean image.
+    Noise, features and batches come from the seed. The metric is the peak
+    signal-to-noise ratio in decibels. The test takes all clean pixels. The validation
+    takes a tenth of the noisy ones, which are not trained on.
     """
 
     scale: Literal["test", "default", "paper"] = option("default", "which values the options below have by default")
@@ -46,7 +47,7 @@ class Inr(Task):
     weight_decays = (0.01, 0.1)
 
     def __post_init__(self) -> None:
-        """Take what was left out from the scale, and check the options."""
+        """Complete the options from the scale, and check them."""
         complete(self, SCALES[self.scale])
         least = {"noise": 0.0, "frequency": 0.0, "size": 4, "features": 1, "width": 1, "batch_size": 1, "steps": 1}
         check_least(self, least)
@@ -54,7 +55,7 @@ class Inr(Task):
             raise ValueError(f"size must be at most {MOST}, the photograph's, got {self.size}")
 
     def trial(self, seed: int) -> Trial:
-        """Draw noise, features, the held-out pixels and the batches from the seed, and build the network."""
+        """Draw noise, features, pixels and batches from the seed; build the network."""
         return self._make(seed, joined=False)
 
     def joined(self, seed: int) -> Trial:
@@ -116,13 +117,16 @@ MOST = 427  # the photographs are 427 x 640
 
 @functools.lru_cache
 def photograph(name: str, side: int) -> Tensor:
-    """Return the middle square of a photograph, in grey from 0 to 1, averaged down to `side` pixels a side."""
+    """Return the middle square of a photograph, in grey from 0 to 1.
+
+    It is averaged down to `side` pixels a side.
+    """
     pixels = torch.tensor(load_sample_image(f"{name}.jpg"), dtype=torch.float32).mean(2) / 255
     left = (pixels.shape[1] - MOST) // 2
     square = pixels[None, None, :, left : left + MOST]
     return nn.functional.interpolate(square, (side, side), mode="area")[0, 0]
 
 
-def psnr(found: Tensor, truth: Tensor) -> Metrics:
+def psnr(image: Tensor, truth: Tensor) -> Metrics:
     """Return the peak signal-to-noise ratio for a peak of 1, in decibels."""
-    return {"psnr": -10 * math.log10(max((found - truth).square().mean().item(), 1e-12))}
+    return {"psnr": -10 * math.log10(max((image - truth).square().mean().item(), 1e-12))}

@@ -21,7 +21,7 @@ INITIAL = 32  # noisy points of the initial condition in a batch
 
 
 class Batch(NamedTuple):
-    """Noisy values of the initial condition, and places and times where the equation is asked for."""
+    """Noisy initial values, and places and times at which the equation is required."""
 
     x: Tensor
     u: Tensor
@@ -31,12 +31,14 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass
 class Pinn(Task):
-    """Solve `u_t + speed * u_x = 0` on a ring, `u(x, 0) = sin x`, from noisy values of `u(x, 0)`.
+    """Solve `u_t + speed * u_x = 0` on a ring, from noisy values of `u(x, 0) = sin x`.
 
-    A network of tanh units takes place and time and is trained on three squared errors: to noisy initial values, which
-    are drawn once from the seed and used in batches of 32; of the equation, at fresh places and times; and between the
-    two ends of the ring. The metric is the relative l2 error `|u - truth| / |truth|`: for the test on a grid of places
-    and times, against the exact `sin(x - speed * t)`; for the validation on further noisy initial values.
+    A network of tanh units takes place and time. It is trained on the sum of three
+    squared errors: from noisy initial values, which are drawn once from the seed and
+    used in batches of 32; of the equation, at fresh places and times; and between the
+    two ends of the ring. The metric is the relative l2 error `|u - truth| / |truth|`.
+    The test takes a grid of places and times and the exact `sin(x - speed * t)`, the
+    validation further noisy initial values.
     """
 
     scale: Literal["test", "default", "paper"] = option("default", "which values the options below have by default")
@@ -54,12 +56,12 @@ class Pinn(Task):
     weight_decays = (0.01,)
 
     def __post_init__(self) -> None:
-        """Take what was left out from the scale, and check the options."""
+        """Complete the options from the scale, and check them."""
         complete(self, SCALES[self.scale])
         check_least(self, {"noise": 0, "points": 1, "collocation": 1, "width": 1, "depth": 1, "steps": 1})
 
     def trial(self, seed: int) -> Trial:
-        """Draw the noisy values and all places and times from the seed, and build the network."""
+        """Draw the noisy values, places and times from the seed; build the network."""
         generator = torch.Generator().manual_seed(seed)
 
         def draw(number: int) -> tuple[Tensor, Tensor]:

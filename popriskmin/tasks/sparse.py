@@ -1,4 +1,4 @@
-"""Many inputs of which few matter: the regression where a mask can do what no tuning of AdamW does."""
+"""Many inputs, few of which matter: here a mask does what no tuning of AdamW does."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ RIDGE = np.logspace(-2, 4, 25)  # strengths that are tried
 class Sparse(Task):
     """A linear function of a few of many inputs, seen through noise.
 
-    Inputs are independent and standard normal, targets are their sum weighted with coefficients of size 0.5 to 1.5 and
-    either sign, plus noise. Which inputs have one, and all else, comes from the seed. The metric is the excess risk:
-    the squared distance to the function without noise, on 2,000 test points. On the 300 points for validation, whose
-    targets have noise too, it is the squared error less the variance of the noise, which is the same on average.
+    Inputs are independent and standard normal. A target is the weighted sum of a few of
+    them plus noise, with coefficients of size 0.5 to 1.5 and either sign. Everything is
+    drawn from the seed. The metric is the excess risk: the squared distance to the
+    function without noise, on 2,000 test points. The targets of the 300 validation
+    points have noise too. There it is the squared error less the variance of the noise,
+    which is the same on average.
     """
 
     model: Literal["linear", "network"] = option("linear", "linear: started at zero; network: one hidden layer")
@@ -62,7 +64,7 @@ class Sparse(Task):
         if self.model not in ("linear", "network"):
             raise ValueError(f"model must be linear or network, got {self.model!r}")
 
-    def prepare(self, seed: int) -> Prepared:
+    def prepare(self, seed: int) -> Problem:
         """Draw the coefficients and all examples that are held out or used again."""
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(self.inputs, generator=generator)[: self.informative]
@@ -75,42 +77,44 @@ class Sparse(Task):
         if not self.fresh:
             x, y = draw(coefficients, self.examples, self.noise, generator)
             training = Reused(x, y, passes(self.examples, self.batch_size, self.steps, seed))
-        return Prepared(coefficients, training, validation, test)
+        return Problem(coefficients, training, validation, test)
 
     def trial(self, seed: int) -> Trial:
         """Draw everything from the seed and build the model."""
-        prepared = self.prepare(seed)
+        data = self.prepare(seed)
         floor = self.noise**2
         return Trial(
             model=network(self.inputs, self.hidden if self.model == "network" else 0, 1),
-            batches=prepared.training,
+            batches=data.training,
             loss=squared_error,
-            validation=lambda model: {"excess risk": squared_error(model, prepared.validation).item() - floor},
-            test=lambda model: {"excess risk": squared_error(model, prepared.test).item()},
+            validation=lambda model: {"excess risk": squared_error(model, data.validation).item() - floor},
+            test=lambda model: {"excess risk": squared_error(model, data.test).item()},
             evaluate_every=max(1, self.steps // 60),
             batch_size=self.batch_size,
             n_dataset=None if self.fresh else self.examples,
         )
 
     def references(self, seed: int) -> dict[str, Metrics]:
-        """Return the excess risk of the Lasso, of ridge regression, and of who knows which inputs matter.
+        """Return the excess risk of three references.
 
-        The strength of the first two comes from cross-validation; the third is least squares on the inputs that matter.
-        All see the examples that training sees, of fresh ones the first 10,000.
+        They are the Lasso and ridge regression, whose strength comes from
+        cross-validation, and least squares on the inputs that matter. All are fitted to
+        the training examples, of fresh ones to the first 10,000.
         """
-        prepared = self.prepare(seed)
-        x, y = (part[:MOST].numpy().astype(np.float64) for part in prepared.training.all())
-        x_test, y_test = (part.numpy().astype(np.float64) for part in prepared.test)
-        matter = prepared.coefficients.numpy() != 0
+        data = self.prepare(seed)
+        x, y = (part[:MOST].numpy().astype(np.float64) for part in data.training.all())
+        x_test, y_test = (part.numpy().astype(np.float64) for part in data.test)
+        matter = data.coefficients.numpy() != 0
         known = np.linalg.lstsq(x[:, matter], y, rcond=None)[0]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # of strengths that are too small to be chosen
-            found = {
+            # Strengths that are too small do not converge, and are not chosen.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            answers = {
                 "Lasso": LassoCV(cv=FOLDS).fit(x, y).predict(x_test),
                 "ridge": RidgeCV(RIDGE).fit(x, y).predict(x_test),
                 "least squares on what matters": x_test[:, matter] @ known,
             }
-        return {name: {"excess risk": float(np.square(answer - y_test).mean())} for name, answer in found.items()}
+        return {name: {"excess risk": float(np.square(answer - y_test).mean())} for name, answer in answers.items()}
 
 
 Pair = tuple[Tensor, Tensor]
@@ -132,7 +136,7 @@ class Reused:
 
 
 class Fresh:
-    """Batches of new examples, drawn as they are needed, the same each time they are gone through."""
+    """Batches of new examples, drawn when needed; the same in each iteration."""
 
     def __init__(self, coefficients: Tensor, noise: float, steps: int, batch_size: int, seed: int) -> None:
         self.coefficients, self.noise, self.steps, self.batch_size = coefficients, noise, steps, batch_size
@@ -153,8 +157,8 @@ class Fresh:
 Examples = Reused | Fresh
 
 
-class Prepared(NamedTuple):
-    """The function that is to be learnt, as a weight of each input, and examples of it."""
+class Problem(NamedTuple):
+    """A function to be learnt, as a weight of each input, and examples of it."""
 
     coefficients: Tensor
     training: Examples

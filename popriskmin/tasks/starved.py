@@ -1,9 +1,9 @@
-"""A router that learns only through weak but coherent gradients, beside a network that learns easily."""
+"""A router with weak but coherent gradients, beside a network that learns easily."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,23 +12,23 @@ from popriskmin.compare.task import Metrics, Task, Trial, option
 
 FEATURES = 8  # of the input, and as many of what the router sees
 HELD_OUT = 2000
+CONTRAST = 1.5  # size of what a hard example's target has more than an easy one's
 
 
 @dataclasses.dataclass
 class Starved(Task):
-    """A regression with easy and hard examples; a router decides who gets a second block, by trial and error.
+    """A regression in which a router learns, by trial and error, to spot hard examples.
 
-    A body answers for every example, and a second block adds to its answer where the router says so. During training
-    the router draws its decision, and learns by REINFORCE from the squared error that followed, less the batch's mean:
-    its gradient is right on average and mostly noise, while body and second block get ordinary gradients. For the test
-    the likelier decision is taken. The targets have no noise, and each batch is fresh.
+    A body answers for every example. A second block adds to the answer if the router
+    decides so. During training the router draws its decision. It learns by REINFORCE
+    from the squared error that follows, less the batch's mean. Its gradient is right on
+    average and mostly noise, while body and second block get ordinary gradients. The
+    test takes the likelier decision. The targets have no noise, and each batch is
+    fresh.
     """
 
     steps: int = option(1500, "optimizer steps")
     batch_size: int = option(32, "examples in a batch; the router's noise falls with it")
-    contrast: float = option(
-        1.5, "size of what hard examples have more than easy ones; the router's signal grows with it"
-    )
     width: int = option(32, "units of the body and of the second block")
     exclude: bool = option(False, "give the router mask='none' in every arm of PRM")
 
@@ -41,11 +41,9 @@ class Starved(Task):
         for name in ("steps", "batch_size", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.contrast > 0:
-            raise ValueError(f"contrast must be above 0, got {self.contrast}")
 
     def trial(self, seed: int) -> Trial:
-        """Draw the two functions, the rule for who is hard, and all examples from the seed; build the network."""
+        """Draw the functions, the rule and the examples from the seed; build the network."""
         generator = torch.Generator().manual_seed(seed)
         functions = nn.functional.normalize(torch.randn(FEATURES, 2, generator=generator), dim=0)
         rule = torch.randn(FEATURES, 1, generator=generator)
@@ -54,18 +52,18 @@ class Starved(Task):
             x = torch.randn(number, FEATURES, generator=generator)
             seen = torch.randn(number, FEATURES, generator=generator)
             hard = seen @ rule > 0
-            y = torch.sin(2 * x @ functions[:, :1]) + self.contrast * hard * (x @ functions[:, 1:])
+            y = torch.sin(2 * x @ functions[:, :1]) + CONTRAST * hard * (x @ functions[:, 1:])
             return x, seen, y, hard, torch.rand(number, 1, generator=generator)
 
         batches = [draw(self.batch_size) for _ in range(self.steps)]
         validation, test = draw(HELD_OUT), draw(HELD_OUT)
         model = Routed(self.width)
-        groups: list[dict[str, Any]] = [
+        groups: list[dict[str, object]] = [
             {"params": [*model.body.named_parameters("body"), *model.second.named_parameters("second")]},
             {"params": [*model.router.named_parameters("router")]},
         ]
         if self.exclude:
-            groups[1]["mask"] = "none"  # which AdamW takes for a key of the user's own
+            groups[1]["mask"] = "none"  # AdamW takes it for a key of the user's own
         return Trial(
             model=model,
             batches=batches,
@@ -90,7 +88,8 @@ class Routed(nn.Module):
     def forward(self, x: Tensor, seen: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return answers and the router's logits, both of shape (n, 1).
 
-        `chosen` is 1 where the second block is used; by default where the router's logit is above 0.
+        `chosen` is 1 where the second block is used; by default where the router's
+        logit is above 0.
         """
         logits: Tensor = self.router(seen)
         if chosen is None:
@@ -103,7 +102,7 @@ def _network(width: int) -> nn.Sequential:
 
 
 def routed_loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-    """Return the squared error with decisions drawn from the router, and a term whose gradient is REINFORCE's."""
+    """Return the squared error with drawn decisions, plus a term of REINFORCE."""
     x, seen, y, _, uniform = batch
     with torch.no_grad():
         chosen = (uniform < torch.sigmoid(model.router(seen))).to(x.dtype)  # type: ignore[operator]
@@ -118,9 +117,10 @@ def routed_loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
 
 
 def measure(model: nn.Module, data: tuple[Tensor, ...]) -> Metrics:
-    """Return the squared error, and how well the router tells hard from easy: 1 or 1/2 for a guess.
+    """Return the squared error, and how well the router tells hard from easy examples.
 
-    Which of the two it sends to the second block makes no difference: the body then does the other one.
+    Which of the two it sends to the second block makes no difference: the body then
+    does the other one.
     """
     x, seen, y, hard, _ = data
     answers, logits = model(x, seen)

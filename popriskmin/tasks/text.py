@@ -1,4 +1,4 @@
-"""The next character of English text: the language reference that comes with every Python, no download."""
+"""The next character of English text: Python's language reference, no download."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 
 @dataclasses.dataclass
 class Text(Task):
-    """A small transformer that learns to predict the next character of Python's language reference.
+    """A small transformer predicts the next character of Python's language reference.
 
-    The text, `pydoc_data.topics`, differs a little between versions of Python, so compare figures of one version only.
-    It is cut into blocks of 4,096 characters, of which every tenth is for validation, every tenth for test, and the
-    others are for training; they are the same for all seeds. From each seed come the weights and the training windows.
+    The text, `pydoc_data.topics`, differs a little between versions of Python, so
+    compare numbers of one version only. It is cut into blocks of 4,096 characters.
+    Every tenth is for validation, every tenth for test, and the others are for
+    training, alike for all seeds. The weights and the training windows come from the
+    seed.
     """
 
     steps: int = option(400, "optimizer steps")
@@ -81,18 +83,21 @@ class Text(Task):
             return [draw(self.batch_size) for _ in range(self.steps)]
         starts = draw(self.examples)
         batches: list[Tensor] = []
-        while len(batches) < self.steps:  # the last, smaller batch of a pass is left out: the next pass has another
+        # The last, smaller batch of a pass is left out; the next pass has other
+        # batches.
+        while len(batches) < self.steps:
             order = starts[torch.randperm(self.examples, generator=generator)]
             batches += [batch for batch in torch.split(order, self.batch_size) if len(batch) == self.batch_size]
         return batches[: self.steps]
 
     def _measure(self, model: nn.Module, held_out: Tensor) -> Metrics:
         nats, right = predict(model, held_out)
-        return {"loss": nats.item() / math.log(2), "accuracy": right.item()}  # the loss in bits per character
+        bits = nats.item() / math.log(2)  # per character
+        return {"loss": bits, "accuracy": right.item()}
 
 
 class Transformer(nn.Module):
-    """Logits of each next character, from characters: embeddings, pre-norm layers, and a head of its own."""
+    """Logits of each next character: embeddings, pre-norm layers, and a head."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -108,7 +113,7 @@ class Transformer(nn.Module):
 
 
 class Layer(nn.Module):
-    """Causal attention and two linear layers, each after a norm and added to what came in."""
+    """Causal attention and two linear layers, each after a norm and with a residual."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -136,19 +141,20 @@ def check_width(width: int) -> None:
 
 @functools.lru_cache(maxsize=1)
 def encoded() -> Tensor:
-    """Return the language reference as numbers of `CHARACTERS`; kept, for every run asks for it."""
+    """Return the language reference as places in `CHARACTERS`; cached for other runs."""
     return torch.tensor([CHARACTERS.index(character) for character in reference()])
 
 
 def reference() -> str:
-    """Return the language reference as one text, of `CHARACTERS` only, a paragraph in each line."""
+    """Return the language reference as one text of `CHARACTERS`, a paragraph a line."""
     paragraphs = (tidy(paragraph) for topic in sorted(topics) for paragraph in topics[topic].split("\n\n"))
-    # Topics contain each other. A paragraph stays only once, or what is held out would be in the training text too.
+    # Topics contain each other. A paragraph stays only once, or what is held out would
+    # be in the training text too.
     return "\n".join(dict.fromkeys(paragraphs))
 
 
 def tidy(paragraph: str) -> str:
-    """Return a paragraph in one line, without what is not English or code: rules of tables, characters not in ASCII."""
+    """Return a paragraph in one line, without rules of tables and other than ASCII."""
     plain = re.sub("[\u2018\u2019]", "'", re.sub("[\u201c\u201d]", '"', paragraph))
     plain = re.sub(r"([-=*~|+])\1{2,}", r"\1", plain)
     return " ".join(re.sub(r"[^ -~]", " ", plain).split())
@@ -160,6 +166,6 @@ def windows(text: Tensor, starts: Tensor) -> Tensor:
 
 
 def predict(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross entropy of each next character in the windows `x`, in nats, and the share of right guesses."""
+    """Return the cross entropy of the next characters, in nats, and the accuracy."""
     logits, target = model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()
     return nn.functional.cross_entropy(logits, target), (logits.argmax(1) == target).float().mean()

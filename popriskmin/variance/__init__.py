@@ -1,8 +1,9 @@
-"""Sources of the gradient's variance that, unlike the streaming one, do not take the mean's drift for noise.
+"""Sources of the gradient's variance that do not take a drift of the mean for noise.
 
-Each measures how gradients differ that were computed with the same weights, and hands the variance of `p.grad` to every
-step of an optimizer with `variance="given"`: `Microbatches` from gradient accumulation, `Ranks` from
-DistributedDataParallel, `Examples` from the gradients of single examples. `coherence` says how well those agree.
+Each measures how gradients differ that were computed with the same weights, and hands
+the variance of `p.grad` to every step of an optimizer with `variance="given"`:
+`Microbatches` from gradient accumulation, `Ranks` from DistributedDataParallel,
+`Examples` from the gradients of single examples. `coherence` says how well those agree.
 """
 
 from popriskmin.variance.coherence import Agreement, Coherence, coherence

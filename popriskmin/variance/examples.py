@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,56 +17,65 @@ from popriskmin.variance.source import Record, Source, TakesVariances
 Loss = Callable[..., Tensor]
 
 
-class Moments(NamedTuple):
-    """What the gradients of a batch's examples have in common, and how they differ."""
+class ExampleGradients(NamedTuple):
+    """The mean of the gradients of a batch's examples, and their scatter."""
 
     loss: Tensor  # mean over the examples, of shape ()
     examples: int  # how many
-    mean: dict[str, Tensor]  # of the gradients, by the parameter's name; real, in float32 or wider
-    squares: dict[str, Tensor]  # sums of their squared deviations from the mean, for the parameters asked for
+    mean: dict[str, Tensor]  # by the parameter's name; real, in float32 or wider
+    squares: dict[str, Tensor]  # sums of squared deviations, of the parameters asked for
 
 
 class Examples(Source):
-    """Measure the variance of a batch's gradient from the exact gradients of its examples (`torch.func`).
+    """Measure the variance of a batch's gradient from the gradients of its examples.
 
-    `backward` takes the place of `loss.backward()`. With `g_i` the gradient of example i of b, `p.grad` is their mean,
-    and each step takes, exact but for rounding and with `Sigma = mean_i(g_i**2) - p.grad**2`::
+    `backward` takes the place of `loss.backward()` and uses `torch.func`. Let `g_i` be
+    the gradient of example i of b, so that `p.grad` is their mean. With
+    `Sigma = mean_i(g_i**2) - p.grad**2`, each step takes, exact up to rounding::
 
         z = Sigma / (b - 1)
 
-    which is unbiased for the variance of `p.grad` where the examples are independent. They are taken `chunk_size` at a
-    time: memory for so many gradients, and one more buffer of the parameters' size until the step.
+    This is an unbiased estimate of the variance of `p.grad` if the examples are
+    independent. They are taken `chunk_size` at a time, which takes memory for as many
+    gradients, and one more buffer of the parameters' size until the step.
 
-    Clipping by norm multiplies `z` as it does `p.grad`, squared: see `Source`. A backward pass besides, of a term that
-    holds no examples, adds to `p.grad` and nothing to `z`; a second call of `backward` adds to both.
+    Clipping by norm multiplies `z` by the square of its factor: see `Source`. A further
+    `loss.backward()`, of a term without examples, adds to `p.grad` and nothing to `z`.
+    A second call of `Examples.backward` adds to both.
 
     Parameters
     ----------
     optimizer
-        `PRM(..., variance="given")`, or with groups that have it; only those are measured. Build it first.
+        `PRM(..., variance="given")`, or with groups that have it; only those are
+        measured. Build it first.
     model
-        The module whose parameters the optimizer holds. In training mode it must not hold batch normalization, under
-        which the gradient of one example depends on the others and per-example gradients do not exist: put it in
-        evaluation mode, or use group or layer normalization, or another source. Dropout is drawn for each example.
+        The module with the optimizer's parameters. In training mode it must not have
+        batch normalization. There the gradient of one example depends on the others,
+        and per-example gradients do not exist: put it in evaluation mode, or use group
+        or layer normalization, or another source. Dropout is drawn for each example.
     loss
-        `loss(model, *batch)` returns the mean loss of a batch, of shape (). It is called on batches of one example,
-        under `torch.func.vmap` and with what that supports.
+        `loss(model, *batch)` returns the mean loss of a batch, of shape (). It is
+        called on batches of one example, under `torch.func.vmap`, and must be limited
+        to operations that vmap supports.
     chunk_size
-        How many examples' gradients are held at a time.
+        The number of examples whose gradients are in memory at a time.
 
     Raises
     ------
     ValueError
-        For an optimizer without a group with `variance="given"` or with parameters that are not the model's, a
-        `chunk_size` below 1, or several ranks, over which `backward` would average nothing. In `backward`, for batch
-        normalization and for fewer than two examples.
+        For an optimizer without a group with `variance="given"` or with parameters that
+        are not the model's, a `chunk_size` below 1, or several ranks, over which
+        `backward` would average nothing. In `backward`, for batch normalization and for
+        fewer than two examples.
     RuntimeError
-        In `optimizer.step()`, for a gradient without examples; in `backward`, for one not cleared since the last step.
+        In `optimizer.step()`, for a gradient without examples; in `backward`, for one
+        not cleared since the last step.
 
     Notes
     -----
-    Where batches of `b` are drawn without replacement from `n` examples that are used again and again, `z` is the
-    variance over new examples, and `z * (1 - b / n)` that over batches, which is what the streaming variance sees.
+    If batches of `b` are drawn without replacement from `n` examples that are used
+    again and again, `z` is the variance over new examples. The streaming variance sees
+    that over batches, `z * (1 - b / n)`.
 
     Examples
     --------
@@ -96,13 +105,14 @@ class Examples(Source):
                 self.remove()
                 raise ValueError(f"{record.name} of the optimizer is not a parameter of the model")
 
-    def backward(self, *batch: Any) -> Tensor:
-        """Add the mean gradient to `p.grad` of every parameter that requires one, and keep the variance for the step.
+    def backward(self, *batch: object) -> Tensor:
+        """Add the mean gradient to `p.grad`, and keep the variance for the step.
 
         Parameters
         ----------
         batch
-            What the loss takes beside the model: tensors, or containers of them, with the examples along dimension 0.
+            What the loss takes beside the model: tensors, or containers of them, with
+            the examples along dimension 0.
 
         Returns
         -------
@@ -114,40 +124,42 @@ class Examples(Source):
             if param in self._records:
                 self._open(self._records[param])
         wanted = [name for name, param in named.items() if param in self._records]
-        moments = example_moments(self._model, self._loss, batch, self._chunk_size, wanted)
+        examples = example_gradients(self._model, self._loss, batch, self._chunk_size, wanted)
         with torch.no_grad():
             for name, param in named.items():
-                _accumulate(param, moments.mean[name])
+                _accumulate(param, examples.mean[name])
                 if param in self._records:
                     record = self._records[param]
-                    variance = moments.squares[name].div_(moments.examples * (moments.examples - 1))
+                    count = examples.examples
+                    variance = examples.squares[name].div_(count * (count - 1))
                     record.variance = variance if record.variance is None else record.variance.add_(variance)
                     record.count += 1
                     self._reached.append(record)
         self._measure()
-        return moments.loss
+        return examples.loss
 
     def _unmeasured(self, record: Record) -> str:
         return f"{record.name} has a gradient without examples: call Examples.backward in place of loss.backward"
 
 
 class _WithLoss(nn.Module):
-    """The model and its loss as one module, so that its parameters can be replaced within the loss too."""
+    """The model and its loss as one module, whose parameters can be replaced in both."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, *batch: Any) -> Tensor:
+    def forward(self, *batch: object) -> Tensor:
         return self.loss(self.model, *batch)
 
 
-def example_moments(
-    model: nn.Module, loss: Loss, batch: tuple[Any, ...], chunk_size: int, wanted: Collection[str] | None = None
-) -> Moments:
-    """Return the mean of the examples' gradients and, for the parameters named in `wanted` (all), their deviations.
+def example_gradients(
+    model: nn.Module, loss: Loss, batch: tuple[object, ...], chunk_size: int, wanted: Collection[str] | None = None
+) -> ExampleGradients:
+    """Return the mean and the squared deviations of the examples' gradients.
 
-    See `Examples` for the arguments, and for what is raised.
+    The deviations are those of the parameters named in `wanted`, by default of all. See
+    `Examples` for the other arguments and the errors.
     """
     _check_chunk_size(chunk_size)
     count = _count(batch)
@@ -156,7 +168,7 @@ def example_moments(
     kept = set(params) if wanted is None else {f"model.{name}" for name in wanted}
     module = _WithLoss(model, loss)
 
-    def loss_of_one(values: dict[str, Tensor], *example: Any) -> Tensor:
+    def loss_of_one(values: dict[str, Tensor], *example: object) -> Tensor:
         value: Tensor = functional_call(module, values, tree_map(lambda x: x.unsqueeze(0), example))
         if value.dim() != 0:
             raise ValueError(f"the loss of a batch must be a tensor of shape (), got shape {tuple(value.shape)}")
@@ -173,7 +185,7 @@ def example_moments(
         losses.append(values.detach())
         _merge(mean, squares, gradients, start, kept)
     short = len("model.")
-    return Moments(
+    return ExampleGradients(
         loss=torch.cat(losses).mean(),
         examples=count,
         mean={name[short:]: value for name, value in mean.items()},
@@ -184,7 +196,7 @@ def example_moments(
 def _merge(
     mean: dict[str, Tensor], squares: dict[str, Tensor], gradients: dict[str, Tensor], seen: int, kept: Collection[str]
 ) -> None:
-    """Take a chunk of gradients into the mean and the squared deviations of those seen before (Chan's formula)."""
+    """Merge a chunk of gradients into the mean and the squares (Chan's formula)."""
     for name in list(gradients):
         chunk = as_real(gradients.pop(name).resolve_conj())
         chunk = chunk.to(compute_dtype(chunk))
@@ -214,7 +226,7 @@ def _accumulate(param: Tensor, mean: Tensor) -> None:
         param.grad.add_(mean)
 
 
-def _count(batch: tuple[Any, ...]) -> int:
+def _count(batch: tuple[object, ...]) -> int:
     leaves = tree_flatten(batch)[0]
     wrong = [leaf for leaf in leaves if not isinstance(leaf, Tensor) or leaf.dim() == 0]
     if wrong or not leaves:

@@ -1,4 +1,4 @@
-"""The variance of an accumulated gradient, from the microbatches that it was accumulated over."""
+"""The variance of an accumulated gradient, from its microbatches."""
 
 from __future__ import annotations
 
@@ -22,49 +22,59 @@ _MESSAGE = 1 << 23
 
 
 class Microbatches(Source):
-    """Measure the variance of gradients that are accumulated over two or more backward passes before each step.
+    """Measure the variance of gradients that are accumulated over two or more passes.
 
-    With `a_k` what the k-th of K backward passes adds to `p.grad`, whose final value is their sum, each step takes::
+    Let `a_k` be the gradient of the k-th of K backward passes, so that `p.grad` is
+    their sum. Each step takes::
 
         z = K / (K - 1) * sum_k (a_k - mean(a))**2
 
-    which is unbiased for the variance of `p.grad` where the microbatches are independent and weigh the same. It does
-    not matter whether the loss was divided by K: `z` is on the scale of `p.grad` as it is. The sum of squares grows as
-    each gradient arrives (Welford's method, with the mean read off `p.grad`), in float32 or wider: one buffer of the
-    parameters' size, from the second backward pass on until the step, and no further pass.
+    This is an unbiased estimate of the variance of `p.grad` if the microbatches are
+    independent and have equal weight. `z` is on the scale of `p.grad`, whether or not
+    the loss was divided by K. The sum of squares grows as each gradient arrives
+    (Welford's method, with the mean read off `p.grad`), in float32 or wider. It takes
+    one buffer of the parameters' size, from the second backward pass until the step,
+    and no further pass.
 
-    Clipping by norm and unscaling by a loss scaler multiply `z` as they do `p.grad`, squared: see `Source`. Where the
-    backward passes are of unequal sizes, and weighted accordingly, the differences of the weights count as noise: `z`
-    exceeds the variance by `c**2 / (K - 1)` times the squared mean gradient, with `c` the standard deviation of the
-    sizes over their mean. A parameter that some passes do not reach has had a gradient of zero there.
+    Clipping by norm and unscaling by a loss scaler multiply `z` by the square of their
+    factor: see `Source`. If the backward passes have unequal sizes, and weights to
+    match, the differences of the weights count as noise. `z` then exceeds the variance
+    by `c**2 / (K - 1)` times the squared mean gradient, with `c` the standard deviation
+    of the sizes over their mean. If a pass does not reach a parameter, its gradient
+    there counts as zero.
 
     Parameters
     ----------
     optimizer
-        `PRM(..., variance="given")`, or with groups that have it; only those are measured. Build it first.
+        `PRM(..., variance="given")`, or with groups that have it; only those are
+        measured. Build it first.
     ddp
-        The DistributedDataParallel module, when there are several ranks. All but the last backward pass of a step must
-        run under its `no_sync()`. The variances of the ranks are then averaged before the step, in one more reduction
-        of the parameters' size, and divided by their number. With several processes that average no gradients, False.
+        The DistributedDataParallel module, if there are several ranks. All but the last
+        backward pass of a step must run under its `no_sync()`. Before the step the
+        variances are averaged over the ranks, in one more reduction of the parameters'
+        size, and divided by the number of ranks. False is for several processes that
+        average no gradients.
     single
-        What a step does that has had one backward pass, which tells no variance, as where one micro-batch is left over
-        at the end of an epoch. "carry on" takes the variance as estimated so far: `s^` stays as it is. With "raise",
-        and at the very first step, which has none to carry on with, it is an error. Two such steps in a row are warned
-        of, once.
+        For steps after a single backward pass, which tells no variance, as with one
+        microbatch left over at the end of an epoch. "carry on" takes the variance
+        estimated so far: `s^` stays as it is. "raise" makes it an error. The very first
+        step raises in any case, as it has no estimate. Two such steps in a row give one
+        warning.
 
     Raises
     ------
     ValueError
-        For an optimizer without a group with `variance="given"`, with parameters sharded over ranks, or without
-        `ddp` where there are several ranks.
+        For an optimizer without a group with `variance="given"`, with parameters
+        sharded over ranks, or without `ddp` where there are several ranks.
     RuntimeError
-        In `optimizer.step()`, after fewer than two backward passes (see `single`), or with gradients that were not seen
-        to arrive. In a backward pass, where gradients were neither cleared since the last step nor left alone since the
-        last pass.
+        In `optimizer.step()`, after fewer than two backward passes (see `single`), or
+        with gradients that were not seen to arrive. In a backward pass, if gradients
+        were not cleared since the last step, or were changed since the last pass.
 
     References
     ----------
-    Welford, "Note on a method for calculating corrected sums of squares and products", Technometrics 4 (1962).
+    Welford, "Note on a method for calculating corrected sums of squares and products",
+    Technometrics 4 (1962).
 
     Examples
     --------
@@ -96,7 +106,7 @@ class Microbatches(Source):
                 "the gradients over them, or ddp=False if nothing does"
             )
         super().__init__(optimizer, ddp or None)
-        self._nested = False  # whether backward passes ran within others since the last step
+        self._nested = False  # whether a pass ran within another since the last step
         self._single = single
         self._singles = 0  # steps in a row that have had one backward pass
 
@@ -111,8 +121,10 @@ class Microbatches(Source):
             )
         new, total = as_real(grad.resolve_conj()), as_real(gradient(record))
         dtype = compute_dtype(new, total)
-        deviation = torch.sub(new.to(dtype), total.to(dtype), alpha=1 / k)  # from the mean of those before
-        # Welford's sum of squares grows by deviation**2 * k / (k + 1). Twice that is kept: it begins without a factor.
+        # The deviation is that from the mean of those before.
+        deviation = torch.sub(new.to(dtype), total.to(dtype), alpha=1 / k)
+        # Welford's sum of squares grows by deviation**2 * k / (k + 1). Twice that is
+        # kept: it begins without a factor.
         if record.variance is None:  # k is 1
             record.variance = deviation.square_()
         else:
@@ -144,21 +156,24 @@ class Microbatches(Source):
         return variances
 
     def _carried(self, records: list[Record]) -> list[Tensor] | None:
-        """Return `s^` of each parameter, which taken for the variance leaves it as it is; None where one has none."""
+        """Return `s^` of each parameter, or None if one has none yet.
+
+        Taken for the variance it leaves `s^` as it is.
+        """
         state = getattr(self._optimizer, "state", {})
         group_of = {p: group for group in self._optimizer.param_groups for p in group["params"]}
         carried = []
         for record in records:
-            held = state.get(record.param, {})
-            if "exp_avg_var" not in held or (held["step"].is_cpu and held["step"] < 1):
+            own = state.get(record.param, {})
+            if "exp_avg_var" not in own or (own["step"].is_cpu and own["step"] < 1):
                 return None
-            c = corrections(held["step"], Hyperparameters.of_group(group_of[record.param]))
-            s = as_real(held["exp_avg_var"])
+            c = corrections(own["step"], Hyperparameters.of_group(group_of[record.param]))
+            s = as_real(own["exp_avg_var"])
             carried.append(s.to(compute_dtype(s)) / c.bias_var)
         return carried
 
     def _check(self, records: list[Record], passes: int | None) -> None:
-        """Raise for passes that tell no variance; None stands for a single one that need not tell it."""
+        """Raise for passes that tell no variance; None means a single, allowed one."""
         if passes is not None:
             self._check_passes(records, passes)
         elif self._singles == 2:
@@ -194,7 +209,7 @@ class Microbatches(Source):
 
 
 def _within_another_pass() -> bool:
-    """Return whether the backward pass that calls this runs in a function's backward, as a checkpointed segment's."""
+    """Return whether this backward pass runs within another, as checkpoints' do."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back

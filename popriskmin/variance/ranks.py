@@ -1,4 +1,4 @@
-"""The variance of a gradient that is averaged over ranks, from how the ranks' gradients differ."""
+"""The variance of a gradient that is averaged over ranks, from the ranks' gradients."""
 
 from __future__ import annotations
 
@@ -14,47 +14,58 @@ from popriskmin.variance.source import Hook, Record, Source, TakesVariances, gra
 
 
 class Ranks(Source):
-    """Measure the variance of gradients that DistributedDataParallel averages over two or more ranks.
+    """Measure the variance of gradients that are averaged over two or more ranks.
 
-    With `g_r` the gradient of rank r of R, of its own examples, and `p.grad` their mean, each step takes::
+    Let `g_r` be the gradient of rank r of R, of its own examples, so that `p.grad` is
+    their mean, which DistributedDataParallel takes. Each step takes::
 
         z = (mean_r(g_r**2) - p.grad**2) / (R - 1)
 
-    which is unbiased for the variance of `p.grad` where the ranks' batches are independent and weigh the same. A
-    communication hook starts, for every bucket, one more reduction beside that of the gradients: of the squares, in
-    float32 or wider, which is the one buffer of the parameters' size that this keeps until the step.
+    This is an unbiased estimate of the variance of `p.grad` if the ranks' batches are
+    independent and have equal weight. For every bucket of gradients a communication
+    hook starts one more reduction, of their squares, in float32 or wider. These are the
+    one buffer of the parameters' size that is kept until the step.
 
-    Gradients accumulated under `no_sync()` are measured by what the ranks' sums differ. Without it each averaged
-    backward pass is measured, and the variances add up. Clipping by norm and unscaling by a loss scaler multiply `z` as
-    they do `p.grad`, squared: see `Source`.
+    For gradients that are accumulated under `no_sync()` the ranks' sums are compared.
+    Without `no_sync()` each averaged backward pass is measured, and the variances add
+    up. Clipping by norm and unscaling by a loss scaler multiply `z` by the square of
+    their factor: see `Source`.
 
     Parameters
     ----------
     optimizer
-        `PRM(..., variance="given")`, or with groups that have it; only those are measured. Build it first.
+        `PRM(..., variance="given")`, or with groups that have it; only those are
+        measured. Build it first.
     ddp
-        The DistributedDataParallel module that the optimizer's parameters are trained in, without a communication hook.
+        The DistributedDataParallel module that the optimizer's parameters are trained
+        in, without a communication hook.
     hook
-        The communication hook that averages the gradients, such as `fp16_compress_hook` of
-        `torch.distributed.algorithms.ddp_comm_hooks.default_hooks`. None averages them as the module does without one.
+        The communication hook that averages the gradients, such as `fp16_compress_hook`
+        of `torch.distributed.algorithms.ddp_comm_hooks.default_hooks`. None averages
+        them as the module does without one.
     hook_state
-        Handed to the hook as its first argument. None gives it the module's process group.
+        Handed to the hook as its first argument. None gives it the module's process
+        group.
 
     Raises
     ------
     ValueError
-        For an optimizer without a group with `variance="given"`, or a module on a single rank.
+        For an optimizer without a group with `variance="given"`, or a module on a
+        single rank.
     RuntimeError
-        For a module that has a communication hook. In `optimizer.step()`, for gradients that were not averaged.
+        For a module that has a communication hook. In `optimizer.step()`, for gradients
+        that were not averaged.
 
     Notes
     -----
-    The difference of squares loses the noise below about `1e-7` of the squared mean, or 0.4% of it where the gradients
-    themselves are averaged in bfloat16; there every mask is open anyway.
+    The difference of squares loses noise below about `1e-7` of the squared mean, or
+    below 0.4% of it if the gradients are averaged in bfloat16. A mask with so little
+    noise is open anyway.
 
     Examples
     --------
-    With `python -m torch.distributed.run --nproc-per-node 2 train.py`, whose ranks each draw their own examples::
+    With `python -m torch.distributed.run --nproc-per-node 2 train.py`, whose ranks each
+    draw their own examples::
 
         ddp = torch.nn.parallel.DistributedDataParallel(model)
         optimizer = PRM(model.parameters(), variance="given")
@@ -70,7 +81,7 @@ class Ranks(Source):
         optimizer: TakesVariances,
         ddp: DistributedDataParallel,
         hook: Hook | None = None,
-        hook_state: Any = None,
+        hook_state: object = None,
     ) -> None:
         if not isinstance(ddp, DistributedDataParallel):
             raise TypeError(f"ddp must be a DistributedDataParallel module, got {type(ddp).__name__}")
@@ -79,9 +90,10 @@ class Ranks(Source):
             raise ValueError(f"Ranks needs at least 2 ranks, got {self._ranks}: use Microbatches or Examples")
         super().__init__(optimizer, ddp)
         self._hook, self._hook_state = hook or _plain_hook(), ddp.process_group if hook_state is None else hook_state
-        self._reducing: list[tuple[Any, Tensor, list[tuple[Tensor, Tensor]]]] = []
+        self._reducing: list[tuple[dist.Work, Tensor, list[tuple[Tensor, Tensor]]]] = []
         try:
-            # In a lambda, which has no annotations: torch compares those with types and knows no strings.
+            # In a lambda, which has no annotations: torch compares those with types and
+            # knows no strings.
             ddp.register_comm_hook(None, lambda state, bucket: self._reduce(bucket))
         except RuntimeError as error:
             self.remove()
@@ -92,12 +104,13 @@ class Ranks(Source):
 
     @torch.no_grad()
     def _reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
-        """Start the reduction of the bucket's squares, and let the hook average its gradients."""
+        """Start to reduce the bucket's squares, and let the hook average its gradients."""
         if self._handles:  # a communication hook stays when the source is removed
             assert self._ddp is not None  # noqa: S101
             buffer = as_real(bucket.buffer())
             squares = buffer.to(compute_dtype(buffer), copy=True).square_().div_(self._ranks)
-            # Each parameter's part lies in the squares as its gradient does in the bucket.
+            # Each parameter's part lies in the squares as its gradient does in the
+            # bucket.
             parts = [
                 (param, squares.as_strided(part.shape, part.stride(), part.storage_offset() - buffer.storage_offset()))
                 for param, part in zip(bucket.parameters(), map(as_real, bucket.gradients()))
@@ -114,7 +127,7 @@ class Ranks(Source):
             self._reducing = []  # of a backward pass that failed
             for record in self._records.values():
                 if record.param.grad is None:
-                    record.start()  # this rank's backward pass may not reach it, while another's does
+                    record.start()  # another rank's pass may reach it, but not this one's
 
     @torch.no_grad()
     def _measure(self) -> None:

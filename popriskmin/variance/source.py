@@ -1,4 +1,4 @@
-"""What every source of variances shares: watching gradients arrive, and handing their variances to the optimizer."""
+"""The base of all sources: it watches gradients arrive and gives their variances."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from popriskmin.optimizer.checkpoint_probe import makes_state_alone
-from popriskmin.optimizer.mask_state import parameter_names
+from popriskmin.optimizer.closure import Arguments, with_gradients
+from popriskmin.optimizer.groups import parameter_names
 from popriskmin.optimizer.unwrap import described, unwrapped
 from popriskmin.step.lists import as_real, compute_dtype, sum_dtype
 from popriskmin.step.shards import is_sharded
@@ -23,7 +25,7 @@ Hook = Callable[..., Any]
 
 
 class TakesVariances(Protocol):
-    """An optimizer that takes variances from outside, as `popriskmin.PRM` does with `variance="given"`."""
+    """An optimizer that takes variances, as `PRM` does with `variance="given"`."""
 
     param_groups: list[dict[str, Any]]
 
@@ -31,21 +33,25 @@ class TakesVariances(Protocol):
         """Take the variance of each parameter's gradient, for the next step."""
 
     def register_step_pre_hook(self, hook: Hook) -> RemovableHandle:
-        """Call `hook(optimizer, args, kwargs)` before each step; what it returns replaces the arguments."""
+        """Call `hook(optimizer, args, kwargs)` before each step.
+
+        A tuple that it returns replaces the arguments.
+        """
 
 
 @dataclass(eq=False)
 class Record:
-    """What is known of the gradient that one parameter has gathered since it was last cleared."""
+    """What is known of a parameter's gradient since it was last cleared."""
 
     param: Tensor
     name: str
     count: int = 0  # how often something was added to it
     taken: bool = False  # whether a step has been taken with it
-    variance: Tensor | None = None  # real and of the gradient's shape, at the scale of the last backward pass
-    synced: bool = False  # whether it was averaged over ranks at the end of the last backward pass
+    # Real and of the gradient's shape, at the scale of the last backward pass.
+    variance: Tensor | None = None
+    synced: bool = False  # whether the last backward pass averaged it over ranks
     norm: Tensor | None = None  # of the gradient after the last backward pass
-    seen: tuple[int, int] | None = None  # where the gradient lay then, and how often it had been written to
+    seen: tuple[int, int] | None = None  # its address then, and the writes to it so far
 
     def start(self) -> None:
         """Forget what was gathered before."""
@@ -53,32 +59,35 @@ class Record:
         self.variance, self.norm, self.seen = None, None, None
 
 
-# Optimizers that have a source; a second one would overwrite what the first has handed over.
-_TAKEN: WeakSet[Any] = WeakSet()
+# Optimizers that have a source; a second one would overwrite what the first has handed
+# over.
+_TAKEN: WeakSet[TakesVariances] = WeakSet()
 
 
 class Source:
-    """Watch the gradients of an optimizer's groups with `variance="given"` and hand their variances to each step.
+    """Watch the gradients of groups with `variance="given"`, and give their variances.
 
-    A hook on each parameter's gradient accumulator sees every gradient that is about to be added to `p.grad`, after
-    the parameter's own hooks, and nothing of `torch.autograd.grad`. At the end of a backward pass the norms of the
-    gradients are kept. By how much a norm has changed until the step is what clipping, or the unscaling of a loss
-    scaler, has multiplied the gradient by, and the variance is multiplied by its square.
+    A hook on each parameter's gradient accumulator sees every gradient that is about to
+    be added to `p.grad`, after the parameter's own hooks. It does not see those of
+    `torch.autograd.grad`. The norms of the gradients are kept at the end of a backward
+    pass. The change of a norm until the step is the factor of clipping, or of a loss
+    scaler's unscaling. The variance is multiplied by the square of this factor.
 
-    Gradients that were cleared (by either way of `zero_grad`) start anew, whether a step was taken or not.
+    A gradient that was cleared (in either way of `zero_grad`) starts anew, with or
+    without a step before.
 
     Parameters
     ----------
     optimizer
-        With at least one group with `variance="given"`, whose parameters require gradients; or a framework's wrapper
-        around it (`popriskmin.unwrap`).
+        It has at least one group with `variance="given"`, whose parameters require
+        gradients. It may be wrapped by a framework (`popriskmin.unwrap`).
     ddp
         The DistributedDataParallel module that the parameters are trained in, if any.
     """
 
     def __init__(self, optimizer: TakesVariances, ddp: DistributedDataParallel | None = None) -> None:
-        found = unwrapped(optimizer)
-        optimizer = found.optimizer
+        inside = unwrapped(optimizer)
+        optimizer = inside.optimizer
         if optimizer in _TAKEN:
             raise RuntimeError("this optimizer has a source of variances already: call its remove() first")
         groups = optimizer.param_groups
@@ -86,8 +95,7 @@ class Source:
         if not any(given):
             raise ValueError(
                 f"{type(self).__name__} needs an optimizer with a parameter group with variance='given', got "
-                f"{described(found)} with none: "
-                "build it as PRM(..., variance='given')"
+                f"{described(inside)} without one: build it as PRM(..., variance='given')"
             )
         self._optimizer = optimizer
         self._ddp = ddp
@@ -101,10 +109,11 @@ class Source:
             if is_sharded(record.param):
                 raise ValueError(f"{record.name} is sharded over ranks, which {type(self).__name__} does not support")
         self._reached: list[Record] = []  # since gradients were last measured
-        self._syncs = False  # whether gradients are averaged over ranks at the end of this backward pass
+        self._syncs = False  # whether this backward pass averages over ranks
         self._task = -1  # the backward pass at whose end they will be
-        self._nodes: list[Any] = []  # a gradient accumulator that nobody holds is made anew, without its hooks
-        self._handles: list[Any] = [optimizer.register_step_pre_hook(self._before_step)]
+        # Kept, because a freed gradient accumulator is made anew without its hooks.
+        self._nodes: list[torch.autograd.graph.Node] = []
+        self._handles: list[RemovableHandle] = [optimizer.register_step_pre_hook(self._before_step)]
         for record in self._records.values():
             if record.param.requires_grad:
                 self._watch(record)
@@ -113,7 +122,7 @@ class Source:
         _TAKEN.add(optimizer)
 
     def remove(self) -> None:
-        """Detach from the optimizer and the parameters; another source may then take over."""
+        """Detach from the optimizer; another source may then take over."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._nodes, self._records = [], [], {}
@@ -135,7 +144,8 @@ class Source:
         self._see(record, grad)
         record.count += 1
         self._reached.append(record)
-        # Several parameters of one backward pass, and what runs within it, as checkpointed segments do, ask once each.
+        # Each parameter asks. A pass that runs within this one, as that of a
+        # checkpointed segment, counts as a new one.
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task = task
@@ -143,12 +153,13 @@ class Source:
             Variable._execution_engine.queue_callback(self._after_backward)
 
     def _open(self, record: Record) -> None:
-        """Start anew where the gradient was cleared since it was last seen; raise where it is neither old nor new."""
+        """Start anew if the gradient was cleared; raise if it was changed otherwise."""
         grad = record.param.grad
         if grad is None:
             record.start()
         elif record.taken or record.seen != _identity(grad):
-            # Cleared in place, or changed: this waits for the device, as nothing else here does.
+            # Cleared in place, or changed: this waits for the device, as nothing else
+            # here does.
             if not bool(as_real(grad).any()):
                 record.start()
             elif record.taken:
@@ -163,18 +174,19 @@ class Source:
                 )
 
     def _see(self, record: Record, grad: Tensor) -> None:
-        """Take in a gradient that is about to be added; `record.count` have been before."""
+        """Take in a gradient that is about to be added, after `record.count` others."""
 
     def _begin_pass(self) -> None:
         """Know of a new backward pass, or of one that runs within another."""
 
     def _before_forward(self, ddp: DistributedDataParallel) -> None:
-        """Note whether the backward pass of this forward pass will average over ranks."""
+        """Note whether the backward pass that follows will average over ranks."""
         if torch.is_grad_enabled():
             self._syncs = bool(ddp.require_backward_grad_sync)
 
     def _after_backward(self) -> None:
-        # DistributedDataParallel finishes its averages in such a callback too, which is queued after this one.
+        # DistributedDataParallel finishes its averages in such a callback too, which is
+        # queued after this one.
         if self._ddp is None:
             self._measure()
         else:
@@ -189,21 +201,11 @@ class Source:
         for record, grad, norm in zip(records, grads, norms(grads)):
             record.norm, record.seen, record.synced = norm, _identity(grad), self._syncs
 
-    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Hand over the variances; where a closure is to make the gradients, after it."""
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """Hand over the variances as soon as the gradients are there."""
         if makes_state_alone(optimizer):
-            return None  # a distributed checkpoint has begun to load: there is nothing to measure, nor to hand over
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._hand_over()
-            return None
-
-        def then_hand_over() -> Any:
-            loss = closure()
-            self._hand_over()
-            return loss
-
-        return args[:1], {**kwargs, "closure": then_hand_over}
+            return None  # a distributed checkpoint has begun to load; there is no gradient
+        return with_gradients(args, kwargs, self._hand_over)
 
     @torch.no_grad()
     def _hand_over(self) -> None:
@@ -214,7 +216,7 @@ class Source:
                 continue
             records.append(record)
             if record.taken:
-                self._open(record)  # it may have been cleared in place, and not been reached since
+                self._open(record)  # it may have been cleared in place since
             if record.count == 0 and bool(as_real(gradient(record)).any()):
                 raise RuntimeError(self._unseen(record))
         variances = self._variances(records, _factors(records))
@@ -234,7 +236,7 @@ class Source:
         )
 
     def _variances(self, records: list[Record], factors: list[Tensor]) -> list[Tensor]:
-        """Return the variances of these gradients, real, multiplied by the factors: what was done to them since."""
+        """Return the variances of these gradients, real, multiplied by the factors."""
         variances: list[Tensor] = []
         for record, factor in zip(records, factors):
             if record.variance is not None:
@@ -268,7 +270,7 @@ def _identity(grad: Tensor) -> tuple[int, int]:
 
 
 def norms(grads: Iterable[Tensor]) -> list[Tensor]:
-    """Return the 2-norm of each, as a tensor of shape `()` on its device, in float32 or wider."""
+    """Return the 2-norm of each: shape `()`, on its device, in float32 or wider."""
     real = [as_real(grad.detach()) for grad in grads]
     wide = [g for g in real if g.dtype in (torch.float32, torch.float64)]
     fast = iter(torch._foreach_norm(wide) if wide else [])
@@ -279,9 +281,10 @@ def norms(grads: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _factors(records: list[Record]) -> list[Tensor]:
-    """Return the squares of what the gradients were multiplied by since they were measured, each of shape `()`.
+    """Return the squared factors on the gradients since their measurement; shape `()`.
 
-    A gradient of zeros does not tell; there what all gradients together were multiplied by is taken.
+    A gradient of zeros does not tell its factor and gets that of all gradients
+    together.
     """
     now = norms(gradient(record) for record in records)
     factors = [torch.ones_like(norm) for norm in now]
@@ -294,7 +297,8 @@ def _factors(records: list[Record]) -> list[Tensor]:
         new = torch.stack([now[i].to(wide) for i in indices])
         old = torch.stack([norm.to(wide) for i in indices if (norm := records[i].norm) is not None])
         ratio = torch.where(old > 0, new / old, torch.linalg.vector_norm(new) / torch.linalg.vector_norm(old))
-        # Norms that overflow, or all gradients zero: nothing is known, and nothing is changed.
+        # Norms that overflow, or all gradients zero: nothing is known, and nothing is
+        # changed.
         ratio = torch.where(ratio.isfinite(), ratio, torch.ones_like(ratio))
         for i, factor in zip(indices, ratio.square().unbind()):
             factors[i] = factor

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from popriskmin import PRM, RiskMonitor, diagnose
-from popriskmin.diagnosis.row import FAULTS, FINE
+from popriskmin.diagnosis.rows import FAULTS, FINE
 from popriskmin.integrations import VERDICTS, log
-from popriskmin.risk.verdict import IMPROVING, OVERFITTING, UNCLEAR
+from popriskmin.risk.held_out import IMPROVING, OVERFITTING, UNCLEAR
 
 
 def trained(steps=40, groups=1, monitor=None, **options):

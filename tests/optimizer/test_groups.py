@@ -1,4 +1,4 @@
-"""Parameter groups from name patterns: who is in which, what decays, and what is refused."""
+"""Parameter groups from name patterns: which parameter is in which, what decays, what is refused; and names."""
 
 import re
 from fnmatch import fnmatchcase
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from popriskmin import PRM
-from popriskmin.optimizer.groups import param_groups
+from popriskmin.optimizer.groups import param_groups, parameter_names
 
 
 class LlamaRMSNorm(nn.Module):
@@ -208,3 +208,8 @@ def test_groups_part_the_parameters(patterns):
     groups = param_groups(model, options)
     assert sum(len(group["params"]) for group in groups) == len(aliases)
     assert {name: group["pattern"] for group in groups for name in names(group)} == expected
+
+
+def test_names_are_told_apart():
+    groups = [{"params": [1, 2], "param_names": ["a", "b"]}, {"params": [3], "param_names": ["a"]}, {"params": [4]}]
+    assert parameter_names(groups) == [["group 0: a", "b"], ["group 1: a"], [3]]

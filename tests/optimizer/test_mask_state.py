@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from popriskmin import PRM
-from popriskmin.optimizer.mask_state import applied, held, parameter_names, recompute, steps_taken
+from popriskmin.optimizer.mask_state import applied, held, recompute, steps_taken
 
 
 def stepped(*params, steps=2, **options):
@@ -65,8 +65,3 @@ def test_complex_tensors_are_read_as_two_reals():
     (one,) = held(stepped(torch.nn.Parameter(torch.zeros(5, dtype=torch.complex64))))
     assert one.scalars == 10
     assert recompute(one.state, one.step, one.hyper).q.shape == (5, 2)
-
-
-def test_names_are_told_apart():
-    groups = [{"params": [1, 2], "param_names": ["a", "b"]}, {"params": [3], "param_names": ["a"]}, {"params": [4]}]
-    assert parameter_names(groups) == [["group 0: a", "b"], ["group 1: a"], [3]]

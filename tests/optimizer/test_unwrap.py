@@ -131,7 +131,8 @@ def test_what_holds_no_prm_is_named_with_its_wrapper():
     for build in (lambda o: SoftnessController(o, mean_q=0.5), diagnose):
         with pytest.raises(TypeError, match=r"needs a popriskmin.PRM, got Around around AdamW: .*Hand the framework"):
             build(Around(adamw))
-    with pytest.raises(ValueError, match="Microbatches needs an optimizer with .*, got Around around AdamW with none"):
+    needed = "Microbatches needs an optimizer with .*, got Around around AdamW without one"
+    with pytest.raises(ValueError, match=needed):
         Microbatches(Around(adamw))
     with pytest.raises(TypeError, match="got Around around SGD"):
         RiskMonitor(Around(torch.optim.SGD([torch.ones(1)], lr=0.1)))

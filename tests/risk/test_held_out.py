@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from popriskmin.risk import pace
-from popriskmin.risk.held_out import CONFIDENCE, HeldOut
+from popriskmin.risk import samples
+from popriskmin.risk.held_out import CONFIDENCE, HeldOut, copied, gathered, spread
 
 
 def watch(table, **options):
@@ -134,7 +134,7 @@ def test_looks_come_further_and_further_apart():
 
 def test_without_a_number_looks_take_a_share_of_the_time(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(samples.time, "perf_counter", lambda: now[0])
 
     def losses():
         now[0] += 0.5
@@ -149,7 +149,7 @@ def test_without_a_number_looks_take_a_share_of_the_time(monkeypatch):
 
 def test_looks_are_not_so_close_that_they_err(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(samples.time, "perf_counter", lambda: now[0])
     judge = HeldOut(lambda: torch.ones(2), 0.7)
     for step in range(1, 400):
         now[0] += 1.0
@@ -232,3 +232,37 @@ def test_without_a_model_there_is_nothing_to_restore():
     judge.look(0)
     with pytest.raises(RuntimeError, match="keep_best=model"):
         judge.restore()
+
+
+class WithMore(nn.Linear):
+    def get_extra_state(self):
+        return {"seen": [1, 2]}
+
+    def set_extra_state(self, state):
+        assert state == {"seen": [1, 2]}
+
+
+def test_a_copy_is_not_reached_by_further_training():
+    model = WithMore(2, 1)
+    kept = copied(model.state_dict())
+    before = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.zero_()
+    kept["_extra_state"]["seen"].append(3)
+    assert torch.equal(kept["weight"], before)
+    assert model.get_extra_state() == {"seen": [1, 2]}
+
+
+def test_whole_weights_are_gathered_and_spread_as_they_are():
+    model = WithMore(2, 1)
+    kept = gathered(model.state_dict())
+    for target in (model, None, WithMore(2, 1)):
+        got = spread(kept, target)
+        assert list(got) == list(kept)
+        assert torch.equal(got["weight"], model.weight)
+        assert got["weight"].data_ptr() != model.weight.data_ptr()
+    model.load_state_dict(spread(kept, model))
+
+
+def test_nothing_kept_is_nothing():
+    assert copied(None) is gathered(None) is spread(None, nn.Linear(1, 1)) is None

@@ -9,7 +9,7 @@ from torch import nn
 
 from popriskmin import PRM
 from popriskmin.risk.monitor import RiskMonitor
-from popriskmin.risk.series import RiskEstimate, Sample
+from popriskmin.risk.samples import RiskEstimate, Sample
 
 
 @pytest.mark.parametrize("name", BUILDS)

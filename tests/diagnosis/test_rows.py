@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from popriskmin import PRM, diagnose
-from popriskmin.diagnosis.row import Row
-from popriskmin.diagnosis.table import table
+from popriskmin.diagnosis.rows import Row, table
 
 
 def row(name, mean_q=0.5, over_noise=5.0, scalars=100, group=0, cause="open", zero_fraction=0.0):
