@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tiny import Tiny
 
-from popriskmin.compare import compare, comparison
+from popriskmin.compare import compare, execute
 
 GOLDEN = Path(__file__).parent / "golden" / "results.json"
 
@@ -58,7 +58,7 @@ def records_of(job):
 
 def written(folder, patch):
     """Return the text of `results.json` for the made-up runs, without versions and source."""
-    patch(comparison, "make_runs", lambda task, jobs, *_: {job: records_of(job) for job in jobs})
+    patch(execute, "make_runs", lambda task, jobs, *_: {job: records_of(job) for job in jobs})
     results = compare(
         Told(), average=5, spend_validation=True,
         arms={"sgd": ("torch.optim:SGD", {"momentum": 0.9})}, arm_lr={"sgd": [0.03, 0.1]}, out=folder, progress=False,

@@ -52,4 +52,4 @@ def test_references_that_fail_are_told(tmp_path, broken, message):
     results = compare(Referred(broken=broken), out=tmp_path, keep_going=True, **QUICK)
     assert re.search(message, "\n".join(results.warnings))
     assert "error" not in results.references.test.get("forest", {})
-    assert results.selections["final"]["prm"]["test"] is not None
+    assert results.selections["final"]["prm"].test is not None
