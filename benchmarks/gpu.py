@@ -45,7 +45,7 @@ TESTS = [
     "tests/test_on_a_gpu.py",
     "tests/step/kernels/test_cuda_hardware.py",
     "tests/step/kernels/test_cuda_compiled.py",
-    "tests/step/kernels/test_fit.py",
+    "tests/step/kernels/test_eligible.py",
 ]
 # Optimizers, and the bytes that a step must move for each float32 parameter: what it reads and what it writes.
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], int]] = {

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,8 @@ TOGETHER = tuple(f"{mask}, L1 on the first layer" for mask in ("snr", Z_2, "soft
 REFERENCES = "references"
 RESULTS = "results.json"
 MARKS = ("<!-- tables: made by experiments/tables.py report -->", "<!-- end of the tables -->")
+# A page takes a table of so many rows or more from a file, which holds it as data.
+LONG = 12
 
 Cell = dict[str, Any]
 Feature = Callable[[dict[str, Cell]], float]
@@ -55,7 +61,28 @@ def write(rows: Sequence[Cell], out: Path, into: Path | None = None) -> None:
         _, mark, tail = rest.partition(MARKS[1])
         if not mark:
             raise SystemExit(f"{into} needs the lines {MARKS[0]} and {MARKS[1]}, between which the tables go")
-        into.write_text(f"{head}{MARKS[0]}\n\n{tables}\n{MARKS[1]}{tail}")
+        into.write_text(f"{head}{MARKS[0]}\n\n{long_tables_as_files(tables, out, into)}\n{MARKS[1]}{tail}")
+
+
+def long_tables_as_files(text: str, out: Path, page: Path) -> str:
+    """Write each long table as a CSV file beside the results, and return the page's text that shows the files."""
+    heading = ""
+    parts = []
+    for part in text.split("\n\n"):
+        lines = part.splitlines()
+        if part.startswith("### "):
+            heading = part[4:]
+        if not part.startswith("| ") or len(lines) < LONG + 2:
+            parts.append(part)
+            continue
+        rows = [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in (lines[0], *lines[2:])]
+        first = rows[0][0].split(",")[0]
+        file = out / f"{re.sub(r'[^a-z0-9]+', '-', f'{heading} {first}'.lower())}.csv"
+        written = io.StringIO()
+        csv.writer(written, lineterminator="\n").writerows(rows)
+        file.write_text(written.getvalue())
+        parts.append(f"```{{csv-table}}\n:file: {os.path.relpath(file, page.parent)}\n:header-rows: 1\n```")
+    return "\n\n".join(parts)
 
 
 def gather(rows: Sequence[Cell]) -> dict[Key, dict[str, Cell]]:

@@ -3,8 +3,9 @@
 import sys
 
 from popriskmin.diagnosis import SoftnessController, controller, diagnose, noise
-from popriskmin.optimizer import PRM, groups
+from popriskmin.optimizer import PRM, Masked, groups
 from popriskmin.optimizer.groups import param_groups
+from popriskmin.optimizer.patch import apply_patch, patch, patch_size
 from popriskmin.optimizer.unwrap import unwrap
 from popriskmin.risk import RiskMonitor
 from popriskmin.step import functional, kernels, rounding
@@ -14,14 +15,18 @@ from popriskmin.version import __version__
 __all__ = [
     "PRM",
     "Examples",
+    "Masked",
     "Microbatches",
     "Ranks",
     "RiskMonitor",
     "SoftnessController",
     "__version__",
+    "apply_patch",
     "coherence",
     "diagnose",
     "param_groups",
+    "patch",
+    "patch_size",
     "unwrap",
 ]
 

@@ -9,11 +9,13 @@ class Reference:
     def __init__(self, w, lr=1e-3, betas=(0.9, 0.999), rho=0.99, eps=1e-8, weight_decay=0.01, softness=1.0,
                  batch_size=None, boundary="batch", n_dataset=None, mask="snr", reduction="per_param",
                  warmup_steps=0, amsgrad=False, bias_correction=True, decoupled_weight_decay=True, mask_eps=None,
-                 debias=False, mask_decay=False, maximize=False, min_q=0.0, variance="streaming"):  # fmt: skip
+                 debias=False, mask_decay=False, maximize=False, min_q=0.0, variance="streaming",
+                 shrinkage=0.0, shrink_to="zero"):  # fmt: skip
         self.options = {k: v for k, v in locals().items() if k not in ("self", "w")}
         self.w = [np.array(x, dtype=np.float64) for x in w]
         self.m, self.v, self.s, self.v_max = ([np.zeros_like(x) for x in self.w] for _ in range(4))
         self.q = [np.ones_like(x) for x in self.w]
+        self.start = [x.copy() if shrink_to == "start" else np.zeros_like(x) for x in self.w]
         self.t = [0] * len(self.w)
 
     def step(self, grads, variances=None):
@@ -65,17 +67,27 @@ class Reference:
         signal, noise = m_hat**2, s_hat
         if o["reduction"] == "per_tensor":
             signal, noise = np.full_like(w, signal.mean()), np.full_like(w, noise.mean())
-        if o["debias"] and o["mask"] != "threshold":
-            signal = np.maximum(signal - k(t) * noise, 0)
-        q = self._mask(signal, noise, k(t))
-        q = np.where(q < o["min_q"], o["min_q"], q)
-        if t <= o["warmup_steps"] or (unbiased and not given and t == 1):
-            q = np.ones_like(w)
+
+        def masked(signal, noise):
+            if t <= o["warmup_steps"] or (unbiased and not given and t == 1):
+                return np.ones_like(w)
+            if o["debias"] and o["mask"] != "threshold":
+                signal = np.maximum(signal - k(t) * noise, 0)
+            return np.maximum(self._mask(signal, noise, k(t)), o["min_q"])
+
+        q = masked(signal, noise)
         self.q[i], self.signal, self.noise = q, signal, noise
 
         if o["decoupled_weight_decay"]:
             w = w - lr * decay * (q if o["mask_decay"] else 1) * w
-        self.w[i] = w - lr * q * m_hat / (np.sqrt(v_hat) + o["eps"])
+        denominator = np.sqrt(v_hat) + o["eps"]
+        w = w - lr * q * m_hat / denominator
+        if o["shrinkage"] > 0 and w.ndim >= 2 and t >= 2:
+            x = o["shrinkage"] * np.sqrt(o["batch_size"] / (o["n_dataset"] - o["batch_size"]) * s_hat)
+            r = lr * (q if o["reduction"] == "per_tensor" else masked(x**2, s_hat)) * x / denominator
+            start = self.start[i]
+            w = start + np.sign(w - start) * np.maximum(np.abs(w - start) - r, 0)
+        self.w[i] = w
 
     def _mask(self, signal, noise, k):
         o = self.options

@@ -33,10 +33,13 @@ def options(draw):
         "min_q": draw(st.sampled_from([0.0, 0.1, 1.0])),
         "variance": draw(st.sampled_from(["streaming", "given"])),
     }
-    if draw(st.booleans()):
+    drawn["boundary"] = draw(st.sampled_from(["batch", "empirical"]))
+    # Numbers whose square times c is no mask's boundary, where rounding would decide.
+    drawn["shrinkage"] = draw(st.sampled_from([0.0, 0.0, 0.57, 2.13]))
+    if drawn["boundary"] == "empirical" or drawn["shrinkage"]:
         batch_size = draw(st.integers(1, 100))
-        drawn |= {"boundary": "empirical", "batch_size": batch_size,
-                  "n_dataset": batch_size + draw(st.integers(1, 1000))}  # fmt: skip
+        drawn |= {"batch_size": batch_size, "n_dataset": batch_size + draw(st.integers(1, 1000))}
+        drawn["shrink_to"] = draw(st.sampled_from(["zero", "start"]))
     return drawn
 
 

@@ -159,10 +159,7 @@ def blocks(path):
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 # Pages whose blocks need ranks or a framework, and the tests that run them.
-ELSEWHERE = {
-    "docs/variance.md": "tests/variance/test_init.py",
-    "docs/recipes.md": "tests/integrations/test_recipes.py",
-}
+ELSEWHERE = {"docs/variance.md": "tests/variance/test_init.py", "docs/jax.md": "tests/test_optax.py"}
 
 
 def test_the_pages_that_are_run_elsewhere_are():
@@ -189,7 +186,9 @@ def test_links_of_the_documentation_lead_somewhere():
 
 def test_included_files_are_there():
     for page in PAGES:
-        for name in re.findall(r"^```{(?:literal)?include} (\S+)", (ROOT / page).read_text(), flags=re.MULTILINE):
+        for name in re.findall(
+            r"^(?:```{(?:literal)?include}|:file:) (\S+)", (ROOT / page).read_text(), flags=re.MULTILINE
+        ):
             assert (ROOT / page).parent.joinpath(name).exists(), f"{page}: {name}"
 
 

@@ -22,6 +22,8 @@ OPTIONS = [
     {"mask": "threshold", "amsgrad": True},
     {"debias": True, "warmup_steps": 2},
     {"state_dtype": torch.bfloat16},
+    {"shrinkage": 1.0, "batch_size": 16, "n_dataset": 200},
+    {"shrinkage": 2.0, "batch_size": 16, "n_dataset": 200, "shrink_to": "start", "reduction": "per_tensor"},
 ]
 
 

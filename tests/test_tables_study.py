@@ -179,6 +179,13 @@ def test_the_study_resumes_and_reports(monkeypatch, tmp_path, capsys):
     assert text.count("### A mask and the penalty together") == 1
     assert text.count("\n| iris + 3 |") == 1
     assert all(f"| {name} | " in text for name in tables_report.TOGETHER)
+    # A long table is a file that the page shows.
+    monkeypatch.setattr(tables_report, "LONG", 2)
+    tables_report.write(rows, out, written)
+    text = written.read_text()
+    assert "```{csv-table}\n:file: out/as-they-come-table.csv\n:header-rows: 1\n```" in text
+    assert "| wine, 89 x 13 |" not in text
+    assert '\n"wine, 89 x 13",' in (out / "as-they-come-table.csv").read_text()
     written.write_text("no marks")
     with pytest.raises(SystemExit, match="page.md needs the lines"):
         tables_report.write(tables.read(out), out, written)

@@ -135,6 +135,7 @@ def describe_options() -> str:
     for name, default in prm_defaults().items():
         if name not in ("lr", "weight_decay", "variance"):
             values = ("on", "off") if isinstance(default, bool) else choices.get(name, ())
+            values = (*values, "MODULE:FUNCTION") if name == "mask" else values
             shown.append(f"{name}={'|'.join(values)}" if values else name)
     return ", ".join(shown)
 

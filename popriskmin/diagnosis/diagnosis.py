@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from popriskmin.diagnosis.evidence import ROUNDING, ROUNDING_IN_MODULE, Evidence, Sums, read
 from popriskmin.diagnosis.noise import enough_steps, needed_ratio
 from popriskmin.diagnosis.rows import FINE, NOISE, SLOWED, Row, sentences, table
-from popriskmin.mask import Hyperparameters
+from popriskmin.mask import Hyperparameters, mask_name
 from popriskmin.optimizer.unwrap import Unwrapped, unwrapped_prm
 
 
@@ -53,6 +53,8 @@ def diagnose(optimizer: Optimizer | Iterable[Optimizer], threshold: float = 0.2)
     of its scalars that have gradients is below `threshold`. The cause is the first of
     these that holds:
 
+    - **closed**: `shrinkage` holds all its weights that have gradients at exactly 0, so
+      nothing flows through it. Layers behind it are then dead.
     - **dead**: at least 99% of its scalars have no gradient, or only one that rounding
       makes, as the bias before a normalization layer.
     - **epsilon**: without `mask_eps` its mean `q` would be at least twice as large.
@@ -140,10 +142,13 @@ class _Total:
     def __init__(self, live: float = 0.0, q: float = 0.0, over_noise: float = 0.0) -> None:
         self.live, self.q, self.over_noise = live, q, over_noise
         self.gradient_sq = 0.0  # mean over the tensor with the largest
+        self.closed: list[str] = []  # the names of the tensors that shrinkage has closed
 
     def add(self, one: Evidence) -> None:
         """Count a tensor in, if it has been under a mask for long enough to judge."""
         n, hyper = one.sums, one.hyper
+        if one.closed:
+            self.closed.append(str(one.name))
         if n is not None and n.v > self.gradient_sq * one.scalars:
             self.gradient_sq = n.v / one.scalars
         if n is None or hyper.mask == "none" or one.step <= hyper.warmup_steps or one.step < enough_steps(hyper):
@@ -182,11 +187,15 @@ def _cause(one: Evidence, total: _Total, module: _Total, threshold: float) -> _F
         )
     if not all(map(math.isfinite, n)):
         return _Finding("not finite", "NaN or infinite state", "look for the step at which a gradient overflowed")
+    if one.closed:
+        return _closed(one)
     if one.zero_fraction >= 0.99:
         return _Finding(
             "dead",
             f"{one.zero_fraction:.0%} of it had no gradient for some 100 steps",
-            "not the mask's doing: look for units that are never active, or a loss that does not reach it",
+            f"not the mask's doing: its gradient may come through {', '.join(total.closed)}, closed by shrinkage"
+            if total.closed
+            else "not the mask's doing: look for units that are never active, or a loss that does not reach it",
         )
     if _rounding(one, n, total, module):
         return _Finding(
@@ -202,6 +211,15 @@ def _cause(one: Evidence, total: _Total, module: _Total, threshold: float) -> _F
     if one.step < enough_steps(hyper):
         return _Finding("early", f"too few steps to say; {enough_steps(hyper)} would do")
     return _under_mask(one, n, total.less(module), threshold)
+
+
+def _closed(one: Evidence) -> _Finding:
+    return _Finding(
+        "closed",
+        f"all its weights that have gradients are exactly 0, shrinkage={one.hyper.shrinkage:g}",
+        "shrinkage=0.0 for its group (popriskmin.param_groups), as the last layers may need it, or a smaller "
+        "shrinkage; in a first layer it says that no input matters",
+    )
 
 
 def _under_mask(one: Evidence, n: Sums, rest: _Total, threshold: float) -> _Finding:
@@ -261,7 +279,7 @@ def _strict(hyper: Hyperparameters, n: Sums, coherent: bool, threshold: float, s
         return None
     knobs = []
     if hyper.mask != "snr":
-        knobs.append((f"mask={hyper.mask!r}", "mask='snr'"))
+        knobs.append((f"mask={mask_name(hyper.mask)!r}", "mask='snr'"))
     if hyper.softness > 1 and hyper.mask != "hard":
         knobs.append((f"softness={hyper.softness:g}", "a smaller softness"))
     if hyper.coefficient > 1:

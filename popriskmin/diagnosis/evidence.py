@@ -13,6 +13,7 @@ from popriskmin.diagnosis.noise import first_step, mean_and_variance, weights
 from popriskmin.mask import Hyperparameters, corrections, evaluate
 from popriskmin.optimizer.groups import parameter_names
 from popriskmin.optimizer.mask_state import Held, as_wide_reals, held, recompute, to_host
+from popriskmin.optimizer.masked import Masked
 from popriskmin.optimizer.prm import PRM
 from popriskmin.step.lists import sum_dtype
 from popriskmin.step.shards import whole
@@ -38,6 +39,7 @@ class Sums(NamedTuple):
     noise: float  # times the boundary's coefficient
     v: float  # v^
     weight_sq: float
+    nonzero: float  # weights that are not exactly 0
     step_sq: float  # of AdamW's step, without the learning rate
     masked_step_sq: float
     # Over the scalars that have a gradient, now or in the last 100 steps or so:
@@ -45,6 +47,7 @@ class Sums(NamedTuple):
     live_q: float
     live_q_without_eps: float
     live_q_plain: float  # of the plain mask: snr, softness 1, batch boundary, no floor
+    live_nonzero: float
     live_ratio: float  # m^**2 / z, each 1 at most
 
 
@@ -74,6 +77,15 @@ class Evidence(NamedTuple):
         """Share of the scalars without a gradient."""
         return 1.0 if self.sums is None else 1 - self.sums.live / self.scalars
 
+    @property
+    def closed(self) -> bool:
+        """Whether shrinkage holds all of it at zero, or all but units that are dead."""
+        n, hyper = self.sums, self.hyper
+        if n is None or self.step < 2 or len(self.shape) < 2 or not hyper.shrinkage or hyper.shrink_to != "zero":
+            return False
+        # A unit that is never active may have weights left, which then have no gradient to be pulled by.
+        return n.nonzero == 0 or (n.live > 0 and n.live_nonzero == 0)
+
     def decay_ratio(self, masked: bool = True) -> float:
         """Return the length of the decay's step over the gradient's, masked or not."""
         hyper, n = self.hyper, self.sums
@@ -86,7 +98,7 @@ class Evidence(NamedTuple):
         return decay / step if step > 0 else (math.inf if decay > 0 else 0.0)
 
 
-def read(optimizers: Sequence[PRM]) -> list[Evidence]:
+def read(optimizers: Sequence[PRM | Masked]) -> list[Evidence]:
     """Return the evidence on every tensor, of several optimizers, that has elements.
 
     Groups and unnamed parameters are counted through; names that several optimizers
@@ -97,7 +109,7 @@ def read(optimizers: Sequence[PRM]) -> list[Evidence]:
     return [one if sums is None else one._replace(sums=Sums(*next(numbers))) for one, sums in pairs]
 
 
-def _names(optimizers: Sequence[PRM]) -> Iterator[tuple[int, dict[Tensor, str | int]]]:
+def _names(optimizers: Sequence[PRM | Masked]) -> Iterator[tuple[int, dict[Tensor, str | int]]]:
     """Yield for each optimizer the number of its first group, and parameter names."""
     names = iter(parameter_names([group for optimizer in optimizers for group in optimizer.param_groups]))
     first = 0
@@ -108,7 +120,7 @@ def _names(optimizers: Sequence[PRM]) -> Iterator[tuple[int, dict[Tensor, str | 
 
 
 def _pairs(
-    optimizer: PRM, first_group: int, names: Mapping[Tensor, str | int]
+    optimizer: PRM | Masked, first_group: int, names: Mapping[Tensor, str | int]
 ) -> Iterator[tuple[Evidence, Tensor | None]]:
     for one in held(optimizer):
         if one.step > 0 or one.param.requires_grad:
@@ -117,16 +129,26 @@ def _pairs(
             yield evidence, _sums(one) if one.step > 0 else None
 
 
+def _second_moments(one: Held, m: Tensor, implied: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `v`, and what divides the step; `implied` stands for both with Masked, which keeps none."""
+    if "exp_avg_sq" not in one.state:
+        return implied, implied
+    v = one.state["exp_avg_sq"]
+    _, v, divisor = as_wide_reals(m, v, one.state["max_exp_avg_sq"] if one.hyper.amsgrad else v)
+    return v, divisor
+
+
 @torch.no_grad()
 def _sums(one: Held) -> Tensor:
     t, hyper = one.step, one.hyper
     m, s, c, signal, noise, q = recompute(one.state, t, hyper)
-    dtype, v = m.dtype, one.state["exp_avg_sq"]
-    _, w, v, divisor = as_wide_reals(m, one.param, v, one.state["max_exp_avg_sq"] if hyper.amsgrad else v)
+    dtype = m.dtype
     # Corrected even where the step is not: what is expected of noise is expected of the
     # corrected averages.
     full = corrections(t, hyper._replace(bias_correction=True))
     mean_sq, spread = (m / full.bias1).square(), s / full.bias_var
+    w = as_wide_reals(m, one.param)[1]
+    v, divisor = _second_moments(one, m, mean_sq + spread)
     # Not mean(): gloo of torch 2.7 has no average over ranks.
     mean_v = v.sum() / v.numel()
     live = ((v > ROUNDING * mean_v) & (mean_sq > SILENT * spread)).to(dtype)
@@ -153,12 +175,14 @@ def _sums(one: Held) -> Tensor:
         "noise": total(noise),
         "v": total(v / full.bias2),
         "weight_sq": total(w.square()),
+        "nonzero": total(w != 0),
         "step_sq": total(step_sq),
         "masked_step_sq": total(q.square() * step_sq),
         "live": total(live),
         "live_q": total(q, live),
         "live_q_without_eps": total(without_eps, live),
         "live_q_plain": total(q_plain, live),
+        "live_nonzero": total(w != 0, live),
         "live_ratio": total(ratio, live),
     }
     numbers = [sums[name] for name in Sums._fields]

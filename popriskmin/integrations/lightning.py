@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from popriskmin.diagnosis import diagnose
 from popriskmin.integrations import log
+from popriskmin.optimizer.masked import Masked
 from popriskmin.optimizer.prm import PRM
 from popriskmin.optimizer.unwrap import described, unwrapped
 from popriskmin.risk import RiskMonitor
@@ -50,7 +51,7 @@ class PRMCallback(Callback):  # type: ignore[misc]
     ValueError
         For `stop` without `monitor`, or where nothing is logged.
     TypeError
-        When training begins, where the module's optimizers are not one PRM, beside
+        When training begins, where the module's optimizers are not one PRM or `Masked`, beside
         others if need be.
 
     Examples
@@ -59,7 +60,7 @@ class PRMCallback(Callback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, monitor: Callable[[PRM], RiskMonitor] | None = None, stop: bool = False, diagnosis: bool = True
+        self, monitor: Callable[[PRM | Masked], RiskMonitor] | None = None, stop: bool = False, diagnosis: bool = True
     ) -> None:
         if stop and monitor is None:
             raise ValueError("stop=True needs a monitor, such as monitor=RiskMonitor")
@@ -67,14 +68,14 @@ class PRMCallback(Callback):  # type: ignore[misc]
         self.diagnosis = diagnosis
         self.monitor: RiskMonitor | None = None
         self._make_monitor = monitor
-        self._optimizer: PRM | None = None
+        self._optimizer: PRM | Masked | None = None
         self._loaded: dict[str, Any] | None = None
         self._logged = 0  # at how many steps it was logged last
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizer, attach the monitor, and load the monitor's state."""
         insides = [unwrapped(optimizer) for optimizer in trainer.optimizers]
-        prms = [inside.optimizer for inside in insides if isinstance(inside.optimizer, PRM)]
+        prms = [inside.optimizer for inside in insides if isinstance(inside.optimizer, (PRM, Masked))]
         if len(prms) != 1:
             given = ", ".join(map(described, insides)) or "none"
             raise TypeError(f"PRMCallback needs a module with one popriskmin.PRM among its optimizers, got {given}")

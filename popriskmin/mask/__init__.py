@@ -12,6 +12,7 @@ Donoho and Johnstone, "Ideal spatial adaptation by wavelet shrinkage", Biometrik
 
 from popriskmin.mask.corrections import Corrections, corrections, variance_of_mean
 from popriskmin.mask.evaluate import (
+    check_function,
     evaluate,
     evaluate_lists,
     finish_signal_and_noise,
@@ -19,26 +20,46 @@ from popriskmin.mask.evaluate import (
     largest,
     signal_and_noise,
 )
-from popriskmin.mask.hyperparameters import BOUNDARIES, REDUCTIONS, VARIANCES, Hyperparameters, boundary_coefficient
-from popriskmin.mask.masks import MASKS, Mask, hard, none, snr, soft, threshold
+from popriskmin.mask.hyperparameters import (
+    BOUNDARIES,
+    ORIGINS,
+    REDUCTIONS,
+    VARIANCES,
+    Hyperparameters,
+    boundary_coefficient,
+    mean_coefficient,
+)
+from popriskmin.mask.masks import MASKS, Mask, hard, is_of_mean, none, snr, soft, threshold
+from popriskmin.mask.own import MaskFunction, found_mask, mask_name
+from popriskmin.mask.shrink import loading, pulling_gradient, shrunk
 
 __all__ = [
     "BOUNDARIES",
     "MASKS",
+    "ORIGINS",
     "REDUCTIONS",
     "VARIANCES",
     "Corrections",
     "Hyperparameters",
     "Mask",
+    "MaskFunction",
     "boundary_coefficient",
+    "check_function",
     "corrections",
     "evaluate",
     "evaluate_lists",
     "finish_signal_and_noise",
     "floor",
+    "found_mask",
     "hard",
+    "is_of_mean",
     "largest",
+    "loading",
+    "mask_name",
+    "mean_coefficient",
     "none",
+    "pulling_gradient",
+    "shrunk",
     "signal_and_noise",
     "snr",
     "soft",

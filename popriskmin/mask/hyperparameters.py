@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from popriskmin.mask.masks import MASKS
+from popriskmin.mask.masks import MASKS, is_of_mean
+from popriskmin.mask.own import MaskFunction, found_mask
 
 BOUNDARIES = ("batch", "empirical")
 REDUCTIONS = ("per_param", "per_tensor")
 VARIANCES = ("streaming", "given")
+ORIGINS = ("zero", "start")
 
 
 class Hyperparameters(NamedTuple):
@@ -26,7 +28,7 @@ class Hyperparameters(NamedTuple):
     weight_decay: float
     softness: float
     coefficient: float
-    mask: str
+    mask: str | MaskFunction
     reduction: str
     warmup_steps: int
     amsgrad: bool
@@ -37,6 +39,9 @@ class Hyperparameters(NamedTuple):
     mask_decay: bool
     min_q: float
     variance: str
+    shrinkage: float = 0.0
+    mean_coefficient: float = 0.0  # what turns s^ into the variance of the mean over the data set
+    shrink_to: str = "zero"
 
     @classmethod
     def of(
@@ -58,16 +63,24 @@ class Hyperparameters(NamedTuple):
         Raises
         ------
         ValueError
-            For a mask, reduction, boundary or source of the variance that is none, or an empirical boundary without
-            fitting counts.
+            For an unknown mask, reduction, boundary, source of the variance or target of the shrinkage, and for an
+            empirical boundary or shrinkage without fitting counts.
         """
-        for name, known in (("mask", MASKS), ("reduction", REDUCTIONS), ("variance", VARIANCES)):
-            if group[name] not in known:
+        choices = {"mask": MASKS, "reduction": REDUCTIONS, "variance": VARIANCES, "shrink_to": ORIGINS}
+        for name, known in choices.items():
+            if group[name] not in known and not (name == "mask" and callable(found_mask(group["mask"]))):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {group[name]!r}")
         beta1, beta2 = group["betas"]
-        coefficient = boundary_coefficient(group["boundary"], group["batch_size"], group["n_dataset"])
-        same = {name: group[name] for name in cls._fields if name not in ("beta1", "beta2", "coefficient")}
-        return cls.of(**same, beta1=beta1, beta2=beta2, coefficient=coefficient)
+        resolved = {
+            "mask": found_mask(group["mask"]),
+            "beta1": beta1,
+            "beta2": beta2,
+            "coefficient": boundary_coefficient(group["boundary"], group["batch_size"], group["n_dataset"]),
+            "mean_coefficient": mean_coefficient(group["batch_size"], group["n_dataset"], group["variance"])
+            if group["shrinkage"]
+            else 0.0,
+        }
+        return cls.of(**resolved, **{name: group[name] for name in cls._fields if name not in resolved})
 
     def plain(self) -> Hyperparameters:
         """Return them with numbers for tensors, but for `lr`: what the statistics read, without a graph behind it."""
@@ -84,7 +97,7 @@ class Hyperparameters(NamedTuple):
     @property
     def unbiased(self) -> bool:
         """Whether `s` is to be an unbiased estimate: with `debias`, and for a mask in units of the mean's variance."""
-        return self.debias or MASKS[self.mask].of_mean
+        return self.debias or is_of_mean(self.mask)
 
 
 def boundary_coefficient(boundary: str, batch_size: int | None, n_dataset: int | None) -> float:
@@ -122,5 +135,45 @@ def boundary_coefficient(boundary: str, batch_size: int | None, n_dataset: int |
     if n_dataset <= batch_size:
         raise ValueError(
             f"n_dataset must be larger than batch_size, got n_dataset={n_dataset} and batch_size={batch_size}"
+        )
+    return batch_size / (n_dataset - batch_size)
+
+
+def mean_coefficient(batch_size: int | None, n_dataset: int | None, variance: str) -> float:
+    """Return `c`, what turns a batch's variance `s^` into that of the mean over the data set.
+
+    Batches are drawn without replacement, so the variance between them is
+    `(n - b) / n` of that of independent examples, and `c = b / (n - b)`. A variance that is
+    given may be of batches as large as the data set: then `c = 1`.
+
+    Parameters
+    ----------
+    batch_size, n_dataset
+        Counts of examples, both required.
+    variance
+        The option of that name.
+
+    Raises
+    ------
+    ValueError
+        Without both counts, or where the batches are not smaller than the data set.
+
+    Examples
+    --------
+    >>> mean_coefficient(100, 1100, "streaming")
+    0.1
+    """
+    if batch_size is None or n_dataset is None:
+        raise ValueError(
+            "shrinkage needs batch_size and n_dataset, the numbers of examples in a batch and in the data set, "
+            f"got batch_size={batch_size} and n_dataset={n_dataset}"
+        )
+    if variance == "given" and n_dataset == batch_size:
+        return 1.0
+    if n_dataset <= batch_size:
+        raise ValueError(
+            "shrinkage needs minibatches, or variance='given': n_dataset must be larger than batch_size, since batches "
+            f"of the whole data set have no variance between them, got n_dataset={n_dataset} and "
+            f"batch_size={batch_size}"
         )
     return batch_size / (n_dataset - batch_size)

@@ -1,5 +1,6 @@
-"""The class `PRM`: its arguments, groups, checkpoints and statistics."""
+"""The class `PRM` and the mask around other optimizers: their arguments, groups, checkpoints and statistics."""
 
+from popriskmin.optimizer.masked import Masked
 from popriskmin.optimizer.prm import PRM
 
-__all__ = ["PRM"]
+__all__ = ["PRM", "Masked"]

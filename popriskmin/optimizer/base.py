@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
+from popriskmin.mask import Hyperparameters
 from popriskmin.optimizer.checkpoint import (
     Prepared,
     ids_match,
@@ -15,6 +17,7 @@ from popriskmin.optimizer.checkpoint import (
     prepare_groups,
     prepare_state,
     replaced_lr,
+    without_start,
 )
 from popriskmin.optimizer.options import check_keep, check_options, check_spelling, plain, with_numbers
 from popriskmin.step.compat import split_names
@@ -75,11 +78,13 @@ class CheckedOptimizer(Optimizer):
             in `keep` that no option has. The optimizer is then as it was.
         """
         names = () if keep is None else check_keep(keep, self.defaults)
-        warning: list[str | None] = []
+        said: list[str | None] = []
 
         def prepare(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
-            warning.append(replaced_lr(loaded["param_groups"], self.param_groups) if keep is None else None)
-            return self._prepare(loaded, names)
+            prepared = self._prepare(loaded, names)
+            said.append(replaced_lr(loaded["param_groups"], self.param_groups) if keep is None else None)
+            said.append(without_start(loaded, prepared["param_groups"]))
+            return prepared
 
         if not hasattr(self, "register_load_state_dict_pre_hook"):  # torch 2.0
             super().load_state_dict(prepare(self, state_dict))
@@ -90,8 +95,17 @@ class CheckedOptimizer(Optimizer):
                 super().load_state_dict(state_dict)
             finally:
                 handle.remove()
-        if warning and warning[0]:
-            warnings.warn(warning[0], UserWarning, stacklevel=2)
+        for text in filter(None, said):
+            warnings.warn(text, UserWarning, stacklevel=2)
+
+    def mask_state_of(self, param: Tensor) -> Mapping[str, Any]:
+        """Return the state of a parameter that the mask is made of; empty before its first step."""
+        state: Mapping[str, Any] = self.state.get(param, {})
+        return state
+
+    def hyperparameters_of(self, group: int) -> Hyperparameters:
+        """Return the numbers of a group as it stands now."""
+        return Hyperparameters.of_group(self.param_groups[group])
 
     def _prepare(self, state_dict: Mapping[str, Any], keep: tuple[str, ...]) -> dict[str, Any]:
         saved_groups = state_dict["param_groups"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popriskmin.mask import Hyperparameters, corrections
+from popriskmin.mask import Hyperparameters, MaskFunction, corrections, found_mask, mask_name
 from popriskmin.optimizer.options import FOLLOWED, with_numbers
 
 # Raised when a checkpoint's state can no longer be read by older versions.
@@ -33,8 +33,11 @@ class Prepared:
 def dtype_of_state(name: str, param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
     """Return the dtype of a state tensor: `state_dtype`, or by default the parameter's, float32 at least.
 
-    Bfloat16 is for `v`, `s` and the maximum of `v` alone: the mean `m`, and complex parameters, keep float32.
+    Bfloat16 is for `v`, `s` and the maximum of `v` alone: the mean `m`, and complex parameters, keep float32. The
+    first weights, `start`, are as the parameter is.
     """
+    if name == "start":
+        return param.dtype
     if state_dtype is None:
         double = param.dtype in (torch.float64, torch.complex128)
         state_dtype = torch.float64 if double else torch.float32
@@ -62,12 +65,16 @@ def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
     for name in names:
         dtype = dtype_of_state(name, param, group["state_dtype"])
         state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    if group["shrink_to"] == "start":
+        state["start"] = param.detach().clone(memory_format=torch.preserve_format)
     return state
 
 
 def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Replace `state_dtype` by its name: torch 2.0 does not load types with `weights_only=True`."""
+    """Replace `state_dtype` by its name and a mask of one's own by its path, for `weights_only=True` to load them."""
     for group in state_dict["param_groups"]:
+        if callable(group["mask"]):
+            group["mask"] = mask_name(group["mask"])
         if isinstance(group["state_dtype"], torch.dtype):
             group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
     return state_dict
@@ -92,11 +99,27 @@ def prepare_groups(
         kept = {name: value for name, value in group.items() if name in stays or name not in saved}
         if "lr" in keep and "initial_lr" not in group:  # a scheduler would start from that of the checkpoint
             saved = {name: value for name, value in saved.items() if name != "initial_lr"}
+        if "mask" in saved and "mask" not in keep:
+            saved = {**saved, "mask": saved_mask(saved["mask"], group["mask"])}
         taken = {name: saved[name] for name in FOLLOWED if name in saved and name not in keep}
         own = {"params": saved["params"], "state_format": STATE_FORMAT}
         prepared.append({**saved, **kept, **with_numbers(taken, differentiable=False), **own})
     # Groups beyond the shorter list are handed on, for the base class to complain about.
     return prepared + list(saved_groups[len(groups) :])
+
+
+def saved_mask(saved: str | MaskFunction, present: str | MaskFunction) -> str | MaskFunction:
+    """Return the mask of a checkpoint, which may be the present one where its path leads nowhere, as in a notebook."""
+    if mask_name(saved) == mask_name(present):
+        return present
+    try:
+        found: str | MaskFunction = found_mask(saved)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. The checkpoint was written with it: make it importable, build the optimizer with it, or keep "
+            f"this optimizer's {mask_name(present)} by load_state_dict(..., keep=('mask',))"
+        ) from error
+    return found
 
 
 def replaced_lr(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> str | None:
@@ -109,6 +132,19 @@ def replaced_lr(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]
                 "wanted"
             )
     return None
+
+
+def without_start(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> str | None:
+    """Say where a checkpoint lacks the first weights that its group shrinks to."""
+    states = [
+        saved["state"].get(key) for group in groups if group.get("shrink_to") == "start" for key in group["params"]
+    ]
+    if all("start" in state for state in states if state):
+        return None
+    return (
+        "the checkpoint does not hold the weights that training started from: shrink_to='start' takes those that the "
+        "parameters have now"
+    )
 
 
 def prepare_state(
@@ -151,6 +187,8 @@ def _prepare_one(key: Any, saved: Mapping[str, Any], param: Tensor, group: Mappi
     if "exp_avg_var" not in state:
         dtype = dtype_of_state("exp_avg_var", param, group["state_dtype"])
         state["exp_avg_var"] = implied_variance(state, group).to(dtype)
+    if group["shrink_to"] == "start" and "start" not in state:
+        state["start"] = param.detach().clone(memory_format=torch.preserve_format)
     return {name: Prepared(value) if isinstance(value, Tensor) else value for name, value in state.items()}
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from popriskmin.optimizer.mask_state import MASKED_STATE
 from popriskmin.step.lists import is_compiling
 from popriskmin.step.shards import local_part
 
@@ -30,11 +31,13 @@ def makes_state_alone(optimizer: Optimizer) -> bool:
 def made_state_alone(optimizer: Optimizer, counted: int) -> bool:
     """Return whether the step that the optimizer has just taken did no more than make its state.
 
-    `counted` is what the optimizer's counters are at after such a step: 0 for `PRM`, 1 for torch's optimizers.
+    `counted` is what the optimizer's counters are at after such a step: 0 for `PRM` and `Masked`, 1 for torch's own.
     """
     if not _at_rest(optimizer):
         return False
-    steps = [state["step"] for state in optimizer.state.values() if "step" in state]
+    states = optimizer.state.values()
+    key = MASKED_STATE["step"] if any(MASKED_STATE["step"] in state for state in states) else "step"
+    steps = [state[key] for state in states if key in state]
     return bool(steps) and all(float(step) == counted for step in steps) and _still(optimizer)
 
 

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -27,6 +27,9 @@ _NORMS: tuple[type[nn.Module], ...] = tuple(
 # What other libraries call theirs: LlamaRMSNorm, T5LayerNorm, FrozenBatchNorm2d.
 _NORM_CLASS = re.compile(r"Norm(\dd)?$")
 _BIAS = re.compile(r"bias|bias_.*|.*_bias")
+# Classes such as VocabParallelEmbedding, and parameters such as pos_embed.
+_EMBEDDING_CLASS = re.compile(r"Embedding(Bag)?$")
+_EMBEDDING = re.compile(r"(.*_)?embed(ding)?s?")
 
 
 def param_groups(
@@ -35,12 +38,17 @@ def param_groups(
     *,
     weight_decay: float = 0.01,
     named: bool = True,
+    shrinkage: float | None = None,
 ) -> list[dict[str, Any]]:
     """Sort a model's parameters into groups for an optimizer, by patterns of their names.
 
     Biases and the parameters of normalization layers get no weight decay, whatever the patterns say. A bias is known
     by its name (`bias`, `bias_…`, `…_bias`), a normalization layer by its type: torch's own, and classes whose name
     ends in Norm, Norm1d, Norm2d or Norm3d. Embeddings decay, unless a pattern gives them `weight_decay=0.0`.
+
+    The same parameters get no `shrinkage`. Embeddings get it only from a pattern. An
+    embedding is known by its type: torch's own, and classes whose name ends in Embedding or
+    EmbeddingBag. Or by its name: `embed`, `…_embed`, `…_embedding`, `…_embeddings`.
 
     Parameters
     ----------
@@ -50,18 +58,22 @@ def param_groups(
     patterns
         From a pattern to options of the group. A pattern is a shell pattern for the whole name: `*` stands for any
         characters, dots too, `?` for one, `[0-3]` for one of these; case matters. The first that matches counts.
-        `weight_decay` among the options is for what decays.
+        `weight_decay` and `shrinkage` among the options are for what decays.
     weight_decay
         For what no pattern gives another one.
     named
         Hand over the names with the parameters, which `get_mask_stats(by="parameter")` and `diagnose` show. False for
         `torch.optim` before torch 2.6, which takes none.
+    shrinkage
+        For what no pattern gives another one, see `PRM`. None leaves it to the optimizer,
+        which shrinks embeddings too.
 
     Returns
     -------
     list of dict
-        For each pattern in turn, and then for the rest, up to two groups: what decays, and what does not. Each has
-        "params", "weight_decay", "pattern" (None for the rest) and the pattern's options.
+        For each pattern in turn, and then for the rest, up to two groups: what decays, and what does not. Between
+        them, where `shrinkage` is given, comes a third: embeddings. Each has "params", "weight_decay", "pattern" (None
+        for the rest), the pattern's options, and "shrinkage" where that or the pattern's options have it.
 
     Raises
     ------
@@ -83,25 +95,42 @@ def param_groups(
     ['body.weight'] 0.1 None
     ['body.bias', 'norm.weight', 'norm.bias'] 0.0 None
     >>> optimizer = PRM(groups, lr=1e-3)
+
+    Shrinkage of the first layer alone:
+
+    >>> groups = param_groups(model, {"body.*": {"shrinkage": 2.0}})
+    >>> for group in groups:
+    ...     print([name for name, _ in group["params"]], group.get("shrinkage"))
+    ['body.weight'] 2.0
+    ['body.bias'] 0.0
+    ['router.weight'] None
+    ['norm.weight', 'norm.bias', 'router.bias'] None
+    >>> optimizer = PRM(groups, lr=1e-3, batch_size=32, n_dataset=1000)
     """
     patterns = _checked(model, patterns)
     parameters = _parameters(model)
-    chosen = [next((p for p in patterns if _matches(names, p)), None) for _, names, _ in parameters]
+    chosen = [next((p for p in patterns if _matches(one.names, p)), None) for one in parameters]
     for pattern in patterns:
         if pattern not in chosen:
-            raise ValueError(_unmatched(pattern, list(patterns), [names for _, names, _ in parameters]))
+            raise ValueError(_unmatched(pattern, list(patterns), [one.names for one in parameters]))
+    defaults: dict[str, Any] = {"weight_decay": weight_decay}
+    if shrinkage is not None:
+        defaults["shrinkage"] = shrinkage
     groups = []
     for candidate in (*patterns, None):
-        options = {"weight_decay": weight_decay, **(patterns[candidate] if candidate is not None else {})}
-        for decays in (True, False):
-            members = [
-                (names[0], param) if named else param
-                for (param, names, decaying), pattern in zip(parameters, chosen)
-                if pattern == candidate and decaying == decays
-            ]
-            if members:
-                own = {} if decays else {"weight_decay": 0.0}
-                groups.append({"params": members, **options, **own, "pattern": candidate})
+        own: Mapping[str, Any] = {} if candidate is None else patterns[candidate]
+        options = {**defaults, **own}
+        off: dict[str, Any] = {name: 0.0 for name in ("weight_decay", "shrinkage") if name in options}
+        spares_embeddings = shrinkage is not None and "shrinkage" not in own
+        kinds = {"weight": options, "embedding": options, "bias or norm": {**options, **off}}
+        if spares_embeddings:
+            kinds["embedding"] = {**options, "shrinkage": 0.0}
+        members: dict[str, list[Any]] = {kind: [] for kind in kinds}
+        for one, its_pattern in zip(parameters, chosen):
+            if its_pattern == candidate:
+                like = "weight" if one.kind == "embedding" and not spares_embeddings else one.kind
+                members[like].append((one.names[0], one.param) if named else one.param)
+        groups += [{"params": members[kind], **kinds[kind], "pattern": candidate} for kind in kinds if members[kind]]
     return groups
 
 
@@ -141,23 +170,40 @@ def _checked(model: Any, patterns: Any) -> Mapping[str, Mapping[str, Any]]:
     return patterns
 
 
-def _parameters(model: nn.Module) -> list[tuple[nn.Parameter, list[str], bool]]:
-    """Return each parameter once, with all its names and whether it decays."""
-    occurrences: dict[nn.Parameter, tuple[list[str], list[bool]]] = {}
-    for name, param, decays in _occurrences(model):
-        names, decaying = occurrences.setdefault(param, ([], []))
+class _Parameter(NamedTuple):
+    """A parameter, all its names, and what it is: "weight", "embedding" or "bias or norm"."""
+
+    param: nn.Parameter
+    names: list[str]
+    kind: str
+
+
+def _parameters(model: nn.Module) -> list[_Parameter]:
+    """Return each parameter once. One that is several things, being tied, is the first of these: norm, embedding."""
+    occurrences: dict[nn.Parameter, tuple[list[str], set[str]]] = {}
+    for name, param, kind in _occurrences(model):
+        names, kinds = occurrences.setdefault(param, ([], set()))
         names.append(name)
-        decaying.append(decays)
-    return [(param, names, all(decaying)) for param, (names, decaying) in occurrences.items()]
+        kinds.add(kind)
+    order = ("bias or norm", "embedding", "weight")
+    return [
+        _Parameter(param, names, next(kind for kind in order if kind in kinds))
+        for param, (names, kinds) in occurrences.items()
+    ]
 
 
-def _occurrences(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
+def _occurrences(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         norm = isinstance(module, _NORMS) or _NORM_CLASS.search(type(module).__name__) is not None
+        embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        embedding = embedding or _EMBEDDING_CLASS.search(type(module).__name__) is not None
         for name, param in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
             # A parametrized bias is held under parametrizations.bias.original, or original0 and so on.
             *_, last = re.sub(r"(^|\.)parametrizations\.(\w+)\.original\d*$", r"\1\2", name).split(".")
-            yield name, param, not (norm or _BIAS.fullmatch(last))
+            if norm or _BIAS.fullmatch(last):
+                yield name, param, "bias or norm"
+            else:
+                yield name, param, "embedding" if embedding or _EMBEDDING.fullmatch(last) else "weight"
 
 
 def _matches(names: list[str], pattern: str) -> bool:

@@ -1,11 +1,11 @@
-"""What a `PRM` holds after its last step: the tensors that have stepped, and the mask, recomputed from their state.
+"""What a `PRM` or a `Masked` holds after its last step: the tensors that have stepped, and their mask.
 
-The statistics, the diagnosis and the controller read the state through here. Nothing is written.
+The mask is recomputed from the state, which the statistics, the diagnosis and the controller
+read through here. Nothing is written.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -16,15 +16,26 @@ from popriskmin.mask import Corrections, Hyperparameters, corrections, evaluate,
 from popriskmin.optimizer.groups import parameter_names
 from popriskmin.step.lists import are_plain, as_real
 
+# What `Masked` calls its own state, which lies beside that of the optimizer inside.
+MASKED_STATE = {"step": "mask_step", "exp_avg": "mask_exp_avg", "exp_avg_var": "mask_exp_avg_var"}
+
 SMALL = 2**16  # scalars of a tensor whose launches take longer than its arithmetic
 
 
 class HasMask(Protocol):
-    """An optimizer with PRM's state, and what each group's last step was taken with."""
+    """An optimizer with a mask, and what each group's last step was taken with."""
 
-    param_groups: list[dict[str, Any]]
-    state: defaultdict[Tensor, Any]
     _applied: list[Hyperparameters]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups."""
+
+    def mask_state_of(self, param: Tensor) -> Mapping[str, Any]:
+        """Return the state that a parameter's mask is made of, as PRM calls it; empty before its first step."""
+
+    def hyperparameters_of(self, group: int) -> Hyperparameters:
+        """Return the numbers of a group as it stands now."""
 
 
 class Held(NamedTuple):
@@ -61,7 +72,7 @@ def held(optimizer: HasMask) -> Iterator[Held]:
         hyper = applied(optimizer, i)
         for param, name, t in zip(group["params"], names[i], steps[i]):
             if param.numel() > 0:
-                yield Held(i, name, param, optimizer.state.get(param, {}), t, hyper)
+                yield Held(i, name, param, optimizer.mask_state_of(param), t, hyper)
 
 
 def joined(several: Sequence[Held]) -> list[Held]:
@@ -94,7 +105,7 @@ def joined(several: Sequence[Held]) -> list[Held]:
 def applied(optimizer: HasMask, group: int) -> Hyperparameters:
     """Return what the group's last step was taken with; a schedule may have moved on since."""
     kept = optimizer._applied
-    return kept[group] if group < len(kept) else Hyperparameters.of_group(optimizer.param_groups[group])
+    return kept[group] if group < len(kept) else optimizer.hyperparameters_of(group)
 
 
 @torch.no_grad()
@@ -126,7 +137,7 @@ def as_wide_reals(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def steps_taken(optimizer: HasMask) -> list[list[int]]:
     """Return the steps that every parameter of every group has taken, in one transfer from each device."""
-    states = [[optimizer.state.get(param) for param in group["params"]] for group in optimizer.param_groups]
+    states = [[optimizer.mask_state_of(param) for param in group["params"]] for group in optimizer.param_groups]
     counters = [state["step"].detach().reshape(1) for group in states for state in group if state]
     counted = iter(to_host(counters))
     return [[int(next(counted)[0]) if state else 0 for state in group] for group in states]

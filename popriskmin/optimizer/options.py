@@ -10,7 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popriskmin.mask import BOUNDARIES, MASKS, REDUCTIONS, VARIANCES, boundary_coefficient
+from popriskmin.mask import (
+    BOUNDARIES,
+    MASKS,
+    ORIGINS,
+    REDUCTIONS,
+    VARIANCES,
+    Hyperparameters,
+    boundary_coefficient,
+    check_function,
+    found_mask,
+    is_of_mean,
+    mask_name,
+    mean_coefficient,
+)
 from popriskmin.optimizer.groups import parameter_names
 from popriskmin.step.functional import choose_implementation
 from popriskmin.step.shards import is_sharded
@@ -51,7 +64,7 @@ FOLLOWED = ("betas", "eps", "weight_decay")
 
 
 def with_numbers(options: Mapping[str, Any], differentiable: bool) -> dict[str, Any]:
-    """Return the options with tensors of one element turned into numbers, but for lr.
+    """Return the options with tensors of one element turned into numbers, but for lr, and a mask's path into the mask.
 
     Read once, so that no step waits for a device. With `differentiable` those of `FOLLOWED` stay tensors, for gradients
     to reach them.
@@ -59,7 +72,7 @@ def with_numbers(options: Mapping[str, Any], differentiable: bool) -> dict[str, 
     Raises
     ------
     ValueError
-        For a tensor with more elements or none.
+        For a tensor with more elements or none, and a path where there is no mask.
     """
 
     def number(name: str, value: Any) -> Any:
@@ -71,7 +84,8 @@ def with_numbers(options: Mapping[str, Any], differentiable: bool) -> dict[str, 
             raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
         return value.reshape(()) if differentiable and name in FOLLOWED else value.item()
 
-    return {name: value if name == "lr" else number(name, value) for name, value in options.items()}
+    numbers = {name: value if name == "lr" else number(name, value) for name, value in options.items()}
+    return {name: found_mask(value) if name == "mask" else value for name, value in numbers.items()}
 
 
 def _number(value: Any) -> Any:
@@ -82,13 +96,31 @@ def _number(value: Any) -> Any:
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for the first option of a group that is out of range, naming it and showing its value."""
     _check_lr(options["lr"])
+    _check_numbers(options)
+    if options["shrinkage"] and options["batch_size"] == options["n_dataset"]:
+        mean_coefficient(options["batch_size"], options["n_dataset"], options["variance"])
+    check_counts(options)
+    _check_switches(options)
+    _check_words(options)
+    _check_combinations(options)
+    choose_implementation([], options["foreach"], options["fused"], options["differentiable"])
+    if callable(options["mask"]):
+        if options["fused"]:
+            raise RuntimeError(
+                f"fused=True, but the kernels do not know the mask {mask_name(options['mask'])}: pass fused=None, and "
+                "it steps by foreach"
+            )
+        check_function(options["mask"], Hyperparameters.of_group(options))
+
+
+def _check_numbers(options: Mapping[str, Any]) -> None:
     betas = options["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
     for name, value in (("betas[0]", betas[0]), ("betas[1]", betas[1]), ("rho", options["rho"])):
         if not (isinstance(_number(value), Real) and 0 <= float(_number(value)) < 1):
             raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
-    for name in ("eps", "mask_eps", "softness", "weight_decay"):
+    for name in ("eps", "mask_eps", "softness", "weight_decay", "shrinkage"):
         value = options[name]
         if name == "mask_eps" and value is None:
             continue
@@ -99,28 +131,42 @@ def check_options(options: Mapping[str, Any]) -> None:
     eps = float(_number(options["eps"]))
     if options["mask_eps"] is None and eps * eps == float("inf"):
         raise ValueError(f"eps must be so small that its square is finite, or mask_eps be given, got eps={eps!r}")
-    check_counts(options)
-    _check_switches(options)
-    known_values = {"mask": MASKS, "boundary": BOUNDARIES, "reduction": REDUCTIONS, "variance": VARIANCES}
+
+
+def _check_words(options: Mapping[str, Any]) -> None:
+    known_values = {
+        "mask": MASKS,
+        "boundary": BOUNDARIES,
+        "reduction": REDUCTIONS,
+        "variance": VARIANCES,
+        "shrink_to": ORIGINS,
+    }
     for name, known in known_values.items():
+        if name == "mask" and callable(options[name]):
+            continue
         if not isinstance(options[name], str) or options[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {options[name]!r}")
+    if options["state_dtype"] not in (None, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"state_dtype must be None, torch.bfloat16, torch.float32 or torch.float64, got {options['state_dtype']!r}"
+        )
+
+
+def _check_combinations(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for options of which each by itself would be right."""
+    if options["shrinkage"]:
+        mean_coefficient(options["batch_size"], options["n_dataset"], options["variance"])
     if options["boundary"] == "empirical":
         boundary_coefficient("empirical", options["batch_size"], options["n_dataset"])
     if options["debias"] and not options["bias_correction"]:
         raise ValueError("debias=True needs bias_correction=True, got bias_correction=False")
-    if MASKS[options["mask"]].of_mean and not options["bias_correction"]:
+    if is_of_mean(options["mask"]) and not options["bias_correction"]:
         raise ValueError(f"mask={options['mask']!r} needs bias_correction=True, got bias_correction=False")
     if options["mask_decay"] and not options["decoupled_weight_decay"]:
         raise ValueError(
             "mask_decay=True needs decoupled_weight_decay=True, got decoupled_weight_decay=False, "
             "where the mask reaches the decay anyway"
         )
-    if options["state_dtype"] not in (None, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(
-            f"state_dtype must be None, torch.bfloat16, torch.float32 or torch.float64, got {options['state_dtype']!r}"
-        )
-    choose_implementation([], options["foreach"], options["fused"], options["differentiable"])
 
 
 def _check_lr(lr: Any) -> None:
@@ -154,7 +200,9 @@ def check_counts(options: Mapping[str, Any]) -> None:
     for name, value in (("batch_size", batch_size), ("n_dataset", n)):
         if value is not None and not (isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1):
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-    if batch_size is not None and n is not None and n <= batch_size:
+    # Batches of the whole data set have no variance between them, unless it is given.
+    whole = options.get("variance") == "given" and n == batch_size
+    if batch_size is not None and n is not None and n <= batch_size and not whole:
         raise ValueError(f"n_dataset must be larger than batch_size, got n_dataset={n} and batch_size={batch_size}")
 
 

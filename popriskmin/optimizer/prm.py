@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from popriskmin.mask import Hyperparameters
+from popriskmin.mask import Hyperparameters, MaskFunction
 from popriskmin.optimizer.base import CheckedOptimizer
 from popriskmin.optimizer.checkpoint import STATE_FORMAT, new_state
 from popriskmin.optimizer.checkpoint_probe import makes_state_alone
 from popriskmin.optimizer.options import check_options, check_variances, name_of, plain, with_numbers
+from popriskmin.optimizer.shrunk import CountsShrunk
 from popriskmin.optimizer.stats import MaskStats, mask_stats
 from popriskmin.step.compat import check_graph_capture
 from popriskmin.step.functional import dispatch
 from popriskmin.step.lists import Lists
 
 
-class PRM(CheckedOptimizer):
+class PRM(CountsShrunk, CheckedOptimizer):
     """AdamW that trains on population risk: each parameter moves as far as its mean gradient exceeds its noise.
 
     Beside AdamW's two moments PRM keeps `s`, a running variance of the minibatch gradient, and multiplies AdamW's step
@@ -66,7 +67,9 @@ class PRM(CheckedOptimizer):
         "snr" as above, never quite shut. "soft": with `x = max(m^**2 - a * s^, 0)`,
         `q = x / (x + softness * s^ + mask_eps)`, zero below the boundary. "hard": 1 where `m^**2 > a * s^`, else 0.
         "threshold": `m^` less `sqrt(softness)` of its own standard errors, or 0; see `popriskmin.mask.threshold`. With
-        it `s` is estimated as with `debias`. "none": 1, which is AdamW; for single groups.
+        it `s` is estimated as with `debias`. "none": 1, which is AdamW; for single groups. Or a mask of one's own: a
+        function of the signal, the noise and `popriskmin.mask.Hyperparameters`, or its import path as
+        "my_module:my_mask", which returns `q` of each scalar by itself. Checkpoints hold its path. It steps by foreach.
     reduction
         "per_param": a mask for each scalar. "per_tensor": signal and noise are averaged over each tensor first.
     warmup_steps
@@ -110,6 +113,17 @@ class PRM(CheckedOptimizer):
     fused
         None takes the fused kernel for whatever fits it, on the CPU or CUDA. True insists on it, and raises saying why
         where it cannot be had; False does without.
+    shrinkage
+        `z`, a number >= 0. Above 0 every tensor with two dimensions or more is shrunk after
+        its update, from its second step on: each weight is pulled to its origin by the step
+        that PRM would take at a mean gradient of `x = z * sqrt(c * s^)`, with
+        `c = batch_size / (n_dataset - batch_size)`, both required. `x` is `z` standard
+        errors of the data set's mean gradient, so a weight at its origin stays there,
+        exactly, while the mean gradient lies within them. 1 is for data where most inputs
+        matter, 2 to 3 where few do, 3 to 4 for a fine-tuning with `shrink_to="start"`.
+    shrink_to
+        The origin: "zero", or "start", the weight that the optimizer was given first. The
+        state then holds a copy, `start`, in the parameter's dtype.
 
     Raises
     ------
@@ -122,7 +136,9 @@ class PRM(CheckedOptimizer):
     References
     ----------
     Litman and Guo, "A Theory of Generalization in Deep Learning", arXiv:2605.01172. For `debias`: Balles and
-    Hennig, "Dissecting Adam", arXiv:1705.07774.
+    Hennig, "Dissecting Adam", arXiv:1705.07774. For `shrinkage`: Belloni, Chen,
+    Chernozhukov and Hansen, "Sparse Models and Methods for Optimal Instruments",
+    Econometrica 2012, whose penalty loadings `x` are.
 
     Examples
     --------
@@ -148,7 +164,7 @@ class PRM(CheckedOptimizer):
         batch_size: int | None = None,
         boundary: str = "batch",
         n_dataset: int | None = None,
-        mask: str = "snr",
+        mask: str | MaskFunction = "snr",
         reduction: str = "per_param",
         warmup_steps: int = 0,
         amsgrad: bool = False,
@@ -166,6 +182,8 @@ class PRM(CheckedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        shrinkage: float = 0.0,
+        shrink_to: str = "zero",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -194,6 +212,8 @@ class PRM(CheckedOptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
+            "shrinkage": shrinkage,
+            "shrink_to": shrink_to,
             "state_format": STATE_FORMAT,
         }
         defaults = with_numbers({name: plain(value) for name, value in defaults.items()}, differentiable)
@@ -216,6 +236,7 @@ class PRM(CheckedOptimizer):
         exp_avg_vars: list[Tensor],
         max_exp_avg_sqs: list[Tensor],
         grad_vars: list[Tensor],
+        starts: list[Tensor],
         state_steps: list[Tensor],
     ) -> None:
         """Append the tensors of the group's parameters that have a gradient, with zero state for new ones.
@@ -223,6 +244,7 @@ class PRM(CheckedOptimizer):
         `torch.compile` calls this by itself, outside of what it traces.
         """
         given = group["variance"] == "given"
+        to_start = group["shrinkage"] and group["shrink_to"] == "start"
         for p in group["params"]:
             grad = p.grad
             if grad is None:
@@ -249,6 +271,8 @@ class PRM(CheckedOptimizer):
             exp_avg_vars.append(state["exp_avg_var"])
             if group["amsgrad"]:
                 max_exp_avg_sqs.append(state["max_exp_avg_sq"])
+            if to_start:
+                starts.append(state["start"])
             state_steps.append(state["step"])
 
     @overload
@@ -278,7 +302,7 @@ class PRM(CheckedOptimizer):
         applied = [Hyperparameters.of_group(group) for group in self.param_groups]
         gathered: list[tuple[Lists, list[Tensor]]] = []
         for group in self.param_groups:
-            gathered.append((Lists([], [], [], [], [], [], []), []))
+            gathered.append((Lists(*([] for _ in Lists._fields)), []))
             self._init_group(group, *gathered[-1][0], gathered[-1][1])
         # Changed in place: what torch 2.11 compiles may not set attributes of an optimizer.
         self._applied[:] = [

@@ -26,7 +26,7 @@ def mask_stats(optimizer: HasMask, by: Literal["group"], local: bool = False) ->
 @overload
 def mask_stats(optimizer: HasMask, by: Literal["parameter"], local: bool = False) -> dict[str | int, MaskStats]: ...
 def mask_stats(optimizer: HasMask, by: str | None = None, local: bool = False) -> Any:
-    """Recompute the mask of the last step from the state of a `PRM` optimizer; see `PRM.get_mask_stats`."""
+    """Recompute the mask of the last step from the state of a `PRM` or a `Masked`; see `PRM.get_mask_stats`."""
     if by not in BY:
         raise ValueError(f"by must be None, 'group' or 'parameter', got {by!r}")
     gathered: dict[Any, list[tuple[int, list[float]]]] = {}

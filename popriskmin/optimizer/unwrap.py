@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
+from popriskmin.optimizer.masked import Masked
 from popriskmin.optimizer.prm import PRM
 
 # Where wrappers keep their optimizer: Accelerate, Lightning, Fabric, DeepSpeed and most
@@ -47,7 +48,8 @@ def unwrap(optimizer: object) -> Optimizer:
     Returns
     -------
     torch.optim.Optimizer
-        The innermost optimizer, such as a `PRM`.
+        The innermost optimizer, such as a `PRM`. A `Masked` is no framework's wrapper,
+        and stays on.
 
     Raises
     ------
@@ -94,12 +96,13 @@ def unwrapped(optimizer: object) -> Unwrapped:
 
 
 def unwrapped_prm(optimizer: object, who: str) -> Unwrapped:
-    """Return the `PRM` inside a wrapper; raise TypeError, naming `who`, for others."""
+    """Return the `PRM` or `Masked` inside; raise TypeError, naming `who`, for others."""
     inside = unwrapped(optimizer)
-    if not isinstance(inside.optimizer, PRM):
+    if not isinstance(inside.optimizer, (PRM, Masked)):
         raise TypeError(
             f"{who} needs a popriskmin.PRM, got {described(inside)}: other optimizers keep no variance of the "
-            "gradient. Hand the framework a PRM; the state of an AdamW goes on by load_state_dict(adamw.state_dict())"
+            "gradient. Hand the framework a PRM, to which an AdamW's state goes on by "
+            "load_state_dict(adamw.state_dict()), or popriskmin.Masked around the optimizer"
         )
     return inside
 

@@ -65,10 +65,14 @@ class Reuse(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The part of a sampled step that its sample needs later."""
+    """The part of a sampled step that its sample needs later.
+
+    The gradients are copies, by the `id` of their parameters, which are not held: until
+    the next step a user may remove them.
+    """
 
     step: int
-    gradients: dict[Tensor, Tensor]
+    gradients: dict[int, Tensor]
     hyper: list[Hyperparameters]
     reuse: list[Reuse]
 
@@ -94,7 +98,7 @@ class Block(NamedTuple):
 def keep(optimizer: Optimizer, step: int, reuse: list[Reuse]) -> Kept:
     """Copy the gradients of the last step, and the numbers that it was taken with."""
     gradients = {
-        param: param.grad.detach().clone()
+        id(param): param.grad.detach().clone()
         for param in _params(optimizer)
         if param.grad is not None and param.numel() > 0 and optimizer.state.get(param)
     }
@@ -118,7 +122,7 @@ def compare(kept: Kept, optimizer: Optimizer, by: str | None) -> Tensor | None:
     """
     if not kept.gradients:
         return None
-    device = next(iter(kept.gradients)).device
+    device = next(iter(kept.gradients.values())).device
     rows: list[Tensor] = []
     empty = True
     for group, hyper, reuse in zip(optimizer.param_groups, kept.hyper, kept.reuse):
@@ -162,17 +166,17 @@ def blocks(
     params: list[Tensor],
     optimizer: Optimizer,
     hyper: Hyperparameters,
-    gradients: Mapping[Tensor, Tensor],
+    gradients: Mapping[int, Tensor],
 ) -> Iterator[Block]:
     """Yield the parameters of one group between two steps, block by block.
 
     Small tensors are joined, large ones split, which keeps temporaries small.
-    `gradients` are those of the step before. A parameter without one, or without one
-    now, is left out.
+    `gradients` are those of the step before, by `id`. A parameter without one, or
+    without one now, is left out.
     """
     waiting: dict[tuple[int, torch.dtype, torch.device], list[Block]] = {}
     for place, param in enumerate(params):
-        block = read(param, place, optimizer, hyper, gradients.get(param))
+        block = read(param, place, optimizer, hyper, gradients.get(id(param)))
         if block is None:
             continue
         splits = hyper.reduction == "per_param" and type(param) in PLAIN
@@ -195,9 +199,12 @@ def read(
     hyper: Hyperparameters,
     gradient: Tensor | None,
 ) -> Block | None:
-    """Return one parameter as a block; None without a state or a gradient."""
+    """Return one parameter as a block; None without a state or a gradient.
+
+    A gradient of another shape is of a parameter that this one has replaced.
+    """
     state = optimizer.state.get(param)
-    if not state or param.numel() == 0 or param.grad is None or gradient is None:
+    if not state or param.numel() == 0 or param.grad is None or gradient is None or gradient.shape != param.shape:
         return None
     step = state["step"]
     second = state["max_exp_avg_sq" if hyper.amsgrad else "exp_avg_sq"]
@@ -334,7 +341,7 @@ def state_of(kept: Kept | None, optimizer: Optimizer) -> dict[str, object] | Non
     places = enumerate(_params(optimizer))
     return {
         "step": kept.step,
-        "gradients": {i: kept.gradients[p] for i, p in places if p in kept.gradients},
+        "gradients": {i: kept.gradients[id(p)] for i, p in places if id(p) in kept.gradients},
         "lr": [h.lr for h in kept.hyper],
         "reuse": [tuple(reuse) for reuse in kept.reuse],
     }
@@ -361,7 +368,7 @@ def restored(state: Mapping[str, Any] | None, optimizer: Optimizer) -> Kept | No
             )
     if len(state["lr"]) != len(groups):
         raise ValueError(f"{misfit}: it has {len(state['lr'])} groups, expected {len(groups)}")
-    gradients = {params[i]: g.to(params[i].device, copy=True) for i, g in state["gradients"].items()}
+    gradients = {id(params[i]): g.to(params[i].device, copy=True) for i, g in state["gradients"].items()}
     hyper = [hyperparameters(optimizer, g)._replace(lr=lr) for g, lr in zip(groups, state["lr"])]
     return Kept(int(state["step"]), gradients, hyper, [Reuse(*reuse) for reuse in state["reuse"]])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from numbers import Real
 from statistics import NormalDist
@@ -13,6 +14,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from popriskmin.optimizer.checkpoint_probe import made_state_alone, makes_state_alone
 from popriskmin.optimizer.closure import Arguments, with_gradients
+from popriskmin.optimizer.masked import Masked
 from popriskmin.optimizer.options import check_counts
 from popriskmin.optimizer.prm import PRM
 from popriskmin.optimizer.unwrap import described, unwrapped
@@ -22,6 +24,9 @@ from popriskmin.step.compat import run_uncompiled
 
 # The estimate gives no verdict before this many samples.
 FEWEST_FOR_A_VERDICT = 50
+
+# From one sample to the next of an optimizer whose state is not read.
+UNREAD = sys.maxsize
 
 STATE_FORMAT = 1
 
@@ -54,8 +59,9 @@ class RiskMonitor:
     Parameters
     ----------
     optimizer
-        `PRM`, `torch.optim.AdamW` or `torch.optim.Adam`, or a framework's wrapper
-        around one.
+        `PRM`, `torch.optim.AdamW` or `torch.optim.Adam`, with `held_out` any other such
+        as `Masked` too, of which there is no estimate; or a framework's wrapper around
+        one.
     every
         Steps from one sample to the next. None begins with 8, measures for 48 steps how
         long a step and a sample take, and then takes the power of two that keeps
@@ -100,9 +106,10 @@ class RiskMonitor:
     Raises
     ------
     TypeError
-        For another optimizer.
+        For another optimizer without `held_out`.
     ValueError
-        For an argument out of range, and `n_dataset` without `batch_size` or the
+        For an argument out of range, for `every` or `by` where there is no estimate, and
+        `n_dataset` without `batch_size` or the
         reverse.
 
     References
@@ -149,9 +156,8 @@ class RiskMonitor:
         inside = unwrapped(optimizer)
         optimizer = inside.optimizer
         if not isinstance(optimizer, (PRM, Adam, AdamW)):
-            raise TypeError(
-                f"RiskMonitor reads popriskmin.PRM, torch.optim.AdamW and torch.optim.Adam, got {described(inside)}"
-            )
+            _check_unread(optimizer, held_out, every, by, described(inside))
+            every = UNREAD
         _check_steps(every=every, smoothing=smoothing, held_out_every=held_out_every)
         if held_out is not None and not callable(held_out):
             raise TypeError(f"held_out must be a function that returns losses, got {type(held_out).__name__}")
@@ -198,7 +204,7 @@ class RiskMonitor:
         return with_gradients(args, kwargs, self._sampler.gradients_ready)
 
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if made_state_alone(optimizer, counted=0 if isinstance(optimizer, PRM) else 1):
+        if made_state_alone(optimizer, counted=0 if isinstance(optimizer, (PRM, Masked)) else 1):
             return  # a distributed checkpoint has begun to load
         self._sampler.step_ended()
         if self._held_out is not None:
@@ -253,6 +259,9 @@ class RiskMonitor:
         """
         sampler = self._sampler
         series = sampler.series()
+        if sampler.every == UNREAD:
+            name = type(self.optimizer).__name__
+            raise RuntimeError(f"there is no estimate for {name}, only the verdict of held-out losses")
         if not series.samples and series.finite:
             raise RuntimeError(
                 f"no sample yet: the optimizer has taken {sampler.steps} steps since the "
@@ -348,6 +357,17 @@ class RiskMonitor:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real)
+
+
+def _check_unread(optimizer: object, held_out: object, every: int | None, by: str | None, description: str) -> None:
+    """Raise where an optimizer whose state gives no estimate cannot be judged otherwise."""
+    if held_out is None or not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            "RiskMonitor estimates the risk of popriskmin.PRM, torch.optim.AdamW and torch.optim.Adam, and judges "
+            f"others by held-out losses alone: give it held_out, got {description}"
+        )
+    if every is not None or by is not None:
+        raise ValueError(f"every and by are of the estimate, which there is not of {description}")
 
 
 def _check_steps(**counts: int | None) -> None:

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from popriskmin.mask import (
-    MASKS,
     Corrections,
     Hyperparameters,
     corrections,
     evaluate,
     evaluate_lists,
     finish_signal_and_noise,
+    is_of_mean,
     largest,
+    loading,
     signal_and_noise,
 )
-from popriskmin.step.lists import Lists, are_plain, compute_dtype, count_up, local_parts
+from popriskmin.step.lists import Lists, are_plain, compute_dtype, count_up, local_parts, shrinks
 from popriskmin.step.rounding import random_bits, round_stochastically
 from popriskmin.step.shards import over_ranks
 
@@ -32,12 +33,16 @@ FEWEST_JOINED = 4
 
 
 def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor_steps: bool) -> None:
-    """Step whole lists at a time, in place. Temporaries stay within two lists the size of the parameters."""
+    """Step whole lists at a time, in place.
+
+    Temporaries stay within two lists the size of the parameters, and five with shrinkage.
+    """
     if not lists.params:
         return
     count_up(state_steps)
-    for indices, t in _cohorts(lists, state_steps, tensor_steps):
+    for indices, t in cohorts(lists, state_steps, hyper, tensor_steps):
         whole = lists.of(indices)
+        own = hyper if shrinks(hyper, whole.params[0]) else hyper._replace(shrinkage=0.0)
         # All of them lie alike over the ranks, or none is taken apart. Parts may be empty: every rank has all of them.
         cohort = local_parts(whole)
         cohort = cohort if are_plain(cohort.params) else whole
@@ -50,49 +55,51 @@ def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparame
         on_host = cohort.params[0].device.type == "cpu" and not tensor_steps and are_plain(cohort.params)
         # The random bits go by the place in the whole tensor, so tensors that need them stay whole.
         on_host = on_host and cohort.exp_avg_vars[0].dtype != torch.bfloat16
-        if hyper.reduction == "per_tensor" and hyper.mask != "none" and c.open is not True:
+        if own.reduction == "per_tensor" and own.mask != "none" and c.open is not True:
             blocks = list(_blocks(cohort, cut=on_host, join=False))
             for block in blocks:
-                _advance(block, c, hyper, dtype)
-            q = _pooled_mask(whole, cohort, blocks, c, hyper, dtype)
+                _advance(block, c, own, dtype)
+            q = pooled_mask(whole, cohort, blocks, c, own, dtype)
             for block in blocks:
-                _move(block, [q[i] for i in block.owners], c, hyper, dtype)
+                _move(block, [q[i] for i in block.owners], c, own, dtype)
         else:
             for block in _blocks(cohort, cut=on_host, join=on_host):
-                _advance(block, c, hyper, dtype)
-                _move(block, _mask(block, c, hyper, dtype), c, hyper, dtype)
+                _advance(block, c, own, dtype)
+                _move(block, mask_of(block, c, own, dtype), c, own, dtype)
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """Tensors, or flat parts of tensors, of one device, type and step; and which of the cohort each belongs to."""
 
     lists: Lists
     owners: list[int]
 
 
-def _cohorts(lists: Lists, state_steps: list[Tensor], tensor_steps: bool) -> Iterator[tuple[list[int], Any]]:
-    """Yield the places of tensors that agree in device, types and step count, and that count.
+def cohorts(
+    lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor_steps: bool
+) -> Iterator[tuple[list[int], Any]]:
+    """Yield the places of tensors that agree in device, types, step count and shrinkage, and that count.
 
     With `tensor_steps` the count stays on the device, as one tensor with an entry for each place.
     """
-    cohorts: dict[Any, list[int]] = {}
+    alike: dict[Any, list[int]] = {}
     for i, p in enumerate(lists.params):
         if p.numel() > 0:
             t = None if tensor_steps else state_steps[i].item()
             dtypes = [tensors[i].dtype for tensors in lists if tensors]
-            cohorts.setdefault((type(p), p.device, *dtypes, t), []).append(i)
-    for key, indices in cohorts.items():
+            alike.setdefault((type(p), p.device, shrinks(hyper, p), *dtypes, t), []).append(i)
+    for key, indices in alike.items():
         yield indices, torch.stack([state_steps[i] for i in indices]) if tensor_steps else key[-1]
 
 
-def _blocks(cohort: Lists, cut: bool, join: bool) -> Iterator[_Block]:
+def _blocks(cohort: Lists, cut: bool, join: bool) -> Iterator[Block]:
     """Yield the cohort whole, or with `cut` in blocks of about `CPU_BLOCK` scalars.
 
     A larger tensor is cut into flat parts if its memory, and that of its gradient and state, allows. With `join` many
     small tensors become one, which is written back to them when the next block is asked for.
     """
     if not cut:
-        yield _Block(cohort, list(range(len(cohort.params))))
+        yield Block(cohort, list(range(len(cohort.params))))
         return
     gathered: list[int] = []
     size = 0
@@ -105,7 +112,7 @@ def _blocks(cohort: Lists, cut: bool, join: bool) -> Iterator[_Block]:
             whole = [tensors[i].view(-1) if tensors else None for tensors in cohort]
             for start in range(0, n, CPU_BLOCK):
                 parts = [[] if x is None else [x[start : start + CPU_BLOCK]] for x in whole]
-                yield _Block(Lists(*parts), [i])
+                yield Block(Lists(*parts), [i])
         else:
             gathered.append(i)
             size += n
@@ -113,18 +120,18 @@ def _blocks(cohort: Lists, cut: bool, join: bool) -> Iterator[_Block]:
         yield from _joined(cohort, gathered, join)
 
 
-def _joined(cohort: Lists, indices: list[int], join: bool) -> Iterator[_Block]:
+def _joined(cohort: Lists, indices: list[int], join: bool) -> Iterator[Block]:
     small = cohort.of(indices)
     if not join or len(indices) < FEWEST_JOINED:
-        yield _Block(small, indices)
+        yield Block(small, indices)
         return
     # Copied into one tensor and back, in the cache: two dozen calls for each small tensor would take longer.
     flat = Lists(*[[_flat(tensors)] if tensors else [] for tensors in small])
-    yield _Block(flat, indices[:1])
+    yield Block(flat, indices[:1])
     for name in ("params", "exp_avgs", "exp_avg_sqs", "exp_avg_vars", "max_exp_avg_sqs"):
         tensors = getattr(small, name)
         if tensors:
-            _copy(tensors, _like(getattr(flat, name)[0], tensors))
+            copy(tensors, _like(getattr(flat, name)[0], tensors))
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
@@ -136,7 +143,8 @@ def _like(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     return list(torch._C._nn.unflatten_dense_tensors(flat, tensors))
 
 
-def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
+def copy(targets: list[Tensor], values: list[Tensor]) -> None:
+    """Write the values into the targets."""
     if hasattr(torch, "_foreach_copy_") and are_plain(targets):  # since torch 2.1, not for sharded tensors
         torch._foreach_copy_(targets, values)
     else:
@@ -144,22 +152,22 @@ def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
             target.copy_(value)
 
 
-def _widen(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return the list itself where it has `dtype`, else copies in it, to be handed to `_write_back`."""
+def widen(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return the list itself where it has `dtype`, else copies in it, to be handed to `write_back`."""
     if not tensors or tensors[0].dtype == dtype:
         return tensors
     return [t.to(dtype) for t in tensors]
 
 
-def _write_back(tensors: list[Tensor], wide: list[Tensor], bits: list[Tensor] | None = None, shift: int = 0) -> None:
+def write_back(tensors: list[Tensor], wide: list[Tensor], bits: list[Tensor] | None = None, shift: int = 0) -> None:
     """Copy widened tensors back, rounded to nearest, or with `bits`, shifted right by `shift`, stochastically."""
     if bits is not None:
         wide = [round_stochastically(x, (b >> shift) & 0xFFFF) for x, b in zip(wide, bits)]
     if wide is not tensors:
-        _copy(tensors, wide)
+        copy(tensors, wide)
 
 
-def _bits(block: _Block, c: Corrections) -> list[Tensor] | None:
+def _bits(block: Block, c: Corrections) -> list[Tensor] | None:
     """Return the random bits for `v` and `s` where these are stored in bfloat16."""
     if block.lists.exp_avg_vars[0].dtype != torch.bfloat16:
         return None
@@ -167,42 +175,42 @@ def _bits(block: _Block, c: Corrections) -> list[Tensor] | None:
     return [random_bits(s, t) for s, t in zip(block.lists.exp_avg_vars, steps)]
 
 
-def _each(c: Any, block: _Block) -> Any:
+def _each(c: Any, block: Block) -> Any:
     """Return a number as it is; a tensor as the list of its entries for the block's tensors, for `_foreach_*`."""
     if not isinstance(c, Tensor):
         return c
     return [c] * len(block.owners) if c.dim() == 0 else [c[i] for i in block.owners]
 
 
-def _advance(block: _Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype) -> None:
+def _advance(block: Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype) -> None:
     """Bring `m`, `v`, `s` and the maximum of `v` to this step."""
-    grads = _widen(block.lists.grads, dtype)
+    grads = widen(block.lists.grads, dtype)
     if hyper.maximize:
         grads = list(torch._foreach_neg(grads))
     if hyper.weight_decay != 0 and not hyper.decoupled_weight_decay:
-        params = _widen(block.lists.params, dtype)
+        params = widen(block.lists.params, dtype)
         if grads is block.lists.grads:
             grads = list(torch._foreach_add(grads, params, alpha=hyper.weight_decay))
         else:
             torch._foreach_add_(grads, params, alpha=hyper.weight_decay)
         del params
-    exp_avgs = _widen(block.lists.exp_avgs, dtype)
+    exp_avgs = widen(block.lists.exp_avgs, dtype)
     bits = _bits(block, c)
-    _advance_variance(block, grads, exp_avgs, bits, c, hyper, dtype)
+    advance_variance(block, grads, exp_avgs, bits, c, hyper, dtype)
     torch._foreach_lerp_(exp_avgs, grads, 1 - hyper.beta1)
-    _write_back(block.lists.exp_avgs, exp_avgs)
+    write_back(block.lists.exp_avgs, exp_avgs)
     del exp_avgs
-    exp_avg_sqs = _widen(block.lists.exp_avg_sqs, dtype)
+    exp_avg_sqs = widen(block.lists.exp_avg_sqs, dtype)
     torch._foreach_mul_(exp_avg_sqs, hyper.beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - hyper.beta2)
-    _write_back(block.lists.exp_avg_sqs, exp_avg_sqs, bits, 16)
+    write_back(block.lists.exp_avg_sqs, exp_avg_sqs, bits, 16)
     if hyper.amsgrad:
         # The maximum of what is stored: rounded once, it needs no rounding of its own.
         torch._foreach_maximum_(block.lists.max_exp_avg_sqs, block.lists.exp_avg_sqs)
 
 
-def _advance_variance(
-    block: _Block,
+def advance_variance(
+    block: Block,
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     bits: list[Tensor] | None,
@@ -212,11 +220,11 @@ def _advance_variance(
 ) -> None:
     """Bring `s` to this step; `exp_avgs` is the mean before this batch."""
     if hyper.given:
-        exp_avg_vars = _widen(block.lists.exp_avg_vars, dtype)
+        exp_avg_vars = widen(block.lists.exp_avg_vars, dtype)
         torch._foreach_mul_(exp_avg_vars, hyper.rho)
         # Not by lerp: an infinite variance stays infinite here, and is not subtracted from itself.
-        torch._foreach_add_(exp_avg_vars, _widen(block.lists.grad_vars, dtype), alpha=c.blend)
-        _write_back(block.lists.exp_avg_vars, exp_avg_vars, bits)
+        torch._foreach_add_(exp_avg_vars, widen(block.lists.grad_vars, dtype), alpha=c.blend)
+        write_back(block.lists.exp_avg_vars, exp_avg_vars, bits)
         return
     if not isinstance(c.blend, Tensor) and c.blend == 0:
         return
@@ -225,7 +233,7 @@ def _advance_variance(
         torch._foreach_sub_(deviations, grads)
     else:
         deviations = torch._foreach_sub(grads, exp_avgs)
-    exp_avg_vars = _widen(block.lists.exp_avg_vars, dtype)
+    exp_avg_vars = widen(block.lists.exp_avg_vars, dtype)
     torch._foreach_mul_(exp_avg_vars, hyper.rho)
     if isinstance(c.blend, Tensor):
         blends = _each(c.blend, block)
@@ -235,22 +243,29 @@ def _advance_variance(
         torch._foreach_addcmul_(exp_avg_vars, torch._foreach_mul(deviations, blends), deviations)
     else:
         torch._foreach_addcmul_(exp_avg_vars, deviations, deviations, c.blend)
-    _write_back(block.lists.exp_avg_vars, exp_avg_vars, bits)
+    write_back(block.lists.exp_avg_vars, exp_avg_vars, bits)
 
 
-def _mask(block: _Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype) -> list[Tensor] | None:
+def mask_of(block: Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype) -> list[Tensor] | None:
     """Return `q` of each tensor in the block, in its shape; None where the mask is open."""
     if hyper.mask == "none" or c.open is True:
         return None
     bound = largest(dtype)
-    exp_avgs = _widen(block.lists.exp_avgs, dtype)
+    exp_avgs = widen(block.lists.exp_avgs, dtype)
     signals = list(torch._foreach_div(exp_avgs, _each(c.bias1, block)))
     del exp_avgs
     torch._foreach_mul_(signals, signals)
     torch._foreach_clamp_max_(signals, bound)
-    noises = list(torch._foreach_div(_widen(block.lists.exp_avg_vars, dtype), _each(c.bias_var, block)))
+    noises = list(torch._foreach_div(widen(block.lists.exp_avg_vars, dtype), _each(c.bias_var, block)))
     torch._foreach_clamp_max_(noises, bound)
-    if MASKS[hyper.mask].of_mean:
+    return _evaluate(signals, noises, block, c, hyper)
+
+
+def _evaluate(
+    signals: list[Tensor], noises: list[Tensor], block: Block, c: Corrections, hyper: Hyperparameters
+) -> list[Tensor]:
+    """Return `q` of bounded signals and noises, and overwrite both."""
+    if is_of_mean(hyper.mask):
         torch._foreach_mul_(noises, _each(c.k, block))
     elif hyper.debias:
         if isinstance(c.k, Tensor):
@@ -266,10 +281,10 @@ def _mask(block: _Block, c: Corrections, hyper: Hyperparameters, dtype: torch.dt
     return q
 
 
-def _pooled_mask(
+def pooled_mask(
     whole: Lists,
     cohort: Lists,
-    blocks: list[_Block],
+    blocks: list[Block],
     c: Corrections,
     hyper: Hyperparameters,
     dtype: torch.dtype,
@@ -282,7 +297,7 @@ def _pooled_mask(
         # These lie differently over the ranks than their gradients or state; the tensors themselves know how.
         places = range(len(cohort.params))
         each = [Corrections(*[x[i] if isinstance(x, Tensor) else x for x in c]) for i in places]
-        pairs = zip(_widen(cohort.exp_avgs, dtype), _widen(cohort.exp_avg_vars, dtype))
+        pairs = zip(widen(cohort.exp_avgs, dtype), widen(cohort.exp_avg_vars, dtype))
         return [evaluate(*signal_and_noise(m, s, ci, hyper), ci, hyper) for (m, s), ci in zip(pairs, each)]
     signals: list[list[Tensor]] = [[] for _ in cohort.params]
     noises: list[list[Tensor]] = [[] for _ in cohort.params]
@@ -299,16 +314,21 @@ def _pooled_mask(
 
 
 def _move(
-    block: _Block,
+    block: Block,
     q: list[Tensor] | None,
     c: Corrections,
     hyper: Hyperparameters,
     dtype: torch.dtype,
 ) -> None:
-    """Decay the parameters and take the Adam step, multiplied by `q` (of the parameter's shape, or `()`)."""
-    params = _widen(block.lists.params, dtype)
+    """Decay the parameters, take the Adam step multiplied by `q` (of the parameter's shape, or `()`), and shrink."""
+    params = widen(block.lists.params, dtype)
     _decay(params, q if hyper.mask_decay else None, block, hyper)
-    exp_avgs = _widen(block.lists.exp_avgs, dtype)
+    second_moments = block.lists.max_exp_avg_sqs if hyper.amsgrad else block.lists.exp_avg_sqs
+    roots = list(torch._foreach_sqrt(widen(second_moments, dtype)))
+    torch._foreach_div_(roots, _each(c.bias2**0.5, block))
+    torch._foreach_add_(roots, hyper.eps)
+    pulls = _pulls(block, q, roots, c, hyper, dtype)
+    exp_avgs = widen(block.lists.exp_avgs, dtype)
     if q is None:
         steps = exp_avgs
     elif hyper.reduction == "per_tensor":
@@ -317,10 +337,6 @@ def _move(
         torch._foreach_mul_(q, exp_avgs)
         steps = q
     del exp_avgs
-    second_moments = block.lists.max_exp_avg_sqs if hyper.amsgrad else block.lists.exp_avg_sqs
-    roots = torch._foreach_sqrt(_widen(second_moments, dtype))
-    torch._foreach_div_(roots, _each(c.bias2**0.5, block))
-    torch._foreach_add_(roots, hyper.eps)
     step_size = hyper.lr / c.bias1
     if isinstance(step_size, Tensor):
         # A tensor cannot be the factor of addcdiv, and must not be read back to become one.
@@ -328,10 +344,54 @@ def _move(
         torch._foreach_addcdiv_(params, steps, roots)
     else:
         torch._foreach_addcdiv_(params, steps, roots, -step_size)
-    _write_back(block.lists.params, params)
+    if pulls is not None:
+        _shrink(params, pulls, block, dtype)
+    write_back(block.lists.params, params)
 
 
-def _decay(params: list[Tensor], q: list[Tensor] | None, block: _Block, hyper: Hyperparameters) -> None:
+def _pulls(
+    block: Block,
+    q: list[Tensor] | None,
+    roots: list[Tensor],
+    c: Corrections,
+    hyper: Hyperparameters,
+    dtype: torch.dtype,
+) -> list[Tensor] | None:
+    """Return how far shrinkage pulls, see `popriskmin.mask.pulling_gradient`; None where it does not."""
+    if not hyper.shrinkage or (not isinstance(c.t, Tensor) and c.t <= 1):
+        return None
+    factor = loading(hyper.shrinkage, hyper.mean_coefficient)
+    noises = list(torch._foreach_div(widen(block.lists.exp_avg_vars, dtype), _each(c.bias_var, block)))
+    torch._foreach_clamp_max_(noises, largest(dtype))
+    pulls = list(torch._foreach_sqrt(noises))
+    torch._foreach_mul_(pulls, factor)
+    if q is not None:
+        if hyper.reduction == "per_param":
+            signals = list(torch._foreach_mul(noises, factor * factor))
+            torch._foreach_clamp_max_(signals, largest(dtype))
+            q = _evaluate(signals, noises, block, c, hyper)
+        torch._foreach_mul_(pulls, q)
+    torch._foreach_div_(pulls, roots)
+    torch._foreach_mul_(pulls, _each(hyper.lr, block))
+    if isinstance(c.t, Tensor):
+        for pull, t in zip(pulls, _each(c.t, block)):
+            pull.masked_fill_(t <= 1, 0)
+    return pulls
+
+
+def _shrink(params: list[Tensor], pulls: list[Tensor], block: Block, dtype: torch.dtype) -> None:
+    """Move the parameters by the pulls, as `popriskmin.mask.shrunk` does."""
+    starts = widen(block.lists.starts, dtype)
+    distances = list(torch._foreach_sub(params, starts)) if starts else params
+    moves = list(torch._foreach_maximum(distances, torch._foreach_neg(pulls)))
+    torch._foreach_minimum_(moves, pulls)
+    torch._foreach_sub_(params, moves)
+    for param, distance, pull, start in zip(params, distances, pulls, starts):
+        # The difference of two rounded numbers need not give back the second.
+        param.copy_(torch.where(distance.abs() <= pull, start, param))
+
+
+def _decay(params: list[Tensor], q: list[Tensor] | None, block: Block, hyper: Hyperparameters) -> None:
     if hyper.weight_decay == 0 or not hyper.decoupled_weight_decay:
         return
     decay = hyper.lr * hyper.weight_decay

@@ -15,10 +15,20 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _foreach_supported_types
 
-from popriskmin.mask import Corrections, Hyperparameters, corrections, evaluate, signal_and_noise
+from popriskmin.mask import (
+    Corrections,
+    Hyperparameters,
+    MaskFunction,
+    corrections,
+    evaluate,
+    found_mask,
+    pulling_gradient,
+    shrunk,
+    signal_and_noise,
+)
 from popriskmin.step.foreach import multi_tensor_prm
 from popriskmin.step.kernels import fused_prm, unusable
-from popriskmin.step.lists import Lists, as_real, compute_dtype, is_compiling, local_parts
+from popriskmin.step.lists import Lists, as_real, compute_dtype, is_compiling, local_parts, shrinks
 from popriskmin.step.rounding import random_bits, round_stochastically
 
 
@@ -44,7 +54,7 @@ def prm(
     mask_eps: float | None = None,
     softness: float = 1.0,
     coefficient: float = 1.0,
-    mask: str = "snr",
+    mask: str | MaskFunction = "snr",
     reduction: str = "per_param",
     warmup_steps: int = 0,
     amsgrad: bool = False,
@@ -55,6 +65,9 @@ def prm(
     mask_decay: bool = False,
     min_q: float = 0.0,
     grad_vars: list[Tensor] | None = None,
+    shrinkage: float = 0.0,
+    mean_coefficient: float | None = None,
+    starts: list[Tensor] | None = None,
 ) -> None:
     """Take one PRM step, in place: the functional form of `popriskmin.PRM`, where every option is explained.
 
@@ -80,11 +93,17 @@ def prm(
     grad_vars
         The variance of each parameter's gradient, of its shape, in units of the squared gradient; complex parameters
         have a complex one that holds the variances of the two parts. None estimates them from the gradients.
+    mean_coefficient
+        What turns a batch's variance into that of the mean over the data set, see
+        `popriskmin.mask.mean_coefficient`; `shrinkage` needs it.
+    starts
+        The weights that `shrinkage` pulls to, each of the shape of its parameter. None is zero.
 
     Raises
     ------
     ValueError
-        For `amsgrad` without as many running maxima as parameters, or variances that do not fit the parameters.
+        For `amsgrad` without as many running maxima as parameters, for variances or starts that do not fit the
+        parameters, and for `shrinkage` without `mean_coefficient`.
     RuntimeError
         For `fused=True` where no fused kernel is usable, or an implementation together with `differentiable`.
 
@@ -97,6 +116,11 @@ def prm(
     >>> w  # the first step's signal equals its noise: q = 1/2
     tensor([0.7500, 1.2500])
     """
+    if shrinkage and mean_coefficient is None:
+        raise ValueError(
+            f"shrinkage={shrinkage} needs mean_coefficient, see popriskmin.mask.mean_coefficient: "
+            "batch_size / (n_dataset - batch_size)"
+        )
     hyper = Hyperparameters.of(
         lr=lr,
         beta1=beta1,
@@ -107,7 +131,7 @@ def prm(
         weight_decay=weight_decay,
         softness=softness,
         coefficient=coefficient,
-        mask=mask,
+        mask=found_mask(mask),
         reduction=reduction,
         warmup_steps=warmup_steps,
         amsgrad=amsgrad,
@@ -118,11 +142,24 @@ def prm(
         mask_decay=mask_decay,
         min_q=min_q,
         variance="streaming" if grad_vars is None else "given",
+        shrinkage=shrinkage,
+        mean_coefficient=mean_coefficient or 0.0,
+        shrink_to="zero" if starts is None else "start",
     )
-    if amsgrad and len(max_exp_avg_sqs) != len(params):
+    _check_lists(params, max_exp_avg_sqs if amsgrad else None, grad_vars, starts)
+    maxima = max_exp_avg_sqs if amsgrad else []
+    pulls_to = starts if shrinkage and starts is not None else []
+    lists = Lists(params, grads, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, grad_vars or [], pulls_to)
+    dispatch(lists, state_steps, hyper, foreach, capturable, differentiable, fused, memory={})
+
+
+def _check_lists(
+    params: list[Tensor], maxima: list[Tensor] | None, grad_vars: list[Tensor] | None, starts: list[Tensor] | None
+) -> None:
+    """Raise ValueError for a list that does not fit the parameters; None stands for one that is not needed."""
+    if maxima is not None and len(maxima) != len(params):
         raise ValueError(
-            f"amsgrad=True needs one of max_exp_avg_sqs for each of {len(params)} parameters, "
-            f"got {len(max_exp_avg_sqs)}"
+            f"amsgrad=True needs one of max_exp_avg_sqs for each of {len(params)} parameters, got {len(maxima)}"
         )
     if grad_vars is not None and len(grad_vars) != len(params):
         raise ValueError(
@@ -135,9 +172,11 @@ def prm(
                 f"grad_vars[{i}] must be as params[{i}], {'complex' if param.is_complex() else 'real'} of shape "
                 f"{tuple(param.shape)}, got {z.dtype} of shape {tuple(z.shape)}"
             )
-    maxima = max_exp_avg_sqs if amsgrad else []
-    lists = Lists(params, grads, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, grad_vars or [])
-    dispatch(lists, state_steps, hyper, foreach, capturable, differentiable, fused, memory={})
+    if starts is not None and [x.shape for x in starts] != [param.shape for param in params]:
+        raise ValueError(
+            f"starts needs a tensor of the shape of each parameter, {[tuple(p.shape) for p in params]}, "
+            f"got {[tuple(x.shape) for x in starts]}"
+        )
 
 
 def dispatch(
@@ -243,6 +282,12 @@ def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperpara
             w = w - step_size * (q * m) / denominator
         else:
             w = w.addcdiv(q * m, denominator, value=-step_size)
+        if shrinks(hyper, param) and (tensor_steps or c.t > 1):
+            pull = hyper.lr * (pulling_gradient(s, q, c, hyper) / denominator)
+            if isinstance(c.t, Tensor):
+                pull = torch.where(c.t > 1, pull, torch.zeros_like(pull))
+            start = as_real(lists.starts[i]).to(dtype) if lists.starts else None
+            w = shrunk(w, pull, start)
         for tensor, value in zip(held, [w, *new]):
             tensor.copy_(value)
 

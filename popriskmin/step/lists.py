@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from popriskmin.mask import Hyperparameters
 from popriskmin.step.shards import is_sharded
 
 PLAIN = {Tensor, torch.nn.Parameter}
@@ -15,7 +16,9 @@ PLAIN = {Tensor, torch.nn.Parameter}
 class Lists(NamedTuple):
     """Parallel lists of the tensors that a step reads and writes.
 
-    `max_exp_avg_sqs` is empty without `amsgrad`; `grad_vars`, the variances of the gradients, unless they are given.
+    `max_exp_avg_sqs` is empty without `amsgrad`; `grad_vars`, the variances of the
+    gradients, unless they are given; `starts`, the weights that a shrinkage pulls to, where
+    it pulls to zero or is off.
     """
 
     params: list[Tensor]
@@ -25,6 +28,7 @@ class Lists(NamedTuple):
     exp_avg_vars: list[Tensor]
     max_exp_avg_sqs: list[Tensor]
     grad_vars: list[Tensor]
+    starts: list[Tensor]
 
     @property
     def held(self) -> tuple[list[Tensor], ...]:
@@ -39,6 +43,11 @@ class Lists(NamedTuple):
     def real(self) -> Lists:
         """Return the lists with complex tensors viewed as real."""
         return Lists(*[[as_real(tensor) for tensor in tensors] for tensors in self])
+
+
+def shrinks(hyper: Hyperparameters, param: Tensor) -> bool:
+    """Return whether shrinkage pulls the parameter: biases and norms, of one dimension, are left alone."""
+    return hyper.shrinkage > 0 and param.dim() > 1
 
 
 def is_compiling() -> bool:

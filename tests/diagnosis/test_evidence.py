@@ -44,6 +44,7 @@ def test_sums_are_those_of_the_scalars(reduction, amsgrad):
     expected = {
         "q": q.sum(), "active": (signal > a * noise).sum(), "signal": signal.sum(), "noise": a * noise.sum(),
         "v": state["exp_avg_sq"].sum() / (1 - 0.999**t), "weight_sq": p.double().square().sum(),
+        "nonzero": (p != 0).sum(), "live_nonzero": (p[live] != 0).sum(),
         "step_sq": step.square().sum(), "masked_step_sq": (q * step).square().sum(),
         "live": live.sum(), "live_q": q[live].sum(),
         "live_q_without_eps": (signal / (signal + 2 * a * noise))[live].sum(),

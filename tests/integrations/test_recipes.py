@@ -26,8 +26,8 @@ NEEDS = {
 
 def recipes():
     for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL):
-        for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-            yield title, block
+        for path in re.findall(r"^```{literalinclude} (\S+)", text, re.MULTILINE):
+            yield title, (PAGE.parent / path).read_text()
 
 
 def run(title, tmp_path, monkeypatch):
@@ -143,4 +143,4 @@ def test_torchtune(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("title", NEEDS)
 def test_a_recipe_stands_for_itself(title):
-    assert "import" in dict(recipes())[title].splitlines()[0]
+    assert "import" in dict(recipes())[title].split("\n\n")[1].splitlines()[0]

@@ -91,6 +91,53 @@ def test_decay_of_a_pattern_is_for_what_decays():
     assert decay["router.weight"] == 0.01
 
 
+def shrinkages(groups):
+    return {name: group.get("shrinkage") for group in groups for name in names(group)}
+
+
+def test_biases_norms_and_embeddings_do_not_shrink():
+    model = Model()
+    model.pos_embed = nn.Parameter(torch.zeros(1, 7, 4))
+    decay = {name: group["weight_decay"] for group in param_groups(model) for name in names(group)}
+    found = shrinkages(param_groups(model, shrinkage=2.0))
+    assert set(found) == set(decay)
+    # The head is tied to the embedding.
+    embeddings = {"tokens.weight", "pos_embed"}
+    assert {name for name, z in found.items() if z == 2} == {name for name in decay if decay[name]} - embeddings
+    assert {name for name, z in found.items() if z == 0} == {name for name in decay if not decay[name]} | embeddings
+    # Embeddings decay as they did.
+    groups = param_groups(model, shrinkage=2.0, weight_decay=0.1)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
+    assert set(names(groups[1])) == embeddings
+
+
+def test_a_pattern_shrinks_the_first_layer_alone_or_an_embedding():
+    found = shrinkages(param_groups(Model(), {"layers.0.*": {"shrinkage": 2.0}}))
+    assert {name for name, z in found.items() if z == 2} == {
+        "layers.0.self_attn.in_proj_weight", "layers.0.self_attn.out_proj.weight", "layers.0.linear1.weight",
+        "layers.0.linear2.weight",
+    }  # fmt: skip
+    # What is not shrunk there stays so, whatever the optimizer's own shrinkage is; the rest is left to that.
+    assert {name for name, z in found.items() if z == 0} == {
+        name for name in found if name.startswith("layers.0.") and ("bias" in name or "norm" in name)
+    }
+    assert found["router.weight"] is found["tokens.weight"] is None
+    found = shrinkages(param_groups(Model(), {"tokens.*": {"shrinkage": 1.0}, "router.*": {}}, shrinkage=3.0))
+    assert (found["tokens.weight"], found["router.weight"], found["router.bias"]) == (1.0, 3.0, 0.0)
+
+
+def test_prm_shrinks_what_the_groups_say():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    optimizer = PRM(param_groups(model, {"2.*": {"shrinkage": 0.0}}, shrinkage=1e3), batch_size=2, n_dataset=100)
+    for _ in range(30):
+        optimizer.zero_grad()
+        (model(torch.randint(5, (2,))) * torch.randn(2, 3)).sum().backward()
+        optimizer.step()
+    assert [bool((p == 0).all()) for p in model.parameters()] == [False, True, False, False, False]
+    with pytest.raises(ValueError, match="shrinkage must be a finite number >= 0, got -1"):
+        PRM(param_groups(model, shrinkage=-1.0))
+
+
 def test_tied_weights_come_once_and_answer_to_any_of_their_names():
     model = Model()
     for pattern in ("tokens.weight", "head.*"):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from people import ROWS, people, written
 from sklearn.datasets import load_wine
 
-from popriskmin.tasks.table_data import CLASSIFICATION, REGRESSION, SKLEARN, encode, read_table, split
+from popriskmin.tabular.encoding import encode
+from popriskmin.tasks.table_data import CLASSIFICATION, REGRESSION, SKLEARN, read_table, split
 
 
 @pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("b.csv", ";"), ("c.tsv", "\t"), ("d.csv.gz", ",")])
@@ -134,8 +135,8 @@ COLUMNS = [
     (range(ROWS), "the column 'new' numbers the rows: leave it out with --drop 'new'"),
     (range(3, ROWS + 3), "the column 'new' numbers the rows"),
     ([f"person {i}" for i in range(ROWS)], "the column 'new' has 60 different texts in 60 rows, .*person 0.*--drop"),
-    (pd.date_range("2020-01-01", periods=ROWS), "the column 'new' holds dates: .*--drop 'new', or replace"),
-    (["3/4/2021"] * 30 + ["5/6/2022"] * 30, "the column 'new' holds dates"),
+    (pd.date_range("2020-01-01", periods=ROWS), "the column 'new' holds dates or times .*--drop 'new', or replace"),
+    (["3/4/2021"] * 30 + ["5/6/2022"] * 30, "the column 'new' holds dates or times"),
     ([np.inf] + [1.0] * (ROWS - 1), "the column 'new' has infinite values"),
 ]
 

@@ -16,6 +16,7 @@ import torch
 from popriskmin.compare.task import Options
 from popriskmin.compare.text import exact
 from popriskmin.compare.training import other_optimizers
+from popriskmin.mask import mask_name
 from popriskmin.optimizer.prm import PRM
 
 AVERAGED = " averaged"  # the end of the names of arms that are averaged weights
@@ -82,7 +83,7 @@ def make_arms(prm: Sequence[Options] = (), match_all: bool = False) -> list[Arm]
         For an option that PRM does not have or does not accept, or for two equal arms.
     """
     arms = [ADAMW, Arm("prm", "prm"), Arm("adamw-matched", "adamw-matched", follows="prm")]
-    for options in prm:
+    for options in map(_with_paths, prm):
         check_prm_options(options)
         listed = " ".join(f"{name}={_value_in_a_name(value)}" for name, value in options.items())
         arm = Arm(f"prm {listed}", "prm", dict(options))
@@ -138,6 +139,17 @@ def make_rivals(
         decays = None if other_optimizers.has_weight_decay(path) else (0.0,)
         arms.append(Arm(name, "optimizer", dict(options), None, path, own, decays))
     return arms
+
+
+def _with_paths(options: Options) -> Options:
+    """Return the options with a mask that is given as a function by its import path, which other processes find."""
+    mask = options.get("mask") if isinstance(options, Mapping) else None
+    if not callable(mask):
+        return options
+    path = mask_name(mask)
+    if "<" in path or path.startswith("__main__:"):
+        raise ValueError(f"the mask {path} must be in a module that other processes can import")
+    return {**options, "mask": path}
 
 
 def check_prm_options(options: Options) -> None:

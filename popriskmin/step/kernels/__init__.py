@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from popriskmin.mask import Hyperparameters
+from popriskmin.mask import Hyperparameters, mask_name
 from popriskmin.step.kernels import cpu, cuda
 from popriskmin.step.kernels.eligible import State, fits_as_usual, matched, misfit
-from popriskmin.step.lists import Lists
+from popriskmin.step.lists import Lists, shrinks
 
 
 class Kernel(NamedTuple):
@@ -75,20 +75,23 @@ def fused_prm(
             continue
         reason = _refusal(hyper, param) or misfit(lists, state_steps, i)
         if reason is None:
-            cohorts.setdefault(_kind(lists, state_steps, i), []).append(i)
+            kind = (shrinks(hyper, param), *_kind(lists, state_steps, i))
+            cohorts.setdefault(kind, []).append(i)
         elif insist:
             raise RuntimeError(f"fused=True, but tensor {i} of a parameter group cannot take it: {reason}")
         else:
             left.append(i)
     for i in empty:
         state_steps[i] += 1
-    for indices in cohorts.values():
+    for (shrinking, *_), indices in cohorts.items():
         cohort = lists.of(indices)
+        # Seen as real, a complex tensor of one dimension has two.
+        own = hyper if shrinking else hyper._replace(shrinkage=0.0)
         grads = [matched(grad, param) for grad, param in zip(cohort.grads, cohort.params)]
         grad_vars = [matched(z, param) for z, param in zip(cohort.grad_vars, cohort.params)]
         kernel = KERNELS[cohort.params[0].device.type]
         kernel.step(
-            cohort._replace(grads=grads, grad_vars=grad_vars).real(), [state_steps[i] for i in indices], hyper, None
+            cohort._replace(grads=grads, grad_vars=grad_vars).real(), [state_steps[i] for i in indices], own, None
         )
     return left
 
@@ -162,12 +165,13 @@ def _refusal(hyper: Hyperparameters, param: Tensor) -> str | None:
     if isinstance(hyper.lr, Tensor) and hyper.lr.device.type not in ("cpu", device):
         return f"lr is on {hyper.lr.device}, the parameter on {param.device}"
     if hyper.mask not in cpu.MASK_CODES:
-        return f"the kernels do not know the mask {hyper.mask!r}"
+        known = ", ".join(cpu.MASK_CODES)
+        return f"the kernels know the masks {known}, and not {mask_name(hyper.mask)}"
     return KERNELS[device].unusable()
 
 
 def describe() -> dict[str, str]:
-    """Return what is usable here, in words: a line for each device."""
+    """Return what is usable here, in words: a line for each device, and one on masks."""
     lines = {}
     for device, kernel in KERNELS.items():
         reason = kernel.unusable()
@@ -179,4 +183,6 @@ def describe() -> dict[str, str]:
             )
         else:
             lines[device] = "fused, by Triton"
+    if any(line.startswith("fused") for line in lines.values()):
+        lines["masks"] = f"fused: {', '.join(cpu.MASK_CODES)}; a mask of one's own steps by foreach"
     return lines

@@ -14,7 +14,7 @@
 #include "cpu_types.h"
 
 /* To be raised, here and in cpu.py, whenever a structure or a meaning below changes. */
-#define ABI 6
+#define ABI 7
 
 #define MASK_NONE 0
 #define MASK_SNR 1
@@ -24,6 +24,9 @@
 
 #define ADVANCE 1
 #define MOVE 2
+/* How a loop of the step pulls: to zero or to the first weights. */
+#define PULLS_TO_ZERO 1
+#define PULLS_TO_START 2
 
 /* Scalars that are converted and computed at a time: their buffers stay in the first cache. */
 #define CHUNK 1024
@@ -39,13 +42,19 @@ static int asks_ahead = 0;
 /* Scalars that are pooled and moved together, some 4 MB of weights and state. */
 #define BATCH 262144
 
-enum { COLUMN_P, COLUMN_G, COLUMN_M, COLUMN_V, COLUMN_S, COLUMN_MAXIMUM, COLUMN_Z, COLUMN_STEP, COLUMN_N, COLUMNS };
+enum { COLUMN_P, COLUMN_G, COLUMN_M, COLUMN_V, COLUMN_S, COLUMN_MAXIMUM, COLUMN_Z, COLUMN_ORIGIN, COLUMN_STEP, COLUMN_N, COLUMNS };
+
+/* What stands in the column of origins where shrinkage leaves a tensor alone, or pulls it to zero; else the address of the
+ * weights that it pulls to. */
+#define LEFT_ALONE 0
+#define TO_ZERO 1
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* The options of a parameter group, as in popriskmin.mask.Hyperparameters. */
 typedef struct {
-    double lr, beta1, beta2, rho, eps, mask_eps, weight_decay, softness, coefficient, min_q;
+    double lr, beta1, beta2, rho, eps, mask_eps, weight_decay, softness, coefficient, min_q, shrinkage,
+        mean_coefficient;
     int64_t warmup_steps;
     int32_t mask, pooled, bias_correction, decoupled_weight_decay, maximize, debias, mask_decay, variance_given;
 } options;
@@ -55,8 +64,8 @@ typedef struct {
     double t;
     double sign, coupled_decay, beta1, beta2, one_minus_beta2, rho, blend, inv_centre, given_rho, given_blend;
     double inv_bias1, inv_bias_var, k, coefficient, softness, mask_eps, min_q;
-    double keep, masked_decay, step_size, inv_root_bias2, eps;
-    int mask, coupled;
+    double keep, masked_decay, step_size, inv_root_bias2, eps, lr, loading;
+    int mask, coupled, pulls;
     int usual; /* whether neither maximize, nor coupled nor masked decay, makes the loop longer */
     uint32_t key;
 } numbers;
@@ -86,8 +95,9 @@ struct job {
 typedef struct {
     void *p, *m, *v, *s, *maximum;
     const void *g, *z; /* z: the variance of the gradient, or NULL where s comes from the gradients */
+    const void *start; /* the weights to shrink to, or NULL where those are zeros */
     int64_t n;
-    int numbers, pooled;
+    int numbers, pooled, pulled;
 } tensor;
 
 static tensor tensor_of(const job *job, int64_t i) {
@@ -100,8 +110,11 @@ static tensor tensor_of(const job *job, int64_t i) {
     t.s = (void *)(intptr_t)table[COLUMN_S * count + i];
     t.maximum = (void *)(intptr_t)table[COLUMN_MAXIMUM * count + i];
     t.z = (const void *)(intptr_t)table[COLUMN_Z * count + i];
+    int64_t origin = table[COLUMN_ORIGIN * count + i];
+    t.start = origin == LEFT_ALONE || origin == TO_ZERO ? NULL : (const void *)(intptr_t)origin;
     t.n = table[COLUMN_N * count + i];
     t.numbers = job->which[i];
+    t.pulled = origin != LEFT_ALONE && job->numbers[t.numbers].pulls;
     t.pooled = job->pooled && job->numbers[t.numbers].mask != MASK_NONE;
     return t;
 }
@@ -121,9 +134,12 @@ INLINE void fetch_ahead(const tensor *t, int64_t start, int64_t size, int64_t na
     fetch_array(t->v, start, narrow);
     if (what & MOVE)
         fetch_array(t->p, start, size);
+    if ((what & ADVANCE) || t->pulled)
+        fetch_array(t->s, start, narrow);
+    if ((what & MOVE) && t->pulled && t->start)
+        fetch_array(t->start, start, size);
     if (what & ADVANCE) {
         fetch_array(t->g, start, size);
-        fetch_array(t->s, start, narrow);
         if (t->z)
             fetch_array(t->z, start, size);
     }
@@ -254,6 +270,9 @@ static numbers numbers_of(const options *o, double t) {
     x.step_size = o->lr / bias1;
     x.inv_root_bias2 = 1 / sqrt(bias2);
     x.eps = o->eps;
+    x.lr = o->lr;
+    x.loading = o->shrinkage * sqrt(o->mean_coefficient);
+    x.pulls = o->shrinkage > 0 && t > 1;
     x.mask = open ? MASK_NONE : o->mask;
     x.coupled = x.coupled_decay != 0;
     x.usual = !o->maximize && !x.coupled && !o->mask_decay;

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from popriskmin.mask import Hyperparameters
+from popriskmin.mask import Hyperparameters, mask_name
 from popriskmin.step.compat import bump_versions
-from popriskmin.step.kernels.eligible import State, packed
+from popriskmin.step.kernels.eligible import State, origins, packed
 from popriskmin.step.lists import Lists
 
 # As in cpu.c.
-ABI = 6
+ABI = 7
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 MASK_CODES = {"none": 0, "snr": 1, "soft": 2, "hard": 3, "threshold": 4}
 LEVELS = ("baseline", "AVX2", "AVX-512")
@@ -33,7 +33,7 @@ class _Options(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_double) for name in (
             "lr", "beta1", "beta2", "rho", "eps", "mask_eps", "weight_decay", "softness", "coefficient",
-            "min_q",
+            "min_q", "shrinkage", "mean_coefficient",
         )),
         ("warmup_steps", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in (
@@ -144,16 +144,17 @@ def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, state:
         raise RuntimeError(library)
     count = len(lists.params)
     if state is None:
-        held = (*lists.held, state_steps)
+        held = (*lists.held, lists.starts, state_steps)
         addresses = [packed(map(Tensor.data_ptr, tensors), len(tensors)) for tensors in held]
-        sizes = packed(map(Tensor.numel, lists.params), count)
+        sizes, pulled_to = packed(map(Tensor.numel, lists.params), count), origins(lists)
     else:
-        addresses, sizes = state.addresses, state.sizes
-    params, exp_avgs, exp_avg_sqs, exp_avg_vars, max_exp_avg_sqs, steps = addresses
+        addresses, sizes, pulled_to = state.addresses, state.sizes, state.origins
+    params, exp_avgs, exp_avg_sqs, exp_avg_vars, max_exp_avg_sqs, _, steps = addresses
     grads = packed(map(Tensor.data_ptr, lists.grads), count)
     maxima = max_exp_avg_sqs if hyper.amsgrad else bytes(8 * count)
     given = packed(map(Tensor.data_ptr, lists.grad_vars), count) if hyper.given else bytes(8 * count)
-    table = b"".join([params, grads, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, given, steps, sizes])
+    columns = [params, grads, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, given, pulled_to, steps, sizes]
+    table = b"".join(columns)
     kinds = [TYPES[tensors[0].dtype] for tensors in (lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_vars)]
     kinds.append(TYPES[lists.grad_vars[0].dtype] if hyper.given else 0)
     failed = library.prm_step(_options(hyper), table, count, *kinds, torch.get_num_threads(), level())
@@ -174,8 +175,10 @@ def _options(hyper: Hyperparameters) -> _Options:
         softness=hyper.softness,
         coefficient=hyper.coefficient,
         min_q=hyper.min_q,
+        shrinkage=hyper.shrinkage,
+        mean_coefficient=hyper.mean_coefficient,
         warmup_steps=hyper.warmup_steps,
-        mask=MASK_CODES[hyper.mask],
+        mask=MASK_CODES[mask_name(hyper.mask)],
         pooled=hyper.reduction == "per_tensor",
         bias_correction=hyper.bias_correction,
         decoupled_weight_decay=hyper.decoupled_weight_decay,

@@ -10,7 +10,7 @@
 typedef struct {
     REAL sign, coupled_decay, pull, beta2, one_minus_beta2, rho, blend, inv_centre, given_rho, given_blend;
     REAL inv_bias1, inv_bias_var, k, coefficient, softness, mask_eps, min_q, bound;
-    REAL keep, masked_decay, step_size, inv_root_bias2, eps;
+    REAL keep, masked_decay, step_size, inv_root_bias2, eps, lr, loading, loading_squared;
     int debias, has_blend, from_grad;
 } NAME(constants);
 
@@ -47,6 +47,9 @@ static NAME(constants) NAME(convert)(const numbers *x) {
     c.step_size = (REAL)x->step_size;
     c.inv_root_bias2 = (REAL)x->inv_root_bias2;
     c.eps = (REAL)x->eps;
+    c.lr = (REAL)x->lr;
+    c.loading = (REAL)x->loading;
+    c.loading_squared = (REAL)(x->loading * x->loading);
     return c;
 }
 
@@ -155,11 +158,64 @@ TARGET static void NAME(move)(int mask, int64_t n, REAL *p, const REAL *m, const
     }
 }
 
+/* Shrinkage, after the step: where a parameter ends that is pulled to its origin; see popriskmin.mask.shrink. */
+TARGET INLINE REAL NAME(pulled_to)(int mask, int debias, REAL p, REAL origin, REAL noise, REAL divisor, REAL given,
+                                   const NAME(constants) *c) {
+    noise = NAME(at_most)(noise, c->bound);
+    REAL q = given;
+    if (mask != MASK_NONE)
+        q = NAME(mask)(mask, debias, noise * c->loading_squared, noise, c);
+    REAL pull = c->lr * ((q * (SQRT(noise) * c->loading)) / divisor);
+    REAL distance = p - origin;
+    REAL moved = p + (distance > 0 ? -pull : pull);
+    return (distance < 0 ? -distance : distance) <= pull ? origin : moved;
+}
+
+TARGET INLINE void NAME(pull_loop)(int mask, int debias, int to_start, int64_t n, REAL *restrict p,
+                                   const REAL *restrict v, const REAL *restrict s, const REAL *restrict start, REAL given,
+                                   const NAME(constants) *constants) {
+    const NAME(constants) c = *constants;
+    for (int64_t i = 0; i < n; i++) {
+        REAL divisor = SQRT(v[i]) * c.inv_root_bias2 + c.eps;
+        p[i] = NAME(pulled_to)(mask, debias, p[i], to_start ? start[i] : 0, s[i] * c.inv_bias_var, divisor, given, &c);
+    }
+}
+
+#define PULL(mask, debias)                                                                                             \
+    (start ? NAME(pull_loop)(mask, debias, 1, n, p, v, s, start, given, c)                                             \
+           : NAME(pull_loop)(mask, debias, 0, n, p, v, s, NULL, given, c))
+TARGET static void NAME(pull)(int mask, int64_t n, REAL *p, const REAL *v, const REAL *s, const REAL *start, REAL given,
+                              const NAME(constants) *c) {
+    switch (2 * mask + c->debias) {
+    case 2 * MASK_SNR: PULL(MASK_SNR, 0); break;
+    case 2 * MASK_SNR + 1: PULL(MASK_SNR, 1); break;
+    case 2 * MASK_SOFT: PULL(MASK_SOFT, 0); break;
+    case 2 * MASK_SOFT + 1: PULL(MASK_SOFT, 1); break;
+    case 2 * MASK_HARD: PULL(MASK_HARD, 0); break;
+    case 2 * MASK_HARD + 1: PULL(MASK_HARD, 1); break;
+    case 2 * MASK_THRESHOLD: PULL(MASK_THRESHOLD, 0); break;
+    case 2 * MASK_THRESHOLD + 1: PULL(MASK_THRESHOLD, 1); break;
+    default: PULL(MASK_NONE, 0);
+    }
+}
+#undef PULL
+
+/* The same where v and s are stored in bfloat16; n is at most AHEAD. */
+TARGET static void NAME(pull_narrow)(int mask, int64_t n, REAL *p, const uint16_t *v, const uint16_t *s,
+                                     const REAL *start, REAL given, const NAME(constants) *c) {
+    REAL wide_v[AHEAD], wide_s[AHEAD];
+    for (int64_t i = 0; i < n; i++) {
+        wide_v[i] = (REAL)from_bfloat16(v[i]);
+        wide_s[i] = (REAL)from_bfloat16(s[i]);
+    }
+    NAME(pull)(mask, n, p, wide_v, wide_s, start, given, c);
+}
+
 /* Both at once, for tensors in the arithmetic type, with v and s there too or with `narrow` in bfloat16, and for the
  * usual options (numbers.usual). The processor divides and takes roots while it waits for memory, which passes over a
  * buffer in the cache would keep apart. */
-TARGET INLINE void NAME(whole_loop)(int mask, int debias, int narrow, int64_t n, uint32_t place, REAL *restrict p,
-                                    const REAL *restrict g, REAL *restrict m, REAL *restrict v, REAL *restrict s,
+TARGET INLINE void NAME(whole_loop)(int mask, int debias, int narrow, int pulls, int64_t n, uint32_t place,
+                                    REAL *restrict p, const REAL *restrict start, const REAL *restrict g, REAL *restrict m, REAL *restrict v, REAL *restrict s,
                                     REAL *restrict maximum, uint16_t *restrict v16, uint16_t *restrict s16,
                                     const NAME(constants) *constants) {
     const NAME(constants) c = *constants;
@@ -193,16 +249,23 @@ TARGET INLINE void NAME(whole_loop)(int mask, int debias, int narrow, int64_t n,
         if (mask != MASK_NONE)
             q = NAME(mask)(mask, debias, root * root, variance * c.inv_bias_var, &c);
         REAL divisor = SQRT(square) * c.inv_root_bias2 + c.eps;
-        p[i] = p[i] * c.keep - c.step_size * ((q * mean) / divisor);
+        REAL moved = p[i] * c.keep - c.step_size * ((q * mean) / divisor);
+        if (pulls) {
+            REAL origin = pulls == PULLS_TO_START ? start[i] : 0;
+            moved = NAME(pulled_to)(mask, debias, moved, origin, variance * c.inv_bias_var, divisor, 1, &c);
+        }
+        p[i] = moved;
     }
 }
 
 #define WHOLE(mask, debias)                                                                                            \
-    (narrow    ? NAME(whole_loop)(mask, debias, 1, n, place, p, g, m, NULL, NULL, NULL, v, s, c)                       \
-     : maximum ? NAME(whole_loop)(mask, debias, 0, n, place, p, g, m, v, s, maximum, NULL, NULL, c)                    \
-               : NAME(whole_loop)(mask, debias, 0, n, place, p, g, m, v, s, NULL, NULL, NULL, c))
-TARGET static void NAME(whole)(int mask, int narrow, int64_t n, uint32_t place, REAL *p, const REAL *g, REAL *m, void *v,
-                               void *s, REAL *maximum, const NAME(constants) *c) {
+    (narrow    ? NAME(whole_loop)(mask, debias, 1, 0, n, place, p, NULL, g, m, NULL, NULL, NULL, v, s, c)              \
+     : maximum ? NAME(whole_loop)(mask, debias, 0, 0, n, place, p, NULL, g, m, v, s, maximum, NULL, NULL, c)           \
+     : !pulls  ? NAME(whole_loop)(mask, debias, 0, 0, n, place, p, NULL, g, m, v, s, NULL, NULL, NULL, c)              \
+     : start   ? NAME(whole_loop)(mask, debias, 0, PULLS_TO_START, n, place, p, start, g, m, v, s, NULL, NULL, NULL, c) \
+               : NAME(whole_loop)(mask, debias, 0, PULLS_TO_ZERO, n, place, p, NULL, g, m, v, s, NULL, NULL, NULL, c))
+TARGET static void NAME(whole)(int mask, int narrow, int pulls, int64_t n, uint32_t place, REAL *p, const REAL *start,
+                               const REAL *g, REAL *m, void *v, void *s, REAL *maximum, const NAME(constants) *c) {
     switch (2 * mask + c->debias) {
     case 2 * MASK_SNR: WHOLE(MASK_SNR, 0); break;
     case 2 * MASK_SNR + 1: WHOLE(MASK_SNR, 1); break;
@@ -351,7 +414,7 @@ TARGET static void NAME(round_state)(int64_t n, int64_t start, uint32_t key, REA
 TARGET static void NAME(work_in_chunks)(const job *job, const tensor *t, const numbers *x, const NAME(constants) *c,
                                         int64_t begin, int64_t end, int what, REAL given, double *sums) {
     int narrow = job->s_type == TYPE_BFLOAT16, reads_p = (what & MOVE) || x->coupled;
-    REAL buffers[7][CHUNK];
+    REAL buffers[8][CHUNK];
     for (int64_t start = begin; start < end; start += CHUNK) {
         int64_t n = end - start < CHUNK ? end - start : CHUNK;
         REAL *p = reads_p ? NAME(load)(t->p, job->p_type, start, n, buffers[0]) : NULL;
@@ -377,7 +440,12 @@ TARGET static void NAME(work_in_chunks)(const job *job, const tensor *t, const n
         if (sums)
             NAME(add_up)(n, m, s, sums);
         if (what & MOVE) {
-            NAME(move)(t->pooled ? MASK_NONE : x->mask, n, p, m, maximum ? maximum : v, s, given, c);
+            int mask = t->pooled ? MASK_NONE : x->mask;
+            NAME(move)(mask, n, p, m, maximum ? maximum : v, s, given, c);
+            if (t->pulled) {
+                const REAL *to = t->start ? NAME(load)(t->start, job->p_type, start, n, buffers[7]) : NULL;
+                NAME(pull)(mask, n, p, maximum ? maximum : v, s, to, given, c);
+            }
             NAME(store)(t->p, job->p_type, start, n, p);
         }
     }
@@ -391,10 +459,13 @@ TARGET static void NAME(work_in_place)(const job *job, const tensor *t, const nu
     const REAL *g = t->g;
     char *v = t->v, *s = t->s;
     int64_t size = narrow ? 2 : (int64_t)sizeof(REAL);
+    /* Whether the pull is taken in the loop of the step, not in a pass after it. */
+    int pulls_at_once = t->pulled && what == (ADVANCE | MOVE) && !narrow && !maximum;
     for (int64_t i = begin; i < end; i += AHEAD) {
         int64_t n = smaller(end - i, AHEAD);
         if (asks_ahead && i + 2 * AHEAD <= end)
             fetch_ahead(t, i + AHEAD, sizeof(REAL), size, what);
+        const REAL *start = t->start ? (const REAL *)t->start + i : NULL;
         if (t->z && (what & ADVANCE)) {
             const REAL *z = (const REAL *)t->z + i;
             if (narrow)
@@ -403,8 +474,8 @@ TARGET static void NAME(work_in_place)(const job *job, const tensor *t, const nu
                 NAME(blend_in)(n, (REAL *)s + i, z, c);
         }
         if (what == (ADVANCE | MOVE)) {
-            NAME(whole)(x->mask, narrow, n, (uint32_t)i + x->key, p + i, g + i, m + i, v + size * i, s + size * i,
-                        maximum ? maximum + i : NULL, c);
+            NAME(whole)(x->mask, narrow, pulls_at_once, n, (uint32_t)i + x->key, p + i, start, g + i, m + i,
+                        v + size * i, s + size * i, maximum ? maximum + i : NULL, c);
         } else if (what == ADVANCE) {
             int64_t lanes = n / LANES * LANES;
             REAL *v_i = (REAL *)v + i, *s_i = (REAL *)s + i;
@@ -415,6 +486,13 @@ TARGET static void NAME(work_in_place)(const job *job, const tensor *t, const nu
                 NAME(raise_maximum)(n, maximum + i, v_i);
         } else {
             NAME(move)(MASK_NONE, n, p + i, m + i, maximum ? maximum + i : (REAL *)v + i, NULL, given, c);
+        }
+        if (t->pulled && (what & MOVE) && !pulls_at_once) {
+            int mask = t->pooled ? MASK_NONE : x->mask;
+            if (narrow)
+                NAME(pull_narrow)(mask, n, p + i, (uint16_t *)v + i, (uint16_t *)s + i, start, given, c);
+            else
+                NAME(pull)(mask, n, p + i, maximum ? maximum + i : (REAL *)v + i, (REAL *)s + i, start, given, c);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 The kernel reads p, g, m, v and s once and writes p, m, v and s once: 9 numbers a parameter, where AdamW moves 7. That
 is 36 bytes in float32, and 28 with `v` and `s` in bfloat16, AdamW's own traffic. `amsgrad` adds 2 numbers, variances
-that are given 1.
+that are given 1, and shrinkage to the first weights 1; to zero, none.
 `reduction="per_tensor"` needs the means over a tensor before its parameters can move: a launch that brings the moments
 to this step and leaves two sums for each block (7 numbers), a small one that makes `q` of the sums, and one that moves
 the parameters (4 numbers), 44 bytes in float32. The sums are added in a fixed order, so a step is deterministic.
@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from popriskmin.mask import Corrections, Hyperparameters, corrections, floor, largest
+from popriskmin.mask import Corrections, Hyperparameters, corrections, floor, largest, loading, mask_name
 from popriskmin.step.compat import bump_versions
 from popriskmin.step.kernels.cuda_table import COLUMNS, Places, Tables, tables_of
-from popriskmin.step.kernels.eligible import State, packed
+from popriskmin.step.kernels.eligible import State, origins, packed
 from popriskmin.step.lists import Lists, count_up
 
 # Elements of one program: eight for each of its 128 threads, so that many loads are under way at once.
@@ -126,7 +126,10 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class _Types(NamedTuple):
-    """The types of one parameter's tensors; of `v` where there is no maximum, of `g` where no variance is given."""
+    """The types of one parameter's tensors.
+
+    Where there is no maximum, no given variance or no first weights, that of `v`, `g` or `p`.
+    """
 
     param: torch.dtype
     grad: torch.dtype
@@ -135,6 +138,7 @@ class _Types(NamedTuple):
     exp_avg_var: torch.dtype
     max_exp_avg_sq: torch.dtype
     grad_var: torch.dtype
+    start: torch.dtype
 
     @property
     def wide(self) -> torch.dtype:
@@ -156,7 +160,7 @@ class _Launch(NamedTuple):
         """Launch the kernels that step these tensors."""
         known = None if self.t is None else corrections(self.t, self.hyper)
         # What is known to be open on the host needs no mask, and no means either.
-        mask = "none" if known is not None and known.open is True else self.hyper.mask
+        mask = "none" if known is not None and known.open is True else mask_name(self.hyper.mask)
         bits = _bits(_numbers(known, self.hyper, self.types.wide), self.types.wide)
         tables = tables_of(self.places, self.gradients, BLOCK, device, self.t is None, memory)
         if tables.blocks == 0:
@@ -205,7 +209,7 @@ class _Launch(NamedTuple):
         hyper = self.hyper
         decays = hyper.weight_decay != 0
         return {
-            **{name: kernels.TYPES[dtype] for name, dtype in zip("PGMVSXZ", self.types)},
+            **{name: kernels.TYPES[dtype] for name, dtype in zip("PGMVSXZW", self.types)},
             "C": kernels.TYPES[self.types.wide],
             "AMSGRAD": hyper.amsgrad,
             "COUPLED": decays and not hyper.decoupled_weight_decay,
@@ -215,6 +219,7 @@ class _Launch(NamedTuple):
             "DEBIAS": hyper.unbiased,
             "GIVEN": hyper.given,
             "MASK_DECAY": hyper.mask_decay,
+            "SHRINK": "none" if self.t == 1 or not hyper.shrinkage else hyper.shrink_to,
             "FROM_END": 1 - hyper.beta1 >= 0.5,
             "TENSOR_STEPS": self.t is None,
             "TENSOR_LR": self.lr is not None,
@@ -236,26 +241,32 @@ def _launches(
     if isinstance(hyper.lr, Tensor):
         lr = hyper.lr.to(device) if read_there or not hyper.lr.is_cpu else None
         hyper = hyper._replace(lr=hyper.lr.item() if lr is None else 0.0)
+    to_start = bool(lists.starts)
     # What the kernel does not read is of some type all the same.
     lists = lists._replace(
-        max_exp_avg_sqs=lists.max_exp_avg_sqs or lists.exp_avg_sqs, grad_vars=lists.grad_vars or lists.grads
+        max_exp_avg_sqs=lists.max_exp_avg_sqs or lists.exp_avg_sqs,
+        grad_vars=lists.grad_vars or lists.grads,
+        starts=lists.starts or lists.params,
     )
     if state is not None:
         counts = set(map(Tensor.item, state_steps)) if state_steps[0].is_cpu and not read_there else {None}
         if len(counts) == 1:
-            params, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, steps = state.addresses
-            places = Places(state.sizes, params, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima or exp_avg_sqs, steps)
-            types = _Types(*(tensors[0].dtype for tensors in lists))
+            params, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, _, steps = state.addresses
+            held = [params, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima or exp_avg_sqs, steps]
+            places = Places._make([state.sizes, *held, state.origins])
+            types = _Types(*(tensors[0].dtype for tensors in lists if tensors))
             yield _Launch(places, _gradients(lists, hyper), types, counts.pop(), lr, hyper)
             return
     groups: dict[Any, list[int]] = {}
-    for i, tensors in enumerate(zip(*lists)):
+    for i, tensors in enumerate(zip(*filter(None, lists))):
         t = None if read_there or not state_steps[i].is_cpu else state_steps[i].item()
         groups.setdefault((t, *[tensor.dtype for tensor in tensors]), []).append(i)
     for (t, *dtypes), indices in groups.items():
         some = lists.of(indices)
         sizes = packed(map(Tensor.numel, some.params), len(indices))
-        places = Places._make([sizes, *map(_addresses, [*some.held, [state_steps[i] for i in indices]])])
+        held = [_addresses(tensors) for tensors in (*some.held, [state_steps[i] for i in indices])]
+        pulled_to = origins(some if to_start else some._replace(starts=[]))
+        places = Places._make([sizes, *held, pulled_to])
         yield _Launch(places, _gradients(some, hyper), _Types(*dtypes), t, lr, hyper)
 
 
@@ -274,6 +285,7 @@ def _numbers(known: Corrections | None, hyper: Hyperparameters, dtype: torch.dty
     Without `known` corrections, those of some step: the kernel does not read them where it reads the step count.
     """
     known = corrections(2.0, hyper) if known is None else known
+    factor = loading(hyper.shrinkage, hyper.mean_coefficient)
     return {
         "t": known.t,
         "lr": float(hyper.lr),
@@ -288,6 +300,8 @@ def _numbers(known: Corrections | None, hyper: Hyperparameters, dtype: torch.dty
         "bound": largest(dtype),
         "softness": hyper.softness * (hyper.coefficient if hyper.mask in ("snr", "threshold") else 1),
         "coefficient": hyper.coefficient,
+        "loading": factor,
+        "loading_sq": factor * factor,
         "over_bias1": 1 / known.bias1,
         "over_root2": known.bias2**-0.5,
         "over_bias_var": 1 / known.bias_var,

@@ -41,11 +41,12 @@ if triton:
     }
 
 # Every number of `update`; integers that Triton is not to compile anew for when they are 1 or divisible by 16. Those of
-# the second line are functions of the step count, where it is known on the host; those of the last are what to
+# the third line are functions of the step count, where it is known on the host; those of the last are what to
 # calculate them from, where it lies on the device.
 NUMBERS = [
     *["t", "lr", "weight_decay", "weight1", "beta2", "weight2", "rho", "eps", "mask_eps", "min_q", "bound", "softness"],
-    *["coefficient", "over_bias1", "over_root2", "over_bias_var", "over_centre", "blend", "k"],
+    *["coefficient", "loading", "loading_sq"],
+    *["over_bias1", "over_root2", "over_bias_var", "over_centre", "blend", "k"],
     *["log1", "log2", "log_rho", "ratio", "weight_rho", "open_until"],
 ]
 
@@ -95,6 +96,71 @@ def _advance(
 
 
 @jit()
+def _moved(
+    row,
+    w,
+    m,
+    v,
+    noise,
+    q,
+    start,
+    lanes,
+    left,
+    t,
+    lr,
+    weight_decay,
+    eps,
+    mask_eps,
+    min_q,
+    bound,
+    softness,
+    coefficient,
+    loading,
+    loading_sq,
+    over_bias1,
+    over_root2,
+    k,
+    open_until,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    PHASE: tl.constexpr,
+    MASK: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    DEBIAS: tl.constexpr,
+    MASK_DECAY: tl.constexpr,
+    SHRINK: tl.constexpr,
+    TENSOR_STEPS: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Return the weights after decay, step and pull."""
+    if DECOUPLED:
+        decay = lr * weight_decay
+        if MASK_DECAY:
+            w = w - w * (decay * q)
+        else:
+            w = w * (1 - decay)
+    denominator = root(v, C) * over_root2 + eps
+    w = w - divide((q * m) * (lr * over_bias1), denominator, C)
+    if SHRINK != "none":
+        at_o = tl.load(row + 9)
+        if at_o != 0:
+            noise = tl.where(noise > bound, bound, noise)
+            if PHASE == "all" and MASK != "none":
+                q = mask(noise * loading_sq, noise, k, bound, coefficient, softness, mask_eps, min_q, MASK, DEBIAS, C)
+                if TENSOR_STEPS:
+                    q = tl.where(t <= open_until, 1.0, q)
+            pull = divide(q * (root(noise, C) * loading), denominator, C) * lr
+            if TENSOR_STEPS:
+                pull = tl.where(t > 1, pull, 0.0)
+            origin = tl.zeros_like(w)
+            if SHRINK == "start":
+                origin = load(at_o, start, lanes, left, W, C, FULL)
+            distance = w - origin
+            w = tl.where(tl.abs(distance) <= pull, origin, w - tl.where(distance < 0, -pull, pull))
+    return w
+
+
+@jit()
 def _block(
     row,
     at_g,
@@ -118,6 +184,8 @@ def _block(
     bound,
     softness,
     coefficient,
+    loading,
+    loading_sq,
     over_bias1,
     over_root2,
     over_bias_var,
@@ -132,6 +200,7 @@ def _block(
     S: tl.constexpr,
     X: tl.constexpr,
     Z: tl.constexpr,
+    W: tl.constexpr,
     C: tl.constexpr,
     PHASE: tl.constexpr,
     MASK: tl.constexpr,
@@ -142,6 +211,7 @@ def _block(
     DEBIAS: tl.constexpr,
     GIVEN: tl.constexpr,
     MASK_DECAY: tl.constexpr,
+    SHRINK: tl.constexpr,
     FROM_END: tl.constexpr,
     TENSOR_STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -161,6 +231,9 @@ def _block(
         else:
             v = load(at_v, start, lanes, left, V, C, FULL)
         q = tl.load(partials + first)
+        s = v
+        if SHRINK != "none":
+            s = load(at_s, start, lanes, left, S, C, FULL)
     else:
         g = load(at_g, start, lanes, left, G, C, FULL)
         v = load(at_v, start, lanes, left, V, C, FULL)
@@ -200,14 +273,11 @@ def _block(
                 q = tl.where(t <= open_until, 1.0, q)
 
     if PHASE != "advance":
-        if DECOUPLED:
-            decay = lr * weight_decay
-            if MASK_DECAY:
-                w = w - w * (decay * q)
-            else:
-                w = w * (1 - decay)
-        denominator = root(v, C) * over_root2 + eps
-        w = w - divide((q * m) * (lr * over_bias1), denominator, C)
+        w = _moved(
+            row, w, m, v, s * over_bias_var, q, start, lanes, left, t, lr, weight_decay, eps, mask_eps, min_q, bound,
+            softness, coefficient, loading, loading_sq, over_bias1, over_root2, k, open_until, W, C, PHASE, MASK,
+            DECOUPLED, DEBIAS, MASK_DECAY, SHRINK, TENSOR_STEPS, FULL,
+        )  # fmt: skip
         store(at_w, start, lanes, left, w, P, FULL)
 
 
@@ -231,6 +301,8 @@ def update(
     bound,
     softness,
     coefficient,
+    loading,
+    loading_sq,
     over_bias1,
     over_root2,
     over_bias_var,
@@ -250,6 +322,7 @@ def update(
     S: tl.constexpr,
     X: tl.constexpr,
     Z: tl.constexpr,
+    W: tl.constexpr,
     C: tl.constexpr,
     PHASE: tl.constexpr,
     MASK: tl.constexpr,
@@ -261,6 +334,7 @@ def update(
     DEBIAS: tl.constexpr,
     GIVEN: tl.constexpr,
     MASK_DECAY: tl.constexpr,
+    SHRINK: tl.constexpr,
     FROM_END: tl.constexpr,
     TENSOR_STEPS: tl.constexpr,
     TENSOR_LR: tl.constexpr,
@@ -299,20 +373,21 @@ def update(
     mask_eps, min_q, bound = number(mask_eps, C), number(min_q, C), number(bound, C)
     open_until = number(open_until, C)
     softness, coefficient = number(softness, C), number(coefficient, C)
+    loading, loading_sq = number(loading, C), number(loading_sq, C)
     # Compiled twice: only where no element is left out are wide loads and stores possible.
     if aligned & (left == BLOCK):
         _block(
             row, at_g, at_z, start, lanes, left, partials, first, block, t, lr, weight_decay, weight1, beta2, weight2,
-            rho, eps, mask_eps, min_q, bound, softness, coefficient, over_bias1, over_root2, over_bias_var, over_centre,
-            blend, k, open_until, P, G, M, V, S, X, Z, C, PHASE, MASK, AMSGRAD, COUPLED, DECOUPLED, MAXIMIZE, DEBIAS,
-            GIVEN, MASK_DECAY, FROM_END, TENSOR_STEPS, BLOCK, True,
+            rho, eps, mask_eps, min_q, bound, softness, coefficient, loading, loading_sq, over_bias1, over_root2,
+            over_bias_var, over_centre, blend, k, open_until, P, G, M, V, S, X, Z, W, C, PHASE, MASK, AMSGRAD, COUPLED,
+            DECOUPLED, MAXIMIZE, DEBIAS, GIVEN, MASK_DECAY, SHRINK, FROM_END, TENSOR_STEPS, BLOCK, True,
         )  # fmt: skip
     else:
         _block(
             row, at_g, at_z, start, lanes, left, partials, first, block, t, lr, weight_decay, weight1, beta2, weight2,
-            rho, eps, mask_eps, min_q, bound, softness, coefficient, over_bias1, over_root2, over_bias_var, over_centre,
-            blend, k, open_until, P, G, M, V, S, X, Z, C, PHASE, MASK, AMSGRAD, COUPLED, DECOUPLED, MAXIMIZE, DEBIAS,
-            GIVEN, MASK_DECAY, FROM_END, TENSOR_STEPS, BLOCK, False,
+            rho, eps, mask_eps, min_q, bound, softness, coefficient, loading, loading_sq, over_bias1, over_root2,
+            over_bias_var, over_centre, blend, k, open_until, P, G, M, V, S, X, Z, W, C, PHASE, MASK, AMSGRAD, COUPLED,
+            DECOUPLED, MAXIMIZE, DEBIAS, GIVEN, MASK_DECAY, SHRINK, FROM_END, TENSOR_STEPS, BLOCK, False,
         )  # fmt: skip
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 # A tensor's row: its number of elements, its first block, whether its memory allows wide loads, the addresses of p, m,
-# v, s and of the maximum of v (or of v), and that of its step count.
-COLUMNS = 9
+# v, s and of the maximum of v (or of v), that of its step count, and what shrinkage pulls it to, see
+# `popriskmin.step.kernels.eligible.origins`.
+COLUMNS = 10
 
 # Tables kept for a parameter group: of each kind one is in use, more where steps differ, or where gradients change
 # their addresses at every step.
@@ -32,6 +33,7 @@ class Places(NamedTuple):
     exp_avg_vars: bytes
     max_exp_avg_sqs: bytes
     steps: bytes
+    origins: bytes
 
     @property
     def tensors(self) -> int:
@@ -49,12 +51,12 @@ class Tables(NamedTuple):
 
 def built(places: Places, block: int) -> Tensor:
     """Return the table of rows on the host, for blocks of so many elements."""
-    n, *addresses, steps = _integers(b"".join(places)).view(len(places), -1)
+    n, *addresses, steps, origins = _integers(b"".join(places)).view(len(places), -1)
     blocks = (n + (block - 1)).div(block, rounding_mode="floor")
-    joined = addresses[0]
-    for column in addresses[1:]:
+    joined = origins * (origins > 1)  # others are no addresses
+    for column in addresses:
         joined = joined | column
-    rows = torch.stack([n, blocks.cumsum(0) - blocks, (joined % 16 == 0).long(), *addresses, steps], 1)
+    rows = torch.stack([n, blocks.cumsum(0) - blocks, (joined % 16 == 0).long(), *addresses, steps, origins], 1)
     owners = torch.repeat_interleave(torch.arange(len(n), device="cpu"), blocks)
     return torch.cat([rows.flatten(), owners])
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 import struct
 from collections.abc import Iterable
+from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -28,21 +29,39 @@ class State(NamedTuple):
     """Parameters and state of a group that were found to fit, with what the kernel is told of them.
 
     Looking at every property of every tensor takes longer than a step of small ones. While the tensors are the same
-    objects at the same addresses most of what they were found to be holds; the shapes and strides of the parameters,
-    which users may change in place, are looked at in every step, and so are gradients, which come anew with it.
+    objects at the same addresses most of what they were found to be holds; the types, shapes and strides of the
+    parameters, which users may change in place, are looked at in every step, and so are gradients, which come anew
+    with it.
+
+    No tensor is held: users remove and replace them, and their memory is to be free then. The identity of an object
+    that may be gone says nothing, so the state's are watched. Parameters are not: `torch.utils.swap_tensors`, by which
+    a module moves sharded ones to another device, refuses a tensor with weak references.
     """
 
-    tensors: list[list[Tensor]]
+    ids: list[int]  # of all tensors, list by list
+    watched: list[ref[Tensor]]
+    gone: list[Any]  # of those watched, the ones that no longer exist
     addresses: list[bytes]
     shapes: list[torch.Size]
     layout: Layout
     sizes: bytes
+    origins: bytes  # see `origins`
     memory: dict[str, Any]  # what the kernel itself keeps of them
 
 
 def packed(numbers: Iterable[int], count: int) -> bytes:
     """Return integers as the kernel reads them: 64 bits each, in this machine's order."""
     return struct.pack(f"{count}q", *numbers)
+
+
+def origins(lists: Lists) -> bytes:
+    """Return what the kernels know of each tensor's shrinkage.
+
+    0 leaves it alone, as biases and norms are, 1 pulls it to zero, and any other number is
+    the address of what it is pulled to.
+    """
+    starts = map(Tensor.data_ptr, lists.starts) if lists.starts else [1] * len(lists.params)
+    return packed((start if param.dim() > 1 else 0 for param, start in zip(lists.params, starts)), len(lists.params))
 
 
 def fits_as_usual(lists: Lists, state_steps: list[Tensor], known: State | None) -> State | None:
@@ -52,7 +71,8 @@ def fits_as_usual(lists: Lists, state_steps: list[Tensor], known: State | None) 
     for the step before. The device is the CPU or one for CUDA, where the steps may be counted on either.
     """
     params, grads = lists.params, lists.grads
-    held = [*lists.held, state_steps]
+    kept = (*lists.held, lists.starts)
+    held = [*kept, state_steps]
     shapes = list(map(_shape, params))
     device = Tensor.get_device(params[0])  # -1 for the CPU
     if not (params[0].is_cpu or params[0].is_cuda):
@@ -61,15 +81,23 @@ def fits_as_usual(lists: Lists, state_steps: list[Tensor], known: State | None) 
         addresses = [packed(map(Tensor.data_ptr, tensors), len(tensors)) for tensors in held]
         if known is not None and shapes == known.shapes and _are_same(held, addresses, known):
             found = known
-            good = _layout(params) == known.layout and len(set(map(_dtype, params))) == 1
+            good = (
+                _layout(params) == known.layout
+                and len(set(map(_dtype, params))) == 1
+                and set(map(type, params)) <= PLAIN
+            )
         else:
             layout = _layout(params)
             sizes = packed(map(Tensor.numel, params), len(params))
             # What a kernel keeps it finds by addresses, whatever objects stand for them.
-            found = State(held, addresses, shapes, layout, sizes, {} if known is None else known.memory)
+            memory = {} if known is None else known.memory
+            gone: list[Any] = []
+            watched = [ref(tensor, gone.append) for tensor in chain.from_iterable(held[1:])]
+            ids = list(map(id, chain.from_iterable(held)))
+            found = State(ids, watched, gone, addresses, shapes, layout, sizes, origins(lists), memory)
             good = (
                 (layout is None or all(map(is_dense, params)))
-                and all(_are_usual(tensors, found, device) for tensors in lists.held if tensors)
+                and all(_are_usual(tensors, found, device) for tensors in kept if tensors)
                 and not any(map(Tensor.is_neg, params))
                 and all(map(_is_counter, state_steps))
                 and (_are_on(state_steps, -1) or _are_on(state_steps, device))
@@ -84,9 +112,9 @@ def fits_as_usual(lists: Lists, state_steps: list[Tensor], known: State | None) 
 
 
 def _are_same(held: list[list[Tensor]], addresses: list[bytes], known: State) -> bool:
-    return addresses == known.addresses and all(
-        all(map(operator.is_, now, before)) for now, before in zip(held, known.tensors)
-    )
+    if known.gone or addresses != known.addresses:
+        return False
+    return list(map(id, chain.from_iterable(held))) == known.ids
 
 
 def _are_usual(tensors: list[Tensor], state: State, device: int) -> bool:
@@ -131,7 +159,7 @@ def misfit(lists: Lists, state_steps: list[Tensor], i: int) -> str | None:
     held = {
         name: tensors[i]
         for name, tensors in zip(("the parameter", "its gradient", "exp_avg", "exp_avg_sq", "exp_avg_var",
-                                  "max_exp_avg_sq", "its variance"), lists)
+                                  "max_exp_avg_sq", "its variance", "its start"), lists)
         if tensors
     }  # fmt: skip
     param = lists.params[i]
@@ -176,6 +204,8 @@ def _misfit_of_types(lists: Lists, i: int) -> Any:
         dtype = lists.grad_vars[i].dtype
         if real.get(dtype, dtype) not in GRADIENT_TYPES:
             yield f"its variance has type {dtype}, not one of {', '.join(map(str, GRADIENT_TYPES))}"
+    if lists.starts and lists.starts[i].dtype != lists.params[i].dtype:
+        yield f"its start has type {lists.starts[i].dtype}, the parameter {lists.params[i].dtype}"
     others = [exp_avg_sq] + [tensors[i].dtype for tensors in lists[5:6] if tensors]
     if any(real.get(dtype, dtype) != exp_avg_var for dtype in others):
         yield "exp_avg_sq, exp_avg_var and max_exp_avg_sq differ in type"

@@ -76,7 +76,8 @@ def test_a_task_without_a_file_changes_with_all_it_uses(monkeypatch):
 def test_a_task_from_standard_input_has_the_same_digest_in_another_process():
     import subprocess
 
-    text = "import torch\nfrom popriskmin.compare import Task\nfrom popriskmin.compare.training.fingerprint import source_digest\n"
+    text = "import torch\nfrom popriskmin.compare import Task\n"
+    text += "from popriskmin.compare.training.fingerprint import source_digest\n"
     text += TYPED.format(**GIVEN) + "\nprint(source_digest(Typed()))"
     found = [
         subprocess.run([sys.executable, "-"], input=text, capture_output=True, text=True, check=True).stdout

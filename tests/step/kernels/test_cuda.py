@@ -32,6 +32,7 @@ from step.kernels.triton_problems import (
     hyperparameters,
     interpreted,
     needs_triton,
+    to_start,
 )
 from strategies import made_up_variances, options, problems
 
@@ -77,9 +78,12 @@ def test_agrees_with_the_single_tensor_form(drawn, problem, types, shapes, how):
 def test_agrees_with_the_float64_reference(drawn, problem, tensor_steps):
     shapes = [(70,), (3, 5)]
     grads = gradients({**problem, "steps": min(problem["steps"], 3)}, shapes)
-    ours = Problem(shapes, (f64,) * 4, drawn["amsgrad"], given=f64 if drawn["variance"] == "given" else None)
+    given = f64 if drawn["variance"] == "given" else None
+    ours = Problem(shapes, (f64,) * 4, drawn["amsgrad"], given=given, to_start=to_start(drawn))
     rng = np.random.default_rng(1)
     expected = Reference([rng.normal(size=shape) for shape in shapes], **drawn)
+    if ours.starts:
+        expected.start = [guarded.tensor.numpy() for guarded in ours.starts]
     for g in grads:
         cuda.step(ours.lists(g), ours.steps, hyperparameters(drawn), tensor_steps=tensor_steps)
         expected.step(g, made_up_variances(g))
@@ -162,6 +166,43 @@ def test_masks_are_shut_on_the_boundary(mask, reduction):
     assert torch.equal(before, after)
 
 
+SHRINKING = {"lr": 0.1, "shrinkage": 2.5, "batch_size": 8, "n_dataset": 40, "weight_decay": 0.0, "warmup_steps": 1}
+
+
+@interpreted
+@pytest.mark.parametrize("types", [TYPES[0], TYPES[5]])
+@pytest.mark.parametrize(
+    ("options", "tensor_steps"),
+    [({}, False), ({"mask": "none"}, True), ({"reduction": "per_tensor"}, False), ({"mask": "soft"}, True)],
+)
+def test_weights_come_to_lie_exactly_where_the_loop_leaves_them(types, options, tensor_steps):
+    shapes = [(33, 2), (65,)]
+    grads = gradients({"seed": 2, "scale": 1.0, "steps": 4}, shapes)
+    for shrink_to in ("zero", "start"):
+        drawn = {**SHRINKING, **options, "shrink_to": shrink_to}
+        ours, theirs = both(drawn, grads, types, shapes, tensor_steps=tensor_steps, offset=3, transposed=True)
+        assert_agree(ours, theirs, types, drawn, 4)
+        starts = Problem(shapes, types, False, to_start=to_start(drawn), transposed=True).lists(grads[0]).starts
+        matrix, vector = (w == (starts[i] if starts else 0) for i, w in enumerate(ours[0]))
+        assert 0 < matrix.double().mean() < 1
+        assert vector.double().mean() < 0.1  # some by chance, in 16 bits
+        of_loop = theirs[0][0] == (starts[0] if starts else 0)
+        assert (matrix != of_loop).double().mean() <= (0.05 if f32 in types[:1] else 0.1)
+
+
+@interpreted
+@pytest.mark.parametrize("tensor_steps", [False, True])
+@pytest.mark.parametrize("reduction", ["per_param", "per_tensor"])
+def test_the_pull_lets_nan_and_infinity_pass_as_the_loop_does(tensor_steps, reduction):
+    good = np.linspace(-1, 1, 8).reshape(2, 4)
+    grads = [[g] for g in (good, BAD.reshape(2, 4), good)]
+    for shrink_to in ("zero", "start"):
+        drawn = {**SHRINKING, "shrink_to": shrink_to, "reduction": reduction}
+        ours, theirs = both(drawn, grads, (f32,) * 4, [(2, 4)], tensor_steps=tensor_steps)
+        for mine, other in zip(ours, theirs):
+            torch.testing.assert_close(mine[0], other[0], rtol=1e-4, atol=1e-7, equal_nan=True)
+
+
 def launches(lists, steps, hyper, tensor_steps=False):
     return [x.places.tensors for x in cuda._launches(lists, steps, hyper, None, tensor_steps)]
 
@@ -205,7 +246,9 @@ def test_autograd_notices_the_step():
     loss = (w * w).sum()
     state = [torch.zeros(3) for _ in range(3)]
     with torch.no_grad():
-        cuda.step(Lists([w], [torch.ones(3)], *[[x] for x in state], [], []), [torch.tensor(0.0)], hyperparameters({}))
+        cuda.step(
+            Lists([w], [torch.ones(3)], *[[x] for x in state], [], [], []), [torch.tensor(0.0)], hyperparameters({})
+        )
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

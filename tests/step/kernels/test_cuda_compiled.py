@@ -18,8 +18,10 @@ def compiled(kernel, types, **flags):
     wide = f64 if f64 in (types[0], types[2]) else f32
     flags = {"PHASE": "all", "MASK": "snr", "DECOUPLED": True, "BIAS": True, "COLUMNS": COLUMNS, "BLOCK": 1024} | flags
     off = ["AMSGRAD", "COUPLED", "MAXIMIZE", "DEBIAS", "GIVEN", "MASK_DECAY", "FROM_END", "TENSOR_STEPS", "TENSOR_LR"]
-    constants = {**dict.fromkeys(off, False), "CHUNK": 4096, "C": cuda_step.TYPES[wide], **flags}
-    constants |= {name: cuda_step.TYPES[t] for name, t in zip("PGMVSXZ", [*types, types[3], types[3], types[1]])}
+    constants = {**dict.fromkeys(off, False), "SHRINK": "none", "CHUNK": 4096, "C": cuda_step.TYPES[wide], **flags}
+    constants |= {
+        name: cuda_step.TYPES[t] for name, t in zip("PGMVSXZW", [*types, types[3], types[3], types[1], types[0]])
+    }
     function = getattr(cuda_step, kernel)
     kinds = {"table": "*i64", "gradients": "*i64", "lr_at": "*fp64", "tensors": "i32", "blocks": "i32"}
     kinds["partials"] = "*fp64" if wide == f64 else "*fp32"
@@ -44,6 +46,9 @@ def compiled(kernel, types, **flags):
         ("update", TYPES[0], {"PHASE": "advance"}),
         ("update", TYPES[3], {"GIVEN": True, "DEBIAS": True, "TENSOR_STEPS": True}),
         ("update", TYPES[0], {"PHASE": "move", "AMSGRAD": True}),
+        ("update", TYPES[0], {"SHRINK": "zero"}),
+        ("update", TYPES[5], {"SHRINK": "start", "MASK": "soft", "DEBIAS": True, "TENSOR_STEPS": True}),
+        ("update", TYPES[1], {"SHRINK": "start", "PHASE": "move"}),
         ("pool", TYPES[0], {"DEBIAS": True, "TENSOR_STEPS": True}),
         ("pool", TYPES[1], {}),
     ],

@@ -16,6 +16,7 @@ from step.kernels.triton_problems import (
     hardware,
     hyperparameters,
     single,
+    to_start,
 )
 from strategies import made_up_variances
 
@@ -34,6 +35,9 @@ GRID = [
     {"bias_correction": False, "mask_eps": 1e-8},
     {"variance": "given", "debias": True, "min_q": 0.1},
     {"variance": "given", "reduction": "per_tensor", "mask": "soft"},
+    {"shrinkage": 2.5, "batch_size": 8, "n_dataset": 40},
+    {"shrinkage": 2.5, "batch_size": 8, "n_dataset": 40, "shrink_to": "start", "mask": "threshold", "amsgrad": True},
+    {"shrinkage": 2.5, "batch_size": 8, "n_dataset": 40, "shrink_to": "start", "reduction": "per_tensor"},
 ]
 
 
@@ -83,7 +87,8 @@ def test_nothing_waits_for_the_device_and_steps_are_deterministic(drawn, tensor_
     results = []
     for _ in range(2):
         made = Problem(LARGE, (f32,) * 4, {**DEFAULTS, **drawn}["amsgrad"], device="cuda",
-                       steps_on="cuda" if tensor_steps else "cpu", given=given_in(drawn))  # fmt: skip
+                       steps_on="cuda" if tensor_steps else "cpu", given=given_in(drawn),
+                       to_start=to_start(drawn))  # fmt: skip
         lists = made.lists(grads)
         hyper = hyperparameters({**drawn, "lr": torch.tensor(0.01, device="cuda")})
         cuda.step(lists, made.steps, hyper)
@@ -103,7 +108,7 @@ def test_a_captured_graph_steps_like_the_loop(drawn):
     shapes, amsgrad = LARGE, {**DEFAULTS, **drawn}["amsgrad"]
     grads = gradients({"seed": 1, "scale": 1.0, "steps": 6}, shapes)
     lr = torch.tensor(0.01, device="cuda")
-    how = {"device": "cuda", "steps_on": "cuda", "given": given_in(drawn)}
+    how = {"device": "cuda", "steps_on": "cuda", "given": given_in(drawn), "to_start": to_start(drawn)}
     ours, theirs = (Problem(shapes, (f32,) * 4, amsgrad, **how) for _ in range(2))
     hyper = hyperparameters({**drawn, "lr": lr})
 
@@ -155,5 +160,5 @@ def test_a_tensor_of_more_than_two_to_the_31_elements():
     m = torch.zeros(n, dtype=f32, device="cuda")
     v, s = torch.zeros(n, dtype=bf16, device="cuda"), torch.zeros(n, dtype=bf16, device="cuda")
     hyper = hyperparameters({"mask": "none", "lr": 0.5, "weight_decay": 0.0})
-    cuda.step(Lists([w], [g], [m], [v], [s], [], []), [torch.tensor(0.0)], hyper)
+    cuda.step(Lists([w], [g], [m], [v], [s], [], [], []), [torch.tensor(0.0)], hyper)
     assert bool(((w - 0.5).abs_() < 0.05).all())

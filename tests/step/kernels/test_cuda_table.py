@@ -11,11 +11,13 @@ from popriskmin.step.kernels.cuda_table import COLUMNS, MOST_TABLES, Places, bui
 BLOCK = 1024
 
 
-def places(sizes, addresses=None, steps=None):
+def places(sizes, addresses=None, steps=None, origins=None):
     """Return tensors of these sizes, all of whose addresses are the same."""
     packed = lambda numbers: struct.pack(f"{len(sizes)}q", *numbers)  # noqa: E731
     addresses = packed(addresses or [16] * len(sizes))
-    return Places(packed(sizes), *[addresses] * 5, packed(steps or [8] * len(sizes)))
+    return Places(
+        packed(sizes), *[addresses] * 5, *map(packed, (steps or [8] * len(sizes), origins or [0] * len(sizes)))
+    )
 
 
 class Streams:
@@ -45,11 +47,11 @@ class Streams:
 
 def test_a_table_lists_tensors_and_blocks():
     sizes, addresses = [1, BLOCK, 0, BLOCK + 1, 8], [16, 32, 0, 48, 60]
-    held = places(sizes, addresses, steps=[1, 2, 3, 4, 5])
+    held = places(sizes, addresses, steps=[1, 2, 3, 4, 5], origins=[0, 1, 0, 1, 32])
     assert tables_of(held, struct.pack("5q", *addresses), BLOCK, torch.device("cpu"), False, {}).blocks == 5
     *rows, owners = built(held, BLOCK).split([COLUMNS] * 5 + [5])
     assert owners.tolist() == [0, 1, 3, 3, 4]
-    expected = zip(sizes, [0, 1, 2, 2, 4], [1, 1, 1, 1, 0], *[addresses] * 5, [1, 2, 3, 4, 5])
+    expected = zip(sizes, [0, 1, 2, 2, 4], [1, 1, 1, 1, 0], *[addresses] * 5, [1, 2, 3, 4, 5], [0, 1, 0, 1, 32])
     assert [row.tolist() for row in rows] == [list(row) for row in expected]
 
 
@@ -58,6 +60,8 @@ def test_one_tensor_off_its_alignment_is_enough(odd):
     held = places([5])
     off = held._replace(**{Places._fields[1 + odd]: struct.pack("q", 40)})
     assert [built(x, BLOCK)[2].item() for x in (held, off)] == [1, 0]
+    # The first weights count too, and what says that there are none does not.
+    assert [built(places([5], origins=[origin]), BLOCK)[2].item() for origin in (0, 1, 32, 40)] == [1, 1, 1, 0]
     # A step count is read by itself.
     assert built(held._replace(steps=struct.pack("q", 4)), BLOCK)[2] == 1
 

@@ -8,7 +8,7 @@ import torch
 from popriskmin import PRM
 from popriskmin.mask import Hyperparameters
 from popriskmin.step import kernels
-from popriskmin.step.kernels import cpu, fit, fused_prm
+from popriskmin.step.kernels import cpu, eligible, fused_prm
 from popriskmin.step.lists import Lists
 
 needs_kernel = pytest.mark.skipif(cpu.unusable() is not None, reason=str(cpu.unusable()))
@@ -17,6 +17,7 @@ needs_kernel = pytest.mark.skipif(cpu.unusable() is not None, reason=str(cpu.unu
 def lists(**changed):
     held = {name: torch.ones(4, 6) for name in Lists._fields}
     held |= {name: value for name, value in changed.items() if name in held}
+    held["starts"] = held["params"]
     return Lists(*[[held[name]] for name in Lists._fields]), [changed.get("step", torch.tensor(0.0))]
 
 
@@ -51,8 +52,8 @@ BAD = [
 @pytest.mark.parametrize(("changed", "reason"), BAD)
 def test_what_does_not_fit_is_named(changed, reason):
     held, steps = lists(**changed)
-    assert fit.fits_as_usual(held, steps, None) is None
-    assert re.search(re.escape(reason), fit.misfit(held, steps, 0) or "")
+    assert eligible.fits_as_usual(held, steps, None) is None
+    assert re.search(re.escape(reason), eligible.misfit(held, steps, 0) or "")
 
 
 @pytest.mark.parametrize(
@@ -63,8 +64,8 @@ def test_what_does_not_fit_is_named(changed, reason):
 )  # fmt: skip
 def test_what_fits(changed):
     held, steps = lists(**changed)
-    assert fit.fits_as_usual(held, steps, None) is not None
-    assert fit.misfit(held, steps, 0) is None
+    assert eligible.fits_as_usual(held, steps, None) is not None
+    assert eligible.misfit(held, steps, 0) is None
 
 
 @pytest.mark.parametrize(
@@ -73,13 +74,13 @@ def test_what_fits(changed):
 )
 def test_a_gradient_that_lies_otherwise_is_copied(grad):
     held, steps = lists(grads=grad)
-    assert fit.fits_as_usual(held, steps, None) is None
-    assert fit.misfit(held, steps, 0) is None
-    copied = fit.matched(grad, held.params[0])
+    assert eligible.fits_as_usual(held, steps, None) is None
+    assert eligible.misfit(held, steps, 0) is None
+    copied = eligible.matched(grad, held.params[0])
     assert torch.equal(copied, grad)
     assert copied.stride() == held.params[0].stride()
     assert not copied.is_neg()
-    assert fit.matched(copied, held.params[0]) is copied
+    assert eligible.matched(copied, held.params[0]) is copied
 
 
 def stepped(params, grads, **kwargs):
@@ -157,11 +158,11 @@ def test_images_in_channels_last_take_the_quick_way(monkeypatch, amsgrad):
 def test_what_a_kernel_keeps_outlives_the_objects():
     """Sharded parameters may come as other tensors at the same addresses."""
     held, steps = lists()
-    known = fit.fits_as_usual(held, steps, None)
+    known = eligible.fits_as_usual(held, steps, None)
     known.memory["tables"] = 1
-    assert fit.fits_as_usual(held, steps, known) is known
+    assert eligible.fits_as_usual(held, steps, known) is known
     again = Lists(*[[tensor.detach() for tensor in tensors] for tensors in held])
-    found = fit.fits_as_usual(again, steps, known)
+    found = eligible.fits_as_usual(again, steps, known)
     assert found is not known
     assert found.memory is known.memory
 
@@ -170,10 +171,10 @@ def test_what_a_kernel_keeps_outlives_the_objects():
 def test_strides_of_dimensions_with_one_element_say_nothing(stride, alike):
     param = torch.ones(5, 4, 1, 1)
     grad = torch.ones(20).as_strided((5, 4, 1, 1), stride)
-    assert (fit.matched(grad, param) is grad) == alike
+    assert (eligible.matched(grad, param) is grad) == alike
     held, steps = lists(**dict.fromkeys(Lists._fields, param) | {"grads": grad})
-    assert fit.misfit(held, steps, 0) is None
-    assert (fit.fits_as_usual(held, steps, None) is not None) == alike
+    assert eligible.misfit(held, steps, 0) is None
+    assert (eligible.fits_as_usual(held, steps, None) is not None) == alike
 
 
 @pytest.mark.parametrize(("device", "name"), [("cpu", ""), ("meta", " for meta")])
@@ -193,7 +194,7 @@ def test_a_missing_kernel_is_told_once_where_the_step_is_called(device, name, mo
 
 def test_devices_without_a_kernel_are_left_to_foreach_at_once():
     params = [torch.ones(3, device="meta"), torch.ones(0, device="meta")]
-    held = Lists(params, params, params, params, params, [], [])
+    held = Lists(params, params, params, params, params, [], [], [])
     assert fused_prm(held, [torch.tensor(0.0)] * 2, hyper(), insist=False, memory={}) == [0, 1]
     with pytest.raises(RuntimeError, match="tensor 0 of a parameter group cannot take it: there is no kernel for meta"):
         fused_prm(held, [torch.tensor(0.0)] * 2, hyper(), insist=True, memory={})

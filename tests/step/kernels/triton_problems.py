@@ -9,7 +9,7 @@ import pytest
 import torch
 from strategies import made_up_variances
 
-from popriskmin.mask import Hyperparameters, boundary_coefficient
+from popriskmin.mask import Hyperparameters, boundary_coefficient, mean_coefficient
 from popriskmin.step.functional import prm
 from popriskmin.step.kernels import cuda
 from popriskmin.step.kernels.eligible import fits_as_usual
@@ -59,20 +59,30 @@ DEFAULTS = {
     "maximize": False,
     "min_q": 0.0,
     "variance": "streaming",
+    "shrinkage": 0.0,
+    "shrink_to": "zero",
 }
-NEEDED_BY_PRM = set(DEFAULTS) - {"betas", "variance"}
+NEEDED_BY_PRM = set(DEFAULTS) - {"betas", "variance", "shrink_to"}
 
 
 def arguments(drawn):
     """Return the options as `prm` takes them."""
     drawn = {**DEFAULTS, **drawn}
     a = boundary_coefficient(drawn.get("boundary", "batch"), drawn.get("batch_size"), drawn.get("n_dataset"))
+    c = mean_coefficient(drawn["batch_size"], drawn["n_dataset"], drawn["variance"]) if drawn["shrinkage"] else 0.0
     beta1, beta2 = drawn["betas"]
-    return {**{name: drawn[name] for name in NEEDED_BY_PRM}, "beta1": beta1, "beta2": beta2, "coefficient": a}
+    numbers = {"beta1": beta1, "beta2": beta2, "coefficient": a, "mean_coefficient": c}
+    return {**{name: drawn[name] for name in NEEDED_BY_PRM}, **numbers}
 
 
 def hyperparameters(drawn):
-    return Hyperparameters.of(**arguments(drawn), variance={**DEFAULTS, **drawn}["variance"])
+    choices = {name: {**DEFAULTS, **drawn}[name] for name in ("variance", "shrink_to")}
+    return Hyperparameters.of(**arguments(drawn), **choices)
+
+
+def to_start(drawn):
+    """Return whether weights are pulled to the first ones."""
+    return bool(drawn.get("shrinkage")) and drawn.get("shrink_to") == "start"
 
 
 class Guarded:
@@ -94,7 +104,7 @@ class Problem:
     """Parameters and state, in guarded memory, and the steps they have taken."""
 
     def __init__(self, shapes, types, amsgrad, offset=16, transposed=False, device="cpu", steps_on=None, start=None,
-                 given=None):  # fmt: skip
+                 given=None, to_start=False):  # fmt: skip
         """`given` is the type of the variances, None where they come from the gradients."""
         self.given = given
         rng = np.random.default_rng(1)
@@ -110,6 +120,9 @@ class Problem:
         if not amsgrad:
             self.columns.pop()
         self.amsgrad = amsgrad
+        # A start near the weights, so that some come to lie there.
+        starts = [value + 0.01 * rng.normal(size=value.shape) for value in values] if to_start else []
+        self.starts = [Guarded(self._in_memory(value), p, offset, device) for value in starts]
         start = start or [0.0] * len(shapes)
         self.steps = [torch.tensor(t, dtype=f32, device=steps_on or "cpu") for t in start]
 
@@ -126,10 +139,11 @@ class Problem:
         variances = [self._seen(z.tensor) for z in self.variances]
         p, *state = [[self._seen(guarded.tensor) for guarded in column] for column in self.columns]
         maxima = state.pop() if self.amsgrad else []
-        return Lists(p, [self._seen(g.tensor) for g in self.grads], *state, maxima, variances)
+        starts = [self._seen(guarded.tensor) for guarded in self.starts]
+        return Lists(p, [self._seen(g.tensor) for g in self.grads], *state, maxima, variances, starts)
 
     def check_memory(self, grads):
-        for column in [*self.columns, self.grads, self.variances]:
+        for column in [*self.columns, self.grads, self.variances, self.starts]:
             assert all(guarded.is_intact() for guarded in column)
         for guarded, g in zip(self.grads, grads):
             expected = torch.as_tensor(self._in_memory(g)).to(self.grad_type)
@@ -149,8 +163,9 @@ def gradients(problem, shapes):
 
 def single(made, grads, drawn, capturable):
     """Take a step of a problem with the single-tensor form."""
-    *lists, variances = made.lists(grads)
-    prm(*lists, made.steps, foreach=False, capturable=capturable, grad_vars=variances or None, **arguments(drawn))
+    *lists, variances, starts = made.lists(grads)
+    given = {"grad_vars": variances or None, "starts": starts or None}
+    prm(*lists, made.steps, foreach=False, capturable=capturable, **given, **arguments(drawn))
 
 
 def both(drawn, all_grads, types, shapes=SHAPES, tensor_steps=False, tensor_lr=None, device="cpu", start=None,
@@ -159,6 +174,7 @@ def both(drawn, all_grads, types, shapes=SHAPES, tensor_steps=False, tensor_lr=N
     amsgrad = {**DEFAULTS, **drawn}["amsgrad"]
     how |= {"device": device, "steps_on": device if tensor_steps else "cpu", "start": start}
     how["given"] = given if {**DEFAULTS, **drawn}["variance"] == "given" else None
+    how["to_start"] = to_start(drawn)
     made = [Problem(shapes, types, amsgrad, **how) for _ in range(2)]
     if tensor_lr is not None:
         lr = torch.tensor({**DEFAULTS, **drawn}["lr"], dtype=tensor_lr, device=how["steps_on"])
@@ -188,6 +204,8 @@ def assert_agree(ours, theirs, types, drawn, steps, moved=None):
     share = max({f64: 1e-10, f32: 1e-4, bf16: 2e-2}[t] for t in (wide, *types[2:]))
     largest_gradient = max(float(a.abs().max()) for a in theirs[1]) / (1 - {**DEFAULTS, **drawn}["betas"][0])
     hard = {**DEFAULTS, **drawn}["mask"] == "hard"
+    hyper = hyperparameters(drawn)
+    pulled = hyper.shrinkage * hyper.mean_coefficient**0.5
     coupled = 0.0 if {**DEFAULTS, **drawn}["decoupled_weight_decay"] else {**DEFAULTS, **drawn}["weight_decay"]
     for name, mine, other in zip(NAMES, ours, theirs):
         for a, b, w in zip(mine, other, theirs[0]):
@@ -201,7 +219,7 @@ def assert_agree(ours, theirs, types, drawn, steps, moved=None):
                 atol += off_by * (1 if name == "m" else 2 * largest_gradient)
             if name == "p":
                 # A step is about lr, as exact as the state is stored; without bias correction it can be much more.
-                atol += share * steps * lr * (moved or 1)
+                atol += share * steps * lr * ((moved or 1) + pulled)
             off = (a.double() - b.double()).abs() > atol + unit * b.double().abs()
             if hard and name == "p":
                 # A number on the boundary may fall to either side, a whole tensor of numbers in a pooled mask.

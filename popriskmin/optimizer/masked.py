@@ -1,0 +1,492 @@
+"""`Masked`: the mask of PRM around any optimizer of torch's kind."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer, SparseAdam
+
+from popriskmin.mask import Corrections, Hyperparameters, MaskFunction, corrections, mask_name
+from popriskmin.optimizer.checkpoint import Prepared, dtype_of_state, ids_match, saved_mask
+from popriskmin.optimizer.checkpoint_probe import makes_state_alone
+from popriskmin.optimizer.mask_state import MASKED_STATE
+from popriskmin.optimizer.options import check_options, plain, with_numbers
+from popriskmin.optimizer.prm import PRM
+from popriskmin.optimizer.shrunk import CountsShrunk
+from popriskmin.optimizer.stats import MaskStats, mask_stats
+from popriskmin.step.compat import split_names
+from popriskmin.step.foreach import Block, advance_variance, cohorts, copy, mask_of, pooled_mask, widen, write_back
+from popriskmin.step.lists import Lists, are_plain, compute_dtype, count_up, is_compiling, local_parts
+
+# The options of PRM that Masked has no use for, as the checks and the formulas of the mask ask for them.
+_OF_PRM = {
+    name: option.default
+    for name, option in inspect.signature(PRM.__init__).parameters.items()
+    if option.default is not option.empty
+} | {"lr": 0.0, "eps": 0.0, "weight_decay": 0.0}
+
+# What Lion of pytorch-optimizer calls decoupled decay; torch's own say it by "decoupled_weight_decay".
+_LION = ("pytorch_optimizer", "Lion")
+
+
+class Masked(CountsShrunk, Optimizer):
+    """The mask of PRM around an optimizer: it steps, and each scalar keeps `q` of its change.
+
+    `Masked` keeps the mean `m` and the variance `s` of each minibatch gradient, lets the optimizer step, and goes back
+    part of the way::
+
+        s = rho * s + (1 - rho) * (g - m)**2        # m is the mean before this batch
+        m = beta1 * m + (1 - beta1) * g
+        m^ = m / (1 - beta1**t),  s^ = s / (1 - rho**t)
+        q = mask(m^**2, s^)
+        w = w_before + q * (w_after - w_before)
+
+    Around `torch.optim.AdamW` this is `PRM`, to rounding. It is a `torch.optim.Optimizer` that shares its parameter
+    groups and its state with the inner one. So learning-rate schedules, loss scalers, clipping, hooks and checkpoints
+    work as with any other. Use it where the inner optimizer stood, and no longer the inner one.
+
+    Beside the inner optimizer it keeps two tensors for each parameter, in float32 at least. During a step a copy of
+    the parameters and two more temporaries are added.
+
+    Parameters
+    ----------
+    optimizer
+        The inner one: any that steps without a closure and whose gradients are dense.
+    mask, softness, rho, batch_size, boundary, n_dataset, reduction, warmup_steps, debias, min_q
+        As in `PRM`. Each can be given per parameter group: as a key of the groups that the inner optimizer is built
+        with, or of `add_param_group`. Where the inner optimizer has an option of the same name, as Adadelta has `rho`,
+        the key is `mask_rho`.
+    beta1
+        Decay rate of `m`, in [0, 1). It has nothing to do with the momentum of the inner optimizer.
+    mask_eps
+        The mask's epsilon, in units of the squared gradient.
+    mask_decay
+        Whether the inner optimizer's decoupled weight decay is masked too. It is told apart from the step for
+        `torch.optim.AdamW`, for others of torch with `decoupled_weight_decay=True`, for `torch.optim.Muon`, for `Lion`
+        of pytorch-optimizer, and for any whose groups say `decoupled_weight_decay=True`: these decay by
+        `lr * weight_decay * w` before they step. Decay that is part of the gradient, as in SGD, or that cannot be told
+        apart is masked in any case.
+
+    Raises
+    ------
+    TypeError
+        For what is no optimizer, or cannot be wrapped: `PRM` and `Masked`, which mask already; those whose step needs a
+        closure, as LBFGS; `SparseAdam`; a framework's wrapper, which belongs around `Masked`.
+    ValueError
+        For an option out of range, and `differentiable=True` of the inner optimizer.
+    RuntimeError
+        In `step`, for a sparse gradient; nothing has then moved.
+
+    Notes
+    -----
+    Schedule-free optimizers train one sequence of weights and average another. `Masked` scales the changes of both, the
+    parameters and the `z` of their state; call `train()` and `eval()` of `Masked` as of theirs. An optimizer that keeps
+    other weights beside the parameters, such as Lookahead or one with float32 copies of half-precision weights, moves
+    those without a mask: put Lookahead around `Masked`.
+
+    References
+    ----------
+    Litman and Guo, "A Theory of Generalization in Deep Learning", arXiv:2605.01172.
+
+    Examples
+    --------
+    >>> model = torch.nn.Linear(4, 1)
+    >>> optimizer = Masked(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), softness=3.0)
+    >>> schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    >>> for _ in range(3):
+    ...     optimizer.zero_grad()
+    ...     model(torch.randn(8, 4)).square().mean().backward()
+    ...     optimizer.step()
+    ...     schedule.step()
+    >>> 0 < optimizer.get_mask_stats()["mean_q"] < 1
+    True
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        mask: str | MaskFunction = "snr",
+        softness: float = 1.0,
+        beta1: float = 0.9,
+        rho: float = 0.99,
+        batch_size: int | None = None,
+        boundary: str = "batch",
+        n_dataset: int | None = None,
+        reduction: str = "per_param",
+        warmup_steps: int = 0,
+        mask_eps: float = 1e-16,
+        debias: bool = False,
+        mask_decay: bool = False,
+        min_q: float = 0.0,
+    ) -> None:
+        _check_inner(optimizer)
+        options = {
+            "mask": mask,
+            "softness": softness,
+            "beta1": beta1,
+            "rho": rho,
+            "batch_size": batch_size,
+            "boundary": boundary,
+            "n_dataset": n_dataset,
+            "reduction": reduction,
+            "warmup_steps": warmup_steps,
+            "mask_eps": mask_eps,
+            "debias": debias,
+            "mask_decay": mask_decay,
+            "min_q": min_q,
+        }
+        options = {name: _plain(name, value) for name, value in options.items()}
+        _check(options)
+        # By the name of an option, what it is called in the groups, where the inner optimizer may have that name.
+        keys = {name: f"mask_{name}" if name in optimizer.defaults else name for name in options}
+        defaults = {**optimizer.defaults, **{keys[name]: value for name, value in options.items()}}
+        self.__setstate__({"inner": optimizer, "defaults": defaults, "_keys": keys, "_applied": []})
+        for group in self.param_groups:
+            self._complete(group)
+
+    # Not copied: who writes to the one's writes to the other's.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The parameter groups of the inner optimizer, with the options of the mask."""
+        groups: list[dict[str, Any]] = self.inner.param_groups
+        return groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The state of the inner optimizer, with `mask_step`, `mask_exp_avg` and `mask_exp_avg_var`."""
+        return self.inner.state
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the inner optimizer has and this one has not, as `train` and `eval` of schedule-free ones."""
+        # What torch and frameworks keep between themselves and an optimizer is said of the inner one, not of this.
+        if name.startswith("_") or "inner" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.inner, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle needs; hooks are left out, as torch does."""
+        return {name: self.__dict__[name] for name in ("inner", "defaults", "_keys", "_applied")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle."""
+        super().__setstate__({"_warned_capturable_if_run_uncaptured": True, **state})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters to the inner optimizer, with options of both.
+
+        Raises
+        ------
+        ValueError
+            For a bad option, with nothing added.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        group = split_names(param_group)
+        self._complete(group)
+        self.inner.add_param_group(group)
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        """Check a group's own options of the mask, and fill in the others."""
+        options = self._options(group)
+        _check(options)
+        if group.get("differentiable"):
+            raise ValueError("differentiable=True cannot be masked: build the inner optimizer without it")
+        group.update({self._keys[name]: value for name, value in options.items()})
+
+    def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        # A group that was added to the inner optimizer alone has those of the whole.
+        return {name: _plain(name, group.get(key, self.defaults[key])) for name, key in self._keys.items()}
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Let the inner optimizer take one step, and mask it.
+
+        Parameters
+        ----------
+        closure
+            Recomputes the model and its gradients, and returns the loss, which is then returned. It is evaluated once.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        elif makes_state_alone(self):
+            self.inner.step()
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self.inner.state[p].update(_new_state(p, bool(group.get("capturable"))))
+            return None
+        applied = [self.hyperparameters_of(number) for number in range(len(self.param_groups))]
+        started: dict[Tensor, dict[str, Tensor]] = {}
+        gathered = [self._gather(group, started) for group in self.param_groups]
+        self._applied[:] = applied
+        steps: list[_Step] = []
+        for group, hyper, (lists, counts) in zip(self.param_groups, applied, gathered):
+            on_device = bool(group.get("capturable")) or is_compiling()
+            steps += _advance(lists, counts, hyper, self._decay(group), on_device)
+        others = self._other_weights(steps)
+        self.inner.step()
+        # Not before: optimizers take a parameter whose state is not empty for one that they know.
+        for param, state in started.items():
+            self.inner.state[param].update(state)
+        for step, weights in zip(steps, others):
+            q = _mask(step)
+            _go_back(step.local.params, step.before, q, step)
+            if weights is not None:
+                afters = [self.inner.state[p]["z"] for p in step.whole.params]
+                _go_back(_alike(afters, step), weights, q, step)
+        return loss
+
+    def _gather(self, group: Mapping[str, Any], started: dict[Tensor, dict[str, Tensor]]) -> tuple[Lists, list[Tensor]]:
+        """Return the tensors of the parameters that have a gradient, with zeros in `started` for new ones."""
+        lists, counts = Lists(*([] for _ in Lists._fields)), []
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                raise RuntimeError("Masked does not support sparse gradients; use sparse=False")
+            state = self.inner.state.get(p, {})
+            if MASKED_STATE["step"] not in state:
+                state = started[p] = _new_state(p, bool(group.get("capturable")))
+            lists.params.append(p)
+            lists.grads.append(p.grad)
+            lists.exp_avgs.append(state[MASKED_STATE["exp_avg"]])
+            lists.exp_avg_vars.append(state[MASKED_STATE["exp_avg_var"]])
+            counts.append(state[MASKED_STATE["step"]])
+        return lists, counts
+
+    def _decay(self, group: Mapping[str, Any]) -> Any:
+        """Return what share of the weights the inner optimizer's step takes off them as decoupled decay."""
+        kind = type(self.inner)
+        lion = (kind.__module__.partition(".")[0], kind.__name__) == _LION
+        muon = getattr(torch.optim, "Muon", None)  # since torch 2.9
+        if isinstance(self.inner, AdamW) or (muon is not None and isinstance(self.inner, muon)):
+            decouples = True
+        else:
+            decouples = bool(group.get("weight_decouple") if lion else group.get("decoupled_weight_decay"))
+        if not decouples:
+            return 0.0
+        return group["weight_decay"] * (1 if lion and group.get("fixed_decay") else group["lr"])
+
+    def _other_weights(self, steps: list[_Step]) -> list[list[Tensor] | None]:
+        """Return copies of the weights that a schedule-free optimizer trains beside the parameters it evaluates."""
+        if not (callable(getattr(self.inner, "train", None)) and callable(getattr(self.inner, "eval", None))):
+            return [None] * len(steps)
+        # Before their first step these are the parameters themselves.
+        return [
+            _copies(_alike([self.inner.state.get(p, {}).get("z", p) for p in step.whole.params], step), step.dtype)
+            for step in steps
+        ]
+
+    @overload
+    def get_mask_stats(self, by: None = None, *, local: bool = False) -> MaskStats | None: ...
+    @overload
+    def get_mask_stats(self, by: Literal["group"], *, local: bool = False) -> dict[int, MaskStats]: ...
+    @overload
+    def get_mask_stats(self, by: Literal["parameter"], *, local: bool = False) -> dict[str | int, MaskStats]: ...
+    def get_mask_stats(self, by: Literal["group", "parameter"] | None = None, *, local: bool = False) -> Any:
+        """Say how open the mask was at the last step; see `PRM.get_mask_stats`."""
+        return mask_stats(self, by, local)
+
+    def mask_state_of(self, param: Tensor) -> Mapping[str, Any]:
+        """Return the state that the mask is made of, under the names that it has in `PRM`; empty before a step."""
+        state = self.inner.state.get(param, {})
+        if MASKED_STATE["step"] not in state:
+            return {}
+        return {name: state[key] for name, key in MASKED_STATE.items()}
+
+    def hyperparameters_of(self, group: int) -> Hyperparameters:
+        """Return the numbers of the mask of a group as it stands now."""
+        return Hyperparameters.of_group(_as_of_prm(self._options(self.param_groups[group])))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner optimizer's, with the state and the options of the mask."""
+        for hook in getattr(self, "_optimizer_state_dict_pre_hooks", {}).values():
+            hook(self)
+        state_dict: dict[str, Any] = self.inner.state_dict()
+        for group in state_dict["param_groups"]:
+            if callable(group.get(self._keys["mask"])):
+                group[self._keys["mask"]] = mask_name(group[self._keys["mask"]])
+        for hook in getattr(self, "_optimizer_state_dict_post_hooks", {}).values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint of `Masked`, or take over one of the inner optimizer's kind.
+
+        In a checkpoint without a mask the inner optimizer carries on, and the mask starts at its first step, with the
+        options of this optimizer.
+
+        Raises
+        ------
+        ValueError
+            For a checkpoint with other shapes, group sizes or bad options. The optimizer is then as it was.
+        """
+        state_dict = state_dict.copy()
+        for hook in getattr(self, "_optimizer_load_state_dict_pre_hooks", {}).values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self.inner.load_state_dict(self._prepare(state_dict))
+        for state in self.inner.state.values():
+            state.update({name: value.tensor for name, value in state.items() if isinstance(value, Prepared)})
+        for hook in getattr(self, "_optimizer_load_state_dict_post_hooks", {}).values():
+            hook(self)
+
+    def _prepare(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the checkpoint complete, and with tensors of the mask that torch does not cast."""
+        if not ids_match(state_dict["param_groups"], self.param_groups):
+            return state_dict  # torch says what is wrong
+        groups, state = [], dict(state_dict["state"])
+        for saved, group in zip(state_dict["param_groups"], self.param_groups):
+            saved = {**{key: group[key] for key in self._keys.values() if key in group}, **saved}
+            saved[self._keys["mask"]] = saved_mask(saved[self._keys["mask"]], group[self._keys["mask"]])
+            _check(self._options(saved))
+            groups.append(saved)
+            for number, param in zip(saved["params"], group["params"]):
+                if MASKED_STATE["step"] in state.get(number, {}):
+                    state[number] = {**state[number], **_prepared(state[number], number, param, saved)}
+        return {**state_dict, "param_groups": groups, "state": state}
+
+
+class _Step(NamedTuple):
+    """Tensors of one device, type and step count on their way through one step."""
+
+    whole: Lists
+    local: Lists  # of tensors that are sharded over ranks this rank's parts; complex ones as reals
+    before: list[Tensor]
+    c: Corrections
+    hyper: Hyperparameters
+    decay: Any
+    dtype: torch.dtype
+
+
+def _advance(lists: Lists, counts: list[Tensor], hyper: Hyperparameters, decay: Any, on_device: bool) -> list[_Step]:
+    """Bring `m` and `s` to this step, and copy the parameters whose change is going to be masked."""
+    steps = []
+    if counts:
+        count_up(counts)
+    for indices, t in cohorts(lists, counts, hyper, on_device):
+        whole = lists.of(indices)
+        local = local_parts(whole)
+        local = local if are_plain(local.params) else whole
+        if local.params[0].is_complex():
+            local = local._replace(grads=[grad.resolve_conj() for grad in local.grads]).real()
+        dtype = compute_dtype(local.params[0], local.exp_avgs[0])
+        c = corrections(t.to(dtype) if on_device else t, hyper)
+        grads, exp_avgs = widen(local.grads, dtype), widen(local.exp_avgs, dtype)
+        advance_variance(Block(local, list(range(len(indices)))), grads, exp_avgs, None, c, hyper, dtype)
+        torch._foreach_lerp_(exp_avgs, grads, 1 - hyper.beta1)
+        write_back(local.exp_avgs, exp_avgs)
+        if c.open is not True and hyper.mask != "none":
+            steps.append(_Step(whole, local, _copies(local.params, dtype), c, hyper, decay, dtype))
+    return steps
+
+
+def _mask(step: _Step) -> list[Tensor]:
+    """Return `q` of each tensor, in its shape or, pooled, of shape `()`."""
+    block = Block(step.local, list(range(len(step.local.params))))
+    if step.hyper.reduction == "per_tensor":
+        return pooled_mask(step.whole, step.local, [block], step.c, step.hyper, step.dtype)
+    q = mask_of(block, step.c, step.hyper, step.dtype)
+    assert q is not None  # noqa: S101 - open masks make no step
+    return q
+
+
+def _go_back(params: list[Tensor], before: list[Tensor], q: list[Tensor], step: _Step) -> None:
+    """Leave of the change of the parameters the part `q`; the copies `before` are written to."""
+    if not step.hyper.mask_decay:
+        # What the decay took off is no part of the change.
+        torch._foreach_mul_(before, 1 - step.decay)
+    # All of the way for q = 1, to the last bit.
+    torch._foreach_lerp_(before, widen(params, step.dtype), q)
+    copy(params, before)
+
+
+def _copies(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [tensor.to(dtype, copy=True) for tensor in tensors]
+
+
+def _alike(tensors: list[Tensor], step: _Step) -> list[Tensor]:
+    """Return other tensors of the same parameters as the step has these: this rank's parts, and as reals."""
+    lists = Lists(tensors, *([] for _ in Lists._fields[1:]))
+    return (lists if step.local is step.whole else local_parts(lists)).real().params
+
+
+def _new_state(param: Tensor, on_device: bool, count: float = 0.0) -> dict[str, Tensor]:
+    # Filled on the device: a tensor made of a Python number is copied there, and waited for.
+    state = {
+        MASKED_STATE["step"]: torch.full((), count, dtype=torch.float32, device=param.device if on_device else "cpu")
+    }
+    for name in ("exp_avg", "exp_avg_var"):
+        dtype = dtype_of_state(name, param, None)
+        state[MASKED_STATE[name]] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    return state
+
+
+def _prepared(saved: Mapping[str, Any], number: Any, param: Tensor, group: Mapping[str, Any]) -> dict[str, Prepared]:
+    prepared = {}
+    for name, key in MASKED_STATE.items():
+        value = saved.get(key)
+        if not isinstance(value, Tensor) or (name != "step" and value.shape != param.shape):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else value
+            raise ValueError(
+                f"the checkpoint's {key} of parameter {number} has shape {shape}, the parameter {tuple(param.shape)}"
+            )
+        if name == "step":
+            device = param.device if group.get("capturable") else torch.device("cpu")
+            prepared[key] = Prepared(value.to(device=device, dtype=torch.float32))
+        else:
+            prepared[key] = Prepared(value.to(device=param.device, dtype=dtype_of_state(name, param, None)))
+    return prepared
+
+
+def _check_inner(optimizer: Any) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"Masked takes a torch optimizer that is built, such as torch.optim.SGD(model.parameters(), lr=0.1), got "
+            f"{optimizer!r}"
+        )
+    name = type(optimizer).__name__
+    if isinstance(optimizer, (PRM, Masked)):
+        raise TypeError(f"{name} masks its steps already: give Masked the optimizer that the mask is to go around")
+    if isinstance(optimizer, SparseAdam):
+        raise TypeError("Masked does not support sparse gradients, and SparseAdam takes no others")
+    for attribute in ("optimizer", "_optimizer"):
+        if isinstance(getattr(optimizer, attribute, None), Optimizer):
+            raise TypeError(f"{name} is a wrapper around an optimizer: put Masked inside, and hand that to the wrapper")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    needs = closure is not None and closure.default is inspect.Parameter.empty
+    if needs or hasattr(optimizer, "first_step"):  # SAM
+        raise TypeError(
+            f"{name} evaluates the loss several times in a step, so that no one gradient says what its step was made "
+            "of: Masked takes optimizers that step without a closure"
+        )
+
+
+def _plain(name: str, value: Any) -> Any:
+    return with_numbers({name: plain(value)}, differentiable=False)[name]
+
+
+def _as_of_prm(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options as those of a group of PRM."""
+    return {**_OF_PRM, **options, "betas": (options["beta1"], 0.0)}
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    beta1, mask_eps = options["beta1"], options["mask_eps"]
+    if isinstance(beta1, bool) or not (isinstance(beta1, (int, float)) and 0 <= beta1 < 1):
+        raise ValueError(f"beta1 must be a number in [0, 1), got {beta1!r}")
+    if mask_eps is None:
+        raise ValueError("mask_eps must be a finite number >= 0, got None")
+    check_options(_as_of_prm(options))

@@ -1,0 +1,54 @@
+"""What the page "Your own mask or optimizer" says, from end to end: a mask and an arm by their paths."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from popriskmin.compare import compare
+from popriskmin.tasks.digits import Digits
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+
+def test_the_command_with_two_jobs(tmp_path):
+    """Every process finds the mask and the arm."""
+    command = [
+        sys.executable, "-m", "popriskmin", "compare", "digits", "--epochs", "1", "--seeds", "2", "--jobs", "2",
+        "--lr", "0.01", "--weight-decay", "0", "--out", str(tmp_path),
+        "--prm", "mask=own_mask:steep", "softness=0.5", "--arm", "masked=own_mask:MaskedSGD", "softness=0.5",
+    ]  # fmt: skip
+    paths = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))
+    ran = subprocess.run(
+        command, cwd=EXAMPLES, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "prm mask=own_mask:steep" in ran.stdout
+    assert "masked" in ran.stdout
+
+
+def test_a_function_is_an_option_of_an_arm(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import own_mask
+
+    results = compare(
+        Digits(epochs=1), lr=[1e-2], weight_decay=[0.0], seeds=1, prm=[{"mask": own_mask.steep}],
+        arms={"masked": (own_mask.MaskedSGD, {})}, out=tmp_path, progress=False,
+    )  # fmt: skip
+    frame = results.frame.set_index("arm")
+    assert np.isfinite(frame.loc["prm mask=own_mask:steep", "test final loss"])
+    assert frame.loc["prm mask=own_mask:steep", "test final loss"] != frame.loc["prm", "test final loss"]
+    assert np.isfinite(frame.loc["masked", "test final loss"])
+
+
+def test_a_mask_without_a_path_is_refused(tmp_path):
+    def local(signal, noise, hyper):
+        return signal / (signal + noise + 1)
+
+    with pytest.raises(ValueError, match=r"local.* must be in a module that other processes can import"):
+        compare(Digits(epochs=1), prm=[{"mask": local}], out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="own_mask has no stee|cannot be imported"):
+        compare(Digits(epochs=1), prm=[{"mask": "own_mask:stee"}], out=tmp_path, progress=False)
