@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-from compare.made_up import ARMS, METRICS, made_up, plan
+from compare.made_up import ARMS, made_up, plan
 
-from popriskmin.compare.report.analysis import Selection, analyse, best_rival, by_budget, rivals_of, untuned
+from popriskmin.compare.report.analysis import analyse, best_rival, by_budget, rivals_of
 from popriskmin.compare.report.run_summary import Choice
-from popriskmin.compare.report.statements import Statement, statements
-from popriskmin.compare.training.arms import Arm, make_arms
+from popriskmin.compare.training.arms import make_arms
 
 
 def test_each_figure_chooses_for_itself():

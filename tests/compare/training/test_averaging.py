@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from popriskmin.compare.training.averaging import Average
 from tiny import Tiny
 from torch import nn
 
 from popriskmin.compare.training.arms import ADAMW, make_arms
-from popriskmin.compare.training.averaging import Average
 from popriskmin.compare.training.train import Configuration, Variant, run
 
 

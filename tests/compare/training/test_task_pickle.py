@@ -4,9 +4,9 @@ import sys
 import threading
 
 import pytest
+from popriskmin.compare.training.task_pickle import pickle_task
 
 from popriskmin.compare.loading import load_task_class
-from popriskmin.compare.training.task_pickle import pickle_task
 from popriskmin.tasks.digits import Digits
 
 TASK = """
