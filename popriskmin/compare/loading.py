@@ -114,7 +114,7 @@ def _no_such_task(name: str, installed: list[str]) -> str:
     if near:
         return f"there is no task {name!r}: did you mean {near[0]}?"
     listed = ", ".join(installed)
-    return f"there is no task {name!r}; installed are {listed}, and a file of your own is given by its path, ending in .py"
+    return f"there is no task {name!r}; installed are {listed}, and a file of your own is given by its path"
 
 
 def make_task(task_class: type[Task], options: Options) -> Task:

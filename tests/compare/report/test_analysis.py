@@ -1,10 +1,15 @@
 """What every arm chose and reached, and what is said of each pair."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 from compare.made_up import ARMS, made_up, plan
+from hypothesis import given
+from hypothesis import strategies as st
 
-from popriskmin.compare.report.analysis import analyse, best_rival, by_budget, rivals_of
+from popriskmin.compare.report.analysis import analyse, best_rival, by_budget, expected_of_the_best, rivals_of
 from popriskmin.compare.report.run_summary import Choice
 from popriskmin.compare.training.arms import make_arms
 

@@ -10,7 +10,7 @@ import torch
 from tiny import Tiny
 from torch import nn
 
-from popriskmin.compare.training.arms import ADAMW, make_arms
+from popriskmin.compare.training.arms import make_arms
 from popriskmin.compare.training.runner import factors
 from popriskmin.compare.training.store import plain
 from popriskmin.compare.training.train import Average, Configuration, Variant, evaluate, run
