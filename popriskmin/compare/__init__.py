@@ -3,7 +3,7 @@
 Needs, in a clone of the repository, `pip install -e '.[compare]'`.
 """
 
-from popriskmin.compare.comparison import compare
+from popriskmin.compare.execute import compare
 from popriskmin.compare.report.results import Results
 from popriskmin.compare.task import Task, Trial
 

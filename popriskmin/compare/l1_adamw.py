@@ -1,4 +1,4 @@
-"""AdamW with an L1 penalty as an arm: what a user would add by hand where few of many inputs matter."""
+"""AdamW with an L1 penalty as an arm, for problems with many inputs of which few matter."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from popriskmin.compare.task import Params
+
 
 class L1AdamW(torch.optim.AdamW):
     """AdamW on the loss plus the sum of the absolute weights times a strength.
 
-    The penalty's gradient, `l1 * sign(w)`, is added to that of the loss in `step`, so it passes through Adam's moments
-    like a penalty in the loss. Parameters of one dimension, biases and norms, are left out.
+    The penalty's gradient, `l1 * sign(w)`, is added to that of the loss in `step`. It passes
+    through Adam's moments like a penalty in the loss. Parameters of one dimension, biases
+    and norms, are left out.
 
     Parameters
     ----------
@@ -39,15 +42,15 @@ class L1AdamW(torch.optim.AdamW):
         popriskmin compare table --arm "l1=popriskmin.compare.l1_adamw:L1AdamW" l1=0.001
     """
 
-    def __init__(self, params: Any, *, l1: float = 1e-3, **options: Any) -> None:
+    def __init__(self, params: Params, *, l1: float = 1e-3, **options: Any) -> None:
         if not 0 <= l1 < float("inf"):
             raise ValueError(f"l1 must be a finite number of at least 0, got {l1!r}")
         super().__init__(params, **options)
         self.l1 = l1
 
-    # Here and not in `step`: torch runs the hooks of a step for each class whose step it has wrapped.
-    def _init_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *others: Any) -> Any:
-        """Gather the tensors of a step as AdamW does, the penalty's gradient added; `p.grad` stays as it is."""
-        found = super()._init_group(group, params, grads, *others)  # type: ignore[no-untyped-call]
+    # Here and not in `step`: torch runs a step's hooks for each class whose step it wraps.
+    def _init_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *others: object) -> bool:
+        """Gather a step's tensors as AdamW does, with the penalty in `grads`, not in `p.grad`."""
+        has_complex: bool = super()._init_group(group, params, grads, *others)  # type: ignore[no-untyped-call]
         grads[:] = [g.add(p.sign(), alpha=self.l1) if p.dim() > 1 else g for p, g in zip(params, grads)]
-        return found
+        return has_complex

@@ -1,31 +1,35 @@
-"""Finding tasks: those that installed packages bring, and those in files of the user's."""
+"""Finding tasks: those of installed packages, and those in files of the user's."""
 
 from __future__ import annotations
 
+import ast
+import difflib
 import importlib.metadata
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from types import GenericAlias, ModuleType
-from typing import Any
 
-from popriskmin.compare.task import Task, check_task_class
+from popriskmin.compare.task import Options, Task, check_task_class
 from popriskmin.compare.text import describe, place_of
 
 # By the name of a module, the path by which the user gave its file.
 _given: dict[str, str] = {}
 
-
-# Packages name their tasks here, this one among them; a value is the path of a class, package.module:Class.
+# Packages name their tasks under this entry point, this package too; a value is the path
+# of a class, package.module:Class.
 GROUP = "popriskmin.tasks"
+
+# Endings of files that hold a table, which are the data of a task and not a task.
+TABLES = (".csv", ".csv.gz", ".tsv", ".txt", ".parquet")
 
 
 def installed_tasks() -> dict[str, str]:
-    """Return the names of the tasks that installed packages bring, and where the class of each is.
+    """Return the names of the tasks of installed packages, and the path of each class.
 
-    Another package adds its own in its pyproject.toml, under ``[project.entry-points."popriskmin.tasks"]``.
+    Another package adds its own in its pyproject.toml, under
+    ``[project.entry-points."popriskmin.tasks"]``.
 
     Examples
     --------
@@ -33,6 +37,30 @@ def installed_tasks() -> dict[str, str]:
     'popriskmin.tasks.digits:Digits'
     """
     return {entry.name: entry.value for entry in sorted(importlib.metadata.entry_points(group=GROUP))}
+
+
+def about_tasks() -> dict[str, str]:
+    """Return the first line on each installed task, read without importing it.
+
+    Examples
+    --------
+    >>> about_tasks()["digits"] != ""
+    True
+    """
+    return {name: _first_line(place) for name, place in installed_tasks().items()}
+
+
+def _first_line(place: str) -> str:
+    """Return the first line of a class's docstring, or nothing where it cannot be read."""
+    module, _, class_name = place.partition(":")
+    try:
+        spec = importlib.util.find_spec(module)
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8")) if spec and spec.origin else ast.parse("")
+    except (ImportError, OSError, ValueError, SyntaxError):  # a package that is broken or has no source
+        return ""
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name]
+    doc = ast.get_docstring(classes[0]) if classes else None
+    return (doc or "").strip().partition("\n")[0]
 
 
 def load_task_class(name: str) -> type[Task]:
@@ -46,21 +74,18 @@ def load_task_class(name: str) -> type[Task]:
     Raises
     ------
     ValueError
-        If there is no such task or file, or the file cannot be run, or defines no usable task or several.
+        If there is no such task or file, if the file cannot be run, or if it does not
+        define exactly one usable task.
     """
     installed = installed_tasks()
     if name in installed:
         return _load_installed(name, installed[name])
-    if name.endswith(".py"):
-        if not Path(name).is_file():
-            raise ValueError(f"there is no file {name}")
-        module = _load_file(name)
-    else:
-        raise ValueError(
-            f"there is no task {name!r}; installed are {', '.join(installed)}, and a file of your own is given by its "
-            "path, ending in .py"
-        )
-    found = [
+    if not name.endswith(".py"):
+        raise ValueError(_no_such_task(name, list(installed)))
+    if not Path(name).is_file():
+        raise ValueError(f"there is no file {name}")
+    module = _load_file(name)
+    tasks = [
         value
         for value in vars(module).values()
         # Python 3.10 takes an alias such as dict[str, float] for a type.
@@ -69,21 +94,37 @@ def load_task_class(name: str) -> type[Task]:
         and issubclass(value, Task)
         and value.__module__ == module.__name__
     ]
-    # A base without `trial` is no task of its own, unless it is all there is, where it is a mistake to be told.
-    found = [kind for kind in found if not inspect.isabstract(kind)] or found
-    if len(found) != 1:
-        names = ", ".join(task.__name__ for task in found) or "none"
+    # A base without `trial` does not count, unless it stands alone; then it is a mistake.
+    tasks = [kind for kind in tasks if not inspect.isabstract(kind)] or tasks
+    if len(tasks) != 1:
+        names = ", ".join(task.__name__ for task in tasks) or "none"
         raise ValueError(f"{name} must define one subclass of popriskmin.compare.Task, but defines {names}")
-    return _checked(name, found[0])
+    return _checked(name, tasks[0])
 
 
-def make_task(task_class: type[Task], options: Mapping[str, Any]) -> Task:
+def is_table(name: str) -> bool:
+    """Return whether a word of the command line names a file with a table."""
+    return name.lower().endswith(TABLES)
+
+
+def _no_such_task(name: str, installed: list[str]) -> str:
+    if is_table(name):
+        return f"{name} is a table and not a task: popriskmin compare table --data {name} --target COLUMN"
+    near = difflib.get_close_matches(name, installed, n=1)
+    if near:
+        return f"there is no task {name!r}: did you mean {near[0]}?"
+    listed = ", ".join(installed)
+    return f"there is no task {name!r}; installed are {listed}, and a file of your own is given by its path"
+
+
+def make_task(task_class: type[Task], options: Options) -> Task:
     """Make a task with these options.
 
     Raises
     ------
     ValueError
-        Where the task's own code raises; with the line, unless it is an installed task that refuses an option.
+        Where the task's own code raises. It names the line, unless an installed task
+        refuses an option.
     """
     module = task_class.__module__
     try:
@@ -97,12 +138,12 @@ def make_task(task_class: type[Task], options: Mapping[str, Any]) -> Task:
 
 
 def given_path(task: Task) -> str | None:
-    """Return how the user can name the task on the command line; None for one that is not in a file of its own."""
+    """Return the task's name on the command line; None for one without a file of its own."""
     module, name = type(task).__module__, _installed_name(type(task))
     if name is not None:
         return name
     file = getattr(sys.modules.get(module), "__file__", None)
-    # A script that defines a task and compares it too would compare again when it is loaded.
+    # A script that defines a task and compares it would compare again when it is loaded.
     if module == "__main__" or file is None:
         return None
     path, here = Path(file).resolve(), Path.cwd()
@@ -116,9 +157,9 @@ def _installed_name(task_class: type[Task]) -> str | None:
 
 def _load_installed(name: str, place: str) -> type[Task]:
     try:
-        task_class: Any = importlib.metadata.EntryPoint(name, place, GROUP).load()
+        task_class: object = importlib.metadata.EntryPoint(name, place, GROUP).load()
     except ImportError:
-        raise  # a package that the task needs; the command says how to get it
+        raise  # the task needs a package; the command says how to get it
     except Exception as error:
         raise _mistake(error, place) from error
     if not (isinstance(task_class, type) and issubclass(task_class, Task)):
@@ -143,7 +184,7 @@ def _load_file(name: str) -> ModuleType:
     module_name = path.stem
     if module_name in sys.modules and getattr(sys.modules[module_name], "__file__", None) != str(path.resolve()):
         module_name = f"{path.stem}_task"
-    # A task may import the files beside it, as it could if it were run as a script.
+    # A task may import the files beside it, as a script may.
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -156,7 +197,7 @@ def _load_file(name: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        # As an import statement does: what was not run to its end is not there.
+        # A module that was not run to its end is not there, as after an import statement.
         sys.modules.pop(module_name, None)
         if former is not None:
             sys.modules[module_name] = former

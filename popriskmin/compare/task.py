@@ -1,4 +1,4 @@
-"""What an experiment is: a `Task` makes, from a seed, a `Trial` that any optimizer can be trained on."""
+"""An experiment is a `Task`: from a seed it makes a `Trial`, for any optimizer to train."""
 
 from __future__ import annotations
 
@@ -15,34 +15,47 @@ from torch import Tensor, nn
 
 Metrics = Mapping[str, float]
 
+# Values of a user's choice, by name: options of a task or of an optimizer.
+Options = Mapping[str, Any]
+
+# One batch, of the type that the task's own loss takes.
+Batch = Any
+
+# What torch.optim takes: parameters, pairs of a name and a parameter, or dicts of groups.
+Params = Sequence[Any]
+
 
 @dataclasses.dataclass
 class Trial:
-    """One thing to train, made from a seed.
+    """One training, made from a seed.
 
     Attributes
     ----------
     model
         A fresh model with its initial weights.
     batches
-        One batch for every optimizer step, of any type; where they end the training ends.
+        One batch for every optimizer step, of any type. The training ends with them.
     loss
         `loss(model, batch)` returns a scalar tensor to minimize.
     validation, test
-        `validation(model)` returns the held-out metrics on validation data, whose labels are as bad as those of the
-        training data; `test(model)` the same metrics on test data. Configurations are chosen on the first, all
-        figures come from the second. The model is in evaluation mode and no gradient is recorded.
+        `validation(model)` returns the metrics on validation data, whose labels are as bad
+        as those of the training data, and `test(model)` the same metrics on test data. The
+        first choose configurations, the second are reported. The model is in evaluation
+        mode, and no gradient is recorded.
     evaluate_every
-        Steps between two evaluations; there is one before the first step and one after the last in any case.
+        Steps between two evaluations. There is also one before the first step and one after
+        the last.
     batch_size, n_dataset
-        Numbers of examples in a batch and in the training data; what `boundary="empirical"` needs.
+        Numbers of examples in a batch and in the training data, which
+        `boundary="empirical"` needs.
     parameters
-        Parameters or parameter groups for the optimizer, where all of `model.named_parameters()` will not do.
+        Parameters or parameter groups for the optimizer; None takes all of
+        `model.named_parameters()`.
     """
 
     model: nn.Module
-    batches: Iterable[Any]
-    loss: Callable[[nn.Module, Any], Tensor]
+    batches: Iterable[Batch]
+    loss: Callable[[nn.Module, Batch], Tensor]
     validation: Callable[[nn.Module], Metrics]
     test: Callable[[nn.Module], Metrics]
     evaluate_every: int
@@ -51,7 +64,7 @@ class Trial:
     parameters: Iterable[Any] | None = None
 
     def __post_init__(self) -> None:
-        """Check what was given, so that a mistake is named before it shows somewhere else."""
+        """Check the fields, so that a mistake is named before it shows somewhere else."""
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"Trial.model must be a torch.nn.Module, got {self.model!r}")
         if not isinstance(self.batches, Iterable):
@@ -67,23 +80,25 @@ class Trial:
 class Task(abc.ABC):
     """An experiment: derive from it, give `metrics`, and write `trial`.
 
-    The fields of a subclass (a dataclass too) are its options, which `popriskmin compare` offers as flags: a field
-    `noise: float = 0.4` becomes `--noise`; a text for it goes into `metadata={"help": ...}`.
+    The fields of a subclass, which is a dataclass too, are its options. `popriskmin compare`
+    offers them as flags: a field `noise: float = 0.4` becomes `--noise`. A text for --help
+    goes into `metadata={"help": ...}`.
 
     Attributes
     ----------
     metrics
-        The metrics that `validation` and `test` return, each with "max" or "min", the direction in which it is
-        better. The first is the one on which configurations are chosen. Override it as a property where it depends
-        on the options.
+        The metrics that `validation` and `test` return, each with the direction in which it
+        is better, "max" or "min". The first one chooses configurations. Where they depend on
+        the options, override it as a property.
     learning_rates, weight_decays
         The grid that is searched unless another is asked for.
     optimizer_options
-        Options that all optimizers get alike, such as `{"betas": (0.9, 0.98)}`.
+        Options that all optimizers share, such as `{"betas": (0.9, 0.98)}`.
     default_prm, default_arms
-        Arms beside AdamW, PRM and the AdamW of equal steps where none are asked for, as `compare` takes them.
+        Further arms where `compare` is asked for none, in the form in which it takes them.
     goals
-        For metrics where the first step counts at which a test value is reached, such as `{"accuracy": 0.95}`.
+        By metric, a value to reach, such as `{"accuracy": 0.95}`. The answer then tells the
+        first step at which the test metric is there.
 
     Examples
     --------
@@ -113,9 +128,9 @@ class Task(abc.ABC):
     metrics: ClassVar[Mapping[str, str]] = {}
     learning_rates: ClassVar[tuple[float, ...]] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     weight_decays: ClassVar[tuple[float, ...]] = (0.01, 0.1)
-    optimizer_options: ClassVar[Mapping[str, Any]] = {}
-    default_prm: ClassVar[Sequence[Mapping[str, Any]]] = ()
-    default_arms: ClassVar[Mapping[str, Any]] = {}
+    optimizer_options: ClassVar[Options] = {}
+    default_prm: ClassVar[Sequence[Options]] = ()
+    default_arms: ClassVar[Options] = {}
     goals: ClassVar[Mapping[str, float]] = {}
 
     @property
@@ -125,36 +140,38 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def trial(self, seed: int) -> Trial:
-        """Make a trial. Torch's, numpy's and Python's random numbers are seeded with `seed` before the call.
+        """Make a trial.
 
-        Calling it twice with one seed must give the same weights and batches: all arms of the comparison start from
-        them, which is checked.
+        The random numbers of torch, numpy and Python are seeded with `seed` before the call.
+        Two calls with one seed must give the same weights and batches, because all arms of
+        the comparison start from them. This is checked.
         """
 
     def references(self, seed: int) -> Mapping[str, Metrics]:
-        """Return the test metrics of what is no optimizer, by name: a forest, the ceiling with clean labels.
+        """Return test metrics to stand beside the arms, by name, such as those of a forest.
 
-        For a task to override. Each must have the metrics of the task. It is called once for each seed, with random
-        numbers seeded as for `trial`, and shown beside the arms.
+        For a task to override. Each must have all metrics of the task. It is called once
+        for each seed, with random numbers seeded as for `trial`.
         """
         return {}
 
     def joined(self, seed: int) -> Trial:
-        """Make the trial of a seed with training and validation data joined, for `--spend-validation`.
+        """Make the trial of a seed with training and validation data joined.
 
-        For a task to override: with the initial weights and the test data of `trial(seed)`, and as many passes over
-        the data that is now for training. Nothing is chosen by its `validation`, which may measure what it likes.
+        For a task to override, so that `--spend-validation` works. It has the initial
+        weights and the test data of `trial(seed)`, and makes as many passes over the data.
+        Its `validation` chooses nothing and may measure anything.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method joined(self, seed)")
 
     @property
     def about(self) -> Sequence[str]:
-        """Lines on the data that the answer begins with: how much of it there is, what was left out and why."""
+        """Lines on the data before the answer: how much there is, and what was left out."""
         return ()
 
     @property
     def files(self) -> Sequence[str]:
-        """The data files that `trial` reads: a run belongs to their content, and a changed one makes new runs."""
+        """The data files that `trial` reads. New runs are made where their content changes."""
         return ()
 
     @property
@@ -164,21 +181,21 @@ class Task(abc.ABC):
 
 
 def option(default: Any, text: str) -> Any:
-    """Return a field that is an option of a task, with the text that --help shows.
+    """Return a field that is an option of a task, with its text for --help.
 
     Examples
     --------
     >>> @dataclasses.dataclass
-    ... class Options:
+    ... class Settings:
     ...     noise: float = option(0.4, "share of wrong labels")
-    >>> Options().noise
+    >>> Settings().noise
     0.4
     """
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-def complete(task: Task, scale: Mapping[str, Any]) -> None:
-    """Give the options of a task that were left out (None) the values of the scale that it runs at."""
+def complete(task: Task, scale: Options) -> None:
+    """Give the options of a task that are None the values of the scale that it runs at."""
     for name, value in scale.items():
         if getattr(task, name) is None:
             setattr(task, name, value)
@@ -191,8 +208,8 @@ def check_least(task: Task, least: Mapping[str, float]) -> None:
             raise ValueError(f"{name} must be at least {bound:g}, got {getattr(task, name)}")
 
 
-def check_task(task: Any) -> None:
-    """Raise TypeError or ValueError that says what is missing, for something that is not a usable task."""
+def check_task(task: object) -> None:
+    """Raise TypeError or ValueError for a task that cannot be used, and say why."""
     if not isinstance(task, Task):
         raise TypeError(f"a task must be an instance of popriskmin.compare.Task, got {task!r}")
     check_task_class(type(task))
@@ -210,7 +227,7 @@ def check_task(task: Any) -> None:
 
 
 def check_task_class(kind: type[Task]) -> None:
-    """Raise ValueError for a class of which no usable task can be made: without `trial`, or whose options are none."""
+    """Raise ValueError for a class without `trial`, or with fields that cannot be options."""
     if inspect.isabstract(kind):
         similar = difflib.get_close_matches("trial", [name for name in vars(kind) if name[0] != "_"], n=1)
         hint = f": did you mean it by {similar[0]}?" if similar else ""

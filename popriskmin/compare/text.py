@@ -1,16 +1,17 @@
-"""Small pieces of text that several parts of the comparison write: numbers, and errors in a line."""
+"""Short texts that several modules write: numbers, and errors in one line."""
 
 from __future__ import annotations
 
 import linecache
+import re
 import traceback
 from pathlib import Path
 
-CAME_FROM_HERE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def exact(value: float) -> str:
-    """Write a number as short as reads back as the same.
+    """Write a number in the shortest form that reads back as the same number.
 
     Examples
     --------
@@ -21,8 +22,19 @@ def exact(value: float) -> str:
     return short if float(short) == value else repr(float(value))
 
 
+def number(value: float) -> str:
+    """Write a number with three decimal places, or with three digits where it is small.
+
+    Examples
+    --------
+    >>> number(0.93426), number(0.000123), number(12.3456)
+    ('0.934', '0.000123', '12.346')
+    """
+    return format(value, ".3f" if value == 0 or abs(value) >= 0.0995 else ".3g")
+
+
 def brief(error: object) -> str:
-    r"""Return the line of a recorded error that says most: of a traceback what was raised, else the first line.
+    r"""Return one line of a recorded error: of a traceback the exception, else the first.
 
     Examples
     --------
@@ -32,16 +44,17 @@ def brief(error: object) -> str:
     lines = str(error).strip().splitlines() or [""]
     if not lines[0].startswith("Traceback"):
         return lines[0]
-    # What was raised follows the last frame, and may have lines of its own.
+    # The exception follows the last frame, and may have several lines itself.
     frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
     said = [line for line in lines[frames[-1] :] if not line.startswith(" ")] if frames else []
     return said[0] if said else lines[-1]
 
 
 def last_frame(trace: str) -> str:
-    r"""Return where a recorded traceback left the user's code, as `File "my_task.py", line 3, in loss`, and its line.
+    r"""Return the last frame of the user's code in a recorded traceback, with its line.
 
-    The innermost frame outside of installed packages, Python's own files and this package, else the innermost of all.
+    That is the innermost frame outside of installed packages, Python's own files and this
+    package, or the innermost of all.
 
     Examples
     --------
@@ -52,16 +65,17 @@ def last_frame(trace: str) -> str:
     frames = [i for i, line in enumerate(lines) if line.startswith('  File "')]
     if not frames:
         return ""
-    mine = [i for i in frames if _is_users(lines[i].split('"')[1])]
-    chosen = (mine or frames)[-1]
-    code = lines[chosen + 1 : chosen + 2] if chosen + 1 < len(lines) and lines[chosen + 1].startswith("    ") else []
-    return "\n".join([lines[chosen].strip(), *code])
+    users = [i for i in frames if _is_users(lines[i].split('"')[1])]
+    chosen = (users or frames)[-1]
+    code = lines[chosen + 1] if chosen + 1 < len(lines) and lines[chosen + 1].startswith("    ") else ""
+    place = re.match(r'  File "(.+)", line (\d+)', lines[chosen])
+    if not code and place:  # a worker that had the code without its file has left the line out
+        code = f"    {linecache.getline(place[1], int(place[2])).strip()}".rstrip()
+    return "\n".join(filter(None, [lines[chosen].strip(), code]))
 
 
 def place_of(error: BaseException, name: str) -> str:
-    """Say in which line of the user's code an error arose, as `my_task.py, line 3`.
-
-    That is the innermost frame outside of installed packages, Python's own files and this package.
+    """Return the line of the user's code that raised, as `my_task.py, line 3`.
 
     Parameters
     ----------
@@ -76,12 +90,12 @@ def place_of(error: BaseException, name: str) -> str:
 
 def _is_users(filename: str) -> bool:
     path = Path(filename)
-    foreign = {"site-packages", "dist-packages"} & set(path.parts) or CAME_FROM_HERE in path.parents
+    foreign = {"site-packages", "dist-packages"} & set(path.parts) or PACKAGE in path.parents
     return not foreign and path.is_file() and Path(linecache.__file__).parent not in path.parents
 
 
 def _shown(filename: str, name: str) -> str:
-    """Return the file as the user gave it, or another one by its last name."""
+    """Return the file as the user gave it, or another file by its last name."""
     return name if Path(filename).name == Path(name).name else Path(filename).name
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from popriskmin import PRM
-from popriskmin.compare.training.arms import ADAMW, make_arms, make_driver
+from popriskmin.compare.training.arms import ADAMW, make_arms
+from popriskmin.compare.training.drivers import make_driver
 from popriskmin.tasks.starved import Routed, Starved, measure, routed_loss
 
 

@@ -1,19 +1,78 @@
-"""The first step at which a run reached a task's goal, such as 95% accuracy."""
+"""The first step at which an arm reached a task's goal, such as 95% accuracy."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from popriskmin.compare.report.run_summary import Run, chosen_runs, runs_of
-from popriskmin.compare.training.arms import Arm
+from popriskmin.compare.comparison import Comparison
+from popriskmin.compare.report.run_summary import Choice, Run, chosen_runs, runs_of
+from popriskmin.compare.text import exact, number
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrival:
+    """When the runs of a configuration reached the goal on test data.
+
+    Attributes
+    ----------
+    chosen
+        The configuration.
+    steps
+        The first such step by seed; None for a seed that did not get there.
+    median
+        Their median; None where half of them did not get there.
+    """
+
+    chosen: Choice | None
+    steps: Sequence[int | None]
+    median: float | None
+
+    def text(self, length: int) -> str:
+        """Write when that was, for runs of `length` steps."""
+        told = ", ".join("never" if step is None else f"{step:,}" for step in self.steps)
+        middle = f"not by {length:,}" if self.median is None else f"at {self.median:,.0f}"
+        return f"{middle} steps in the median; by seed {told}"
+
+    @property
+    def place(self) -> str:
+        """The configuration in words."""
+        return f"lr {exact(self.chosen.lr)}, decay {exact(self.chosen.weight_decay)}" if self.chosen else "nothing"
+
+
+@dataclasses.dataclass(frozen=True)
+class GoalRow(Arrival):
+    """When an arm reached the goal, at the configuration that was there first on validation.
+
+    Attributes
+    ----------
+    length
+        The number of steps of its longest run.
+    validated
+        Whether any configuration reached the goal on validation data. Without one, nothing
+        is chosen.
+    on_test
+        Then the configuration that was there first on test data, if any was.
+    """
+
+    length: int
+    validated: bool
+    on_test: Arrival | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """A goal, and when each arm reached it."""
+
+    goal: float
+    arms: Mapping[str, GoalRow]
 
 
 def first_step(steps: Iterable[int], values: Iterable[float], goal: float, direction: str) -> int | None:
-    """Return the first step at which a metric was at its goal or better; None where it never was.
+    """Return the first step at which a metric was at its goal or better; None without one.
 
     Examples
     --------
@@ -26,63 +85,48 @@ def first_step(steps: Iterable[int], values: Iterable[float], goal: float, direc
     return None
 
 
-def by_goal(
-    runs: Sequence[Run], arms: Sequence[Arm], metrics: Mapping[str, str], goals: Mapping[str, float]
-) -> dict[str, dict[str, Any]]:
-    """Return, for each metric with a goal, what every arm chose and when it got there.
+def by_goal(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Goal]:
+    """Return, for each metric with a goal, when every arm reached it.
 
-    The configuration is the one that got there soonest on validation data, in the median over seeds; seeds that did not
-    get there count as later than any that did.
-
-    Returns
-    -------
-    dict
-        `table[metric] = {"goal": ..., "arms": {arm: {"chosen", "steps", "median", "length", "validated", "on_test"}}}`:
-        `steps` are the first steps on test data by seed, None for a seed that was not there by the last step, `length`;
-        `median` is None where half of them were not. `validated` tells whether any configuration got there on
-        validation data; where none did, nothing chooses, and `on_test` has "chosen", "steps" and "median" of the one
-        that was soonest on test data, or is None where none was there either.
+    Each arm has the configuration that got there first on validation data, in the median
+    over seeds. Seeds that did not get there count as later than any that did.
     """
     table = {}
-    for metric, goal in goals.items():
-        direction = metrics[metric]
-        rows = {}
-        for arm in arms:
-            mine = runs_of(runs, arm)
-            length = max((int(run.steps[-1]) for run in mine if len(run.steps)), default=0)
-            chosen, validated = _soonest(mine, "validation", metric, goal, direction)
-            row: dict[str, Any] = {**_when(mine, arm, chosen, metric, goal, direction), "length": length}
-            on_test, there = _soonest(mine, "test", metric, goal, direction)
-            late = _when(mine, arm, on_test, metric, goal, direction) if there and not validated else None
-            rows[arm.name] = {**row, "validated": validated, "on_test": late}
-        table[metric] = {"goal": goal, "arms": rows}
+    for metric, goal in comparison.task.goals.items():
+        direction = comparison.task.metrics[metric]
+        arms = {arm.name: _row(runs_of(runs, arm), arm.name, metric, goal, direction) for arm in comparison.arms}
+        table[metric] = Goal(goal, arms)
     return table
 
 
-def _when(
-    runs: Sequence[Run], arm: Arm, chosen: Mapping[str, float] | None, metric: str, goal: float, direction: str
-) -> dict[str, Any]:
-    """Return when the runs of a configuration were at the goal on test data."""
-    mine = chosen_runs(runs, arm.name, chosen)
-    steps = [first_step(run.steps, run.test[metric], goal, direction) for run in mine]
-    return {"chosen": chosen, "steps": steps, "median": median(steps)}
+def _row(runs: Sequence[Run], arm: str, metric: str, goal: float, direction: str) -> GoalRow:
+    def arrival(chosen: Choice | None) -> Arrival:
+        there = chosen_runs(runs, arm, chosen)
+        steps = [first_step(run.steps, run.test[metric], goal, direction) for run in there]
+        return Arrival(chosen, steps, median(steps))
+
+    def soonest(part: str) -> tuple[Choice | None, bool]:
+        curves = [(run.validation if part == "validation" else run.test)[metric] for run in runs]
+        steps = [first_step(run.steps, curve, goal, direction) for run, curve in zip(runs, curves)]
+        return _soonest([run.place for run in runs], steps)
+
+    length = max((int(run.steps[-1]) for run in runs if len(run.steps)), default=0)
+    (chosen, validated), (on_test, reached) = soonest("validation"), soonest("test")
+    own = arrival(chosen)
+    late = arrival(on_test) if reached and not validated else None
+    return GoalRow(own.chosen, own.steps, own.median, length, validated, late)
 
 
-def _soonest(
-    runs: Sequence[Run], part: str, metric: str, goal: float, direction: str
-) -> tuple[dict[str, float] | None, bool]:
-    """Return the configuration that was soonest at the goal on one part of the data, and whether it was at all."""
-    reached: dict[tuple[float, float], list[float]] = {}
-    for run in runs:
-        values = run.validation[metric] if part == "validation" else run.test[metric]
-        step = first_step(run.steps, values, goal, direction)
-        place = (run.job.configuration.lr, run.job.configuration.weight_decay)
+def _soonest(places: Sequence[Choice], steps: Sequence[int | None]) -> tuple[Choice | None, bool]:
+    """Return the place whose runs were first at the goal, and whether any of them was."""
+    reached: dict[Choice, list[float]] = {}
+    for place, step in zip(places, steps):
         reached.setdefault(place, []).append(math.inf if step is None else step)
     if not reached:
         return None, False
-    # Of equal medians, such as none at all, the one that more seeds reached, and sooner.
+    # Of equal medians, such as none, the place that more seeds reached, and sooner.
     best = min(reached, key=lambda place: (_median(reached[place]), sorted(reached[place])))
-    return {"lr": best[0], "weight_decay": best[1]}, min(reached[best]) < math.inf
+    return best, min(reached[best]) < math.inf
 
 
 def _median(steps: Sequence[float]) -> float:
@@ -92,12 +136,28 @@ def _median(steps: Sequence[float]) -> float:
 
 
 def median(steps: Sequence[int | None]) -> float | None:
-    """Return the median, with None as later than any; None where that is the median.
+    """Return the median, with None as later than any step; None where that is the median.
 
     Examples
     --------
     >>> median([100, None, 300]), median([100, None, None])
     (300.0, None)
     """
-    found = _median([math.inf if step is None else step for step in steps]) if steps else math.inf
-    return None if math.isinf(found) else found
+    middle = _median([math.inf if step is None else step for step in steps]) if steps else math.inf
+    return None if math.isinf(middle) else middle
+
+
+def goal_lines(comparison: Comparison, goals: Mapping[str, Goal]) -> list[str]:
+    """Return in words when each arm reached the goals."""
+    lines = []
+    for metric, goal in goals.items():
+        sign = "at least" if comparison.task.metrics[metric] == "max" else "at most"
+        aim = f"{metric} {sign} {number(goal.goal)}"
+        for arm, row in goal.arms.items():
+            if row.validated:
+                lines.append(f"{arm}: test {aim} first {row.text(row.length)} ({row.place})")
+                continue
+            late = row.on_test
+            there = f"on test data {late.place} did, {late.text(row.length)}" if late else "nor did any on test data"
+            lines.append(f"{arm}: none reached {aim} on validation data by {row.length:,} steps; {there}")
+    return lines

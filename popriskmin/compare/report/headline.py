@@ -1,24 +1,26 @@
-"""The sentence that an answer begins with, safe to repeat by itself, and the three verdicts after it."""
+"""The first sentence of an answer, safe to repeat by itself, and the three verdicts below."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
-from popriskmin.compare.report.analysis import Statement, number
-from popriskmin.compare.report.statistics import LEVEL, p_value
-from popriskmin.compare.training.arms import ADAMW, Arm
+from popriskmin.compare.comparison import Comparison
+from popriskmin.compare.report.analysis import Selections
+from popriskmin.compare.report.statements import Statement
+from popriskmin.compare.report.statistics import LEVEL, Estimate, p_value
+from popriskmin.compare.text import number
+from popriskmin.compare.training.arms import ADAMW
 
 GUESS = "constant guess"  # the reference that has seen no input
-FIGURE = "best"  # all of it is told of networks that stopped at their best validation step
+FIGURE = "best"  # all of it is about networks that stopped at their best validation step
 NOT_PROVEN = "not proven"
 CONTROL = "adamw-matched"
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """An optimizer at its chosen configuration, or a reference, with its test metric by seed."""
+    """An optimizer at its chosen configuration, or a reference, with its test metric."""
 
     name: str
     is_network: bool
@@ -31,13 +33,12 @@ class Contender:
 
 
 def headline(
-    metrics: Mapping[str, str],
-    arms: Sequence[Arm],
-    selections: Mapping[str, Any],
-    references: Mapping[str, Mapping[str, Any]],
+    comparison: Comparison,
+    selections: Selections,
+    references: Mapping[str, Mapping[str, Estimate]],
     said: Sequence[Statement],
 ) -> str:
-    """Return which of everything on the page is best, whether any network beats it, and what PRM does for the network.
+    """Return the best of all on the page, and what PRM does for the network.
 
     Parameters
     ----------
@@ -49,30 +50,26 @@ def headline(
     str
         One sentence; empty where no network has a value.
     """
-    metric, direction = next(iter(metrics.items()))
-    sign = 1 if direction == "max" else -1
-    ranked = sorted(_contenders(metric, arms, selections, references), key=lambda one: -sign * one.mean)
-    networks = [one for one in ranked if one.is_network]
-    if not networks:
+    contenders = _contenders(comparison, selections, references)
+    ranked = sorted(contenders, key=lambda one: -comparison.sign * one.mean)
+    if not any(one.is_network for one in ranked):
         return ""
-    parts = [_best(ranked, metric, sign), _prm(said)]
+    parts = [_best(ranked, comparison.metric, comparison.sign), _prm(said)]
     return f"{'; '.join(part for part in parts if part)}."
 
 
 def _contenders(
-    metric: str,
-    arms: Sequence[Arm],
-    selections: Mapping[str, Any],
-    references: Mapping[str, Mapping[str, Any]],
+    comparison: Comparison, selections: Selections, references: Mapping[str, Mapping[str, Estimate]]
 ) -> Iterator[Contender]:
-    """Yield what somebody might use; the matched AdamW is a control and not among it."""
-    for arm in arms:
-        test = selections[FIGURE][arm.name]["test"] or {}
-        if arm.kind != "adamw-matched" and FIGURE in test and metric in test[FIGURE]:
-            yield Contender(arm.name, True, test[FIGURE][metric]["mean"], test[FIGURE][metric]["values"])
-    for name, found in references.items():
-        if metric in found:
-            yield Contender(name, False, found[metric]["mean"], found[metric]["values"])
+    """Yield what a reader may use; the matched AdamW is a control and not among it."""
+    metric = comparison.metric
+    for arm in comparison.arms:
+        test = selections[FIGURE][arm.name].test or {}
+        if arm.kind != CONTROL and FIGURE in test and metric in test[FIGURE]:
+            yield Contender(arm.name, True, test[FIGURE][metric].mean, test[FIGURE][metric].values)
+    for name, by_metric in references.items():
+        if metric in by_metric:
+            yield Contender(name, False, by_metric[metric].mean, by_metric[metric].values)
 
 
 def _best(ranked: Sequence[Contender], metric: str, sign: int) -> str:
@@ -91,9 +88,10 @@ def _best(ranked: Sequence[Contender], metric: str, sign: int) -> str:
 
 
 def _value(best: Contender, other: Contender, ranked: Sequence[Contender]) -> str:
-    """Return the other's value, and whether the best is ahead of it by chance.
+    """Return the other's value, and whether the lead of the best may be chance.
 
-    It was picked as the best of several, so the p-value is multiplied by the number of pairs with it (Bonferroni).
+    It is the best of several, so the p-value is multiplied by the number of pairs with it
+    (Bonferroni).
     """
     apart = [one - two for one, two in zip(best.values, other.values)]
     p = p_value(apart) if len(best.values) == len(other.values) else None
@@ -102,11 +100,16 @@ def _value(best: Contender, other: Contender, ranked: Sequence[Contender]) -> st
 
 
 def leading_prm(said: Sequence[Statement]) -> Statement | None:
-    """Return the statement on AdamW and the PRM arm with the best value, both stopped; averaged weights left out."""
-    mine = [one for one in said if one.figure == FIGURE and one.rival == ADAMW.name and " averaged" not in one.arm]
-    if not mine:
+    """Return the statement on AdamW and the best PRM arm, both stopped early.
+
+    Averaged weights do not count.
+    """
+    against_adamw = [
+        one for one in said if one.figure == FIGURE and one.rival == ADAMW.name and " averaged" not in one.arm
+    ]
+    if not against_adamw:
         return None
-    return max(mine, key=lambda one: one.value if one.direction == "max" else -one.value)
+    return max(against_adamw, key=lambda one: one.value if one.direction == "max" else -one.value)
 
 
 def _prm(said: Sequence[Statement]) -> str:
@@ -114,38 +117,40 @@ def _prm(said: Sequence[Statement]) -> str:
     one = leading_prm(said)
     if one is None:
         return ""
-    mine, other = number(one.value), number(one.rival_value)
+    value, other = number(one.value), number(one.rival_value)
     early = "tuned and stopped early"
     if one.verdict is None:
         few = f"{one.seeds} seed{'s prove' if one.seeds != 1 else ' proves'}"
-        return f"{few} nothing of PRM ({early}, {one.arm} has {mine}, {one.rival} {other})"
+        return f"{few} nothing of PRM ({early}, {one.arm} has {value}, {one.rival} {other})"
     if one.verdict == "better":
-        return f"{early}, {one.arm} takes the network from {other} with {one.rival} to {mine} ({one.chance})"
+        return f"{early}, {one.arm} takes the network from {other} with {one.rival} to {value} ({one.chance})"
     if one.verdict == "worse":
-        return f"{early}, {one.arm} is worse than {one.rival} ({mine} against {other}, {one.chance})"
+        return f"{early}, {one.arm} is worse than {one.rival} ({value} against {other}, {one.chance})"
     if one.difference == 0:
-        return f"{early}, {one.arm} does what {one.rival} does ({mine})"
-    return f"{early}, {one.arm} is {one.side} {one.rival}, {NOT_PROVEN} ({mine} against {other})"
+        return f"{early}, {one.arm} does what {one.rival} does ({value})"
+    return f"{early}, {one.arm} is {one.side} {one.rival}, {NOT_PROVEN} ({value} against {other})"
 
 
 def verdicts(said: Sequence[Statement]) -> dict[str, str]:
-    """Return three sentences, by what they compare PRM with: AdamW, the best other optimizer or the end, the control.
+    """Return three sentences on PRM, by what it is compared with.
 
-    They are about the PRM arm of the first sentence; about the default one where that alone has a control.
+    That is AdamW, the best other optimizer or else the end of the training, and the control.
+    They are about the PRM arm of the first sentence, or about the default one where that
+    alone has a control.
     """
     first = leading_prm(said)
     if first is None:
         return {}
     stopped = [one for one in said if one.figure == FIGURE]
-    mine = [one for one in stopped if one.arm == first.arm]
-    found = {"Against AdamW, both stopped early": first}
-    others = [one for one in mine if one.rival != ADAMW.name and not one.rival.startswith(("prm", CONTROL))]
+    same_arm = [one for one in stopped if one.arm == first.arm]
+    chosen = {"Against AdamW, both stopped early": first}
+    others = [one for one in same_arm if one.rival != ADAMW.name and not one.rival.startswith(("prm", CONTROL))]
     ends = [one for one in said if (one.figure, one.arm, one.rival) == ("final", first.arm, ADAMW.name)]
     if others:
-        found["Against the best other optimizer, both stopped early"] = others[0]
+        chosen["Against the best other optimizer, both stopped early"] = others[0]
     elif ends:
-        found["Against AdamW, both trained to the end"] = ends[0]
-    controls = [one for one in (*mine, *stopped) if one.rival.startswith(CONTROL) and " averaged" not in one.arm]
+        chosen["Against AdamW, both trained to the end"] = ends[0]
+    controls = [one for one in (*same_arm, *stopped) if one.rival.startswith(CONTROL) and " averaged" not in one.arm]
     if controls:
-        found["Against the control, AdamW with steps of PRM's size, which nobody deploys"] = controls[0]
-    return {label: one.sentence for label, one in found.items()}
+        chosen["Against the control, AdamW with steps of PRM's size, which nobody deploys"] = controls[0]
+    return {label: one.sentence for label, one in chosen.items()}

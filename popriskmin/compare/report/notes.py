@@ -1,91 +1,93 @@
-"""What a reader must know before believing the tables."""
+"""Notes that a reader needs before believing the tables."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
-from popriskmin.compare.report.run_summary import FIGURES, Run, runs_of, why_none
+from popriskmin.compare.comparison import Comparison
+from popriskmin.compare.report.analysis import Selections
+from popriskmin.compare.report.run_summary import FIGURES, Choice, Run, runs_of, why_none
 from popriskmin.compare.report.statistics import FEWEST_SEEDS
 from popriskmin.compare.text import exact
 from popriskmin.compare.training.arms import Arm
 
+C = TypeVar("C", bound=Comparison)
 
-def warnings_of(
-    runs: Sequence[Run],
-    arms: Sequence[Arm],
-    selections: Mapping[str, Any],
-    seeds: Sequence[int],
-    metrics: Mapping[str, str],
-) -> list[str]:
-    """Return what to know beside the edges of the grid: few seeds, runs that did not end, arms that started unlike."""
-    found = []
-    if len(seeds) < FEWEST_SEEDS:
-        given = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
-        found.append(f"With {given} no verdict is given, only values; use --seeds {FEWEST_SEEDS} or more.")
-    for arm in arms:
-        mine = runs_of(runs, arm)
-        # Averaged weights share the runs, and what became of them, with the plain ones.
+
+def warnings_of(comparison: Comparison, runs: Sequence[Run], selections: Selections) -> list[str]:
+    """Return warnings of few seeds, of runs that did not end, and of unlike starts."""
+    warnings = []
+    number = len(comparison.seeds)
+    if number < FEWEST_SEEDS:
+        shown = f"{number} seed{'s' if number > 1 else ''}"
+        warnings.append(f"With {shown} no verdict is given, only values; use --seeds {FEWEST_SEEDS} or more.")
+    for arm in comparison.arms:
+        own = runs_of(runs, arm)
+        # Averaged weights share the runs and their ends with the plain ones.
         for status in () if arm.averaged else ("diverged", "failed"):
-            count = sum(run.end["status"] == status for run in mine)
+            count = sum(run.end["status"] == status for run in own)
             if count:
-                found.append(f"{arm.name}: {count} of {len(mine)} runs {status}.")
-        if selections["final"][arm.name]["chosen"] is None:
-            found.append(f"{arm.name}: {why_none(mine, 'final', next(iter(metrics)))}.")
-    return found + _unlike_starts(runs, seeds)
+                warnings.append(f"{arm.name}: {count} of {len(own)} runs {status}.")
+        if selections["final"][arm.name].chosen is None:
+            warnings.append(f"{arm.name}: {why_none(own, 'final', comparison.metric)}.")
+    return warnings + _unlike_starts(runs, comparison.seeds)
 
 
-def edges(
-    arms: Sequence[Arm], selections: Mapping[str, Any], learning_rates: Sequence[float], weight_decays: Sequence[float]
-) -> dict[str, list[str]]:
-    """Return, for each figure, a note for every arm whose chosen configuration lies at an edge of the grid."""
-    found: dict[str, list[str]] = {}
+def edges(comparison: Comparison, selections: Selections) -> dict[str, list[str]]:
+    """Return, for each figure, a note for every arm that chose at an edge of the grid."""
+    notes: dict[str, list[str]] = {}
     for figure in FIGURES:
-        found[figure] = []
-        for arm in arms:
-            chosen = selections[figure][arm.name]["chosen"] or {}
-            for name, flag, grid in (
-                (
-                    "lr",
-                    "--lr" if arm.learning_rates is None else f"--arm-lr {arm.name}",
-                    arm.learning_rates or learning_rates,
-                ),
-                # Of two decays each is an edge; and there is no decay below 0.
-                ("weight_decay", "--weight-decay", weight_decays if len(weight_decays) > 2 else []),
-            ):
-                edge = _edge(chosen[name], grid) if chosen and grid else None
-                if edge:
-                    value, word = exact(chosen[name]), {"lr": "learning rate", "weight_decay": "weight decay"}[name]
-                    found[figure].append(
-                        f"{arm.name}: the {word} {value} is the {edge} of the grid; extend it ({flag})."
-                    )
-    return found
+        notes[figure] = []
+        for arm in comparison.arms:
+            chosen = selections[figure][arm.name].chosen
+            if chosen is not None:
+                notes[figure] += _edges_of(comparison, arm, chosen)
+    return notes
 
 
-def extended(
-    arms: Sequence[Arm], selections: Mapping[str, Any], learning_rates: Sequence[float], weight_decays: Sequence[float]
-) -> tuple[list[float], list[float], dict[str, list[float]]]:
-    """Return the learning rates, decays and arms' own rates, with two more values beyond each edge that was chosen."""
-    rates, decays = list(learning_rates), list(weight_decays)
+def _edges_of(comparison: Comparison, arm: Arm, chosen: Choice) -> Iterator[str]:
+    """Yield a note for each value of an arm's choice that is an edge of its grid."""
+    rates, flag = arm.learning_rates, f"--arm-lr {arm.name}"
+    if rates is None:
+        rates, flag = tuple(comparison.learning_rates), "--lr"
+    edge = _edge(chosen.lr, rates)
+    if edge:
+        yield f"{arm.name}: the learning rate {exact(chosen.lr)} is the {edge} of the grid; extend it ({flag})."
+    # Of two decays each is an edge; and there is no decay below 0.
+    edge = _edge(chosen.weight_decay, comparison.weight_decays) if len(comparison.weight_decays) > 2 else None
+    if edge:
+        value = exact(chosen.weight_decay)
+        yield f"{arm.name}: the weight decay {value} is the {edge} of the grid; extend it (--weight-decay)."
+
+
+def extended(comparison: C, selections: Selections) -> C:
+    """Return the comparison with two more values beyond each edge that an arm chose."""
+    rates, decays = list(comparison.learning_rates), list(comparison.weight_decays)
     own: dict[str, list[float]] = {}
-    for arm in arms:
+    for arm in comparison.arms:
         for figure in FIGURES:
-            chosen = selections[figure][arm.name]["chosen"]
+            chosen = selections[figure][arm.name].chosen
             if chosen is None:
                 continue
             if arm.learning_rates is not None:
                 grid = own.get(arm.name, list(arm.learning_rates))
-                own[arm.name] = _beyond(grid, arm.learning_rates, chosen["lr"])
+                own[arm.name] = _beyond(grid, arm.learning_rates, chosen.lr)
             else:
-                rates = _beyond(rates, learning_rates, chosen["lr"])
-            if len(weight_decays) > 2 and arm.weight_decays is None:
-                decays = _beyond(decays, weight_decays, chosen["weight_decay"])
-    return rates, decays, own
+                rates = _beyond(rates, comparison.learning_rates, chosen.lr)
+            if len(comparison.weight_decays) > 2 and arm.weight_decays is None:
+                decays = _beyond(decays, comparison.weight_decays, chosen.weight_decay)
+    arms = [
+        dataclasses.replace(arm, learning_rates=tuple(own[arm.name])) if arm.name in own else arm
+        for arm in comparison.arms
+    ]
+    return dataclasses.replace(comparison, learning_rates=rates, weight_decays=decays, arms=arms)
 
 
 def _beyond(grid: list[float], given: Sequence[float], chosen: float) -> list[float]:
-    """Return a grid with the next two of 1, 3, 10, 30, ... where the choice is an edge of the given one.
+    """Return a grid with the next two of 1, 3, 10, 30, ... beyond an edge that was chosen.
 
     Examples
     --------
@@ -108,7 +110,7 @@ def _edge(value: float, grid: Sequence[float]) -> str | None:
 
 
 def by_arm(notes: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the notes of all figures, each once, with the figures that it is true of.
+    """Return the notes of all figures, each once, with the figures that it holds for.
 
     Examples
     --------
@@ -123,10 +125,13 @@ def by_arm(notes: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _unlike_starts(runs: Sequence[Run], seeds: Sequence[int]) -> list[str]:
-    """Return a warning for each seed with which the arms did not start alike, which makes them incomparable."""
-    found = []
+    """Return a warning for each seed with which the arms did not start alike.
+
+    Such arms cannot be compared.
+    """
+    warnings = []
     for seed in seeds:
-        ends = [run.end for run in runs if run.job.configuration.seed == seed and "initial_weights" in run.end]
+        ends = [run.end for run in runs if run.seed == seed and "initial_weights" in run.end]
         unlike = []
         if len({end["initial_weights"] for end in ends}) > 1:
             unlike.append("initial weights")
@@ -134,12 +139,14 @@ def _unlike_starts(runs: Sequence[Run], seeds: Sequence[int]) -> list[str]:
         if any(len(set(digests)) > 1 for digests in zip(*_padded([end["first_batches"] for end in ends]))):
             unlike.append("batches")
         if unlike:
-            what = " and ".join(unlike)
-            found.append(f"seed {seed}: the arms did not get the same {what}; trial(seed) must depend on seed alone.")
-    return found
+            parts = " and ".join(unlike)
+            warnings.append(
+                f"seed {seed}: the arms did not get the same {parts}; trial(seed) must depend on seed alone."
+            )
+    return warnings
 
 
 def _padded(lists: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Return the lists at the length of the longest, which lends the others what they lack."""
+    """Return the lists at the length of the longest, with its end in place of theirs."""
     longest = max(lists, key=len, default=[])
-    return [[*found, *longest[len(found) :]] for found in lists]
+    return [[*short, *longest[len(short) :]] for short in lists]

@@ -101,7 +101,7 @@ def _curve(axes: mpl.axes.Axes, runs: Sequence[Run], results: Results, label: st
 
 def _references(results: Results, axes: mpl.axes.Axes) -> None:
     """Draw what the task names beside the optimizers, as lines with their names."""
-    known = {name: metrics[results.metric]["mean"] for name, metrics in results.references.test.items()
+    known = {name: metrics[results.metric].mean for name, metrics in results.references.test.items()
              if results.metric in metrics}  # fmt: skip
     for i, (name, mean) in enumerate(sorted(known.items(), key=lambda item: item[1])):
         axes.axhline(mean, color="#222222", linewidth=0.9, linestyle=("--", ":", "-.")[i % 3])
@@ -115,9 +115,9 @@ def _zoom(results: Results, choosing: str, axes: mpl.axes.Axes) -> None:
     runs = [run for arm in results.arms for run in results.chosen(arm.name, choosing) if run.finished]
     values = np.array([value for run in runs for value in run.test[results.metric][1:] if np.isfinite(value)])
     if values.size:
-        low, high = np.quantile(values, [0.05, 1.0] if results.task.metrics[results.metric] == "max" else [0.0, 0.95])
+        low, high = np.quantile(values, [0.05, 1.0] if results.direction == "max" else [0.0, 0.95])
         lines = [
-            metrics[results.metric]["mean"] for metrics in results.references.test.values() if results.metric in metrics
+            metrics[results.metric].mean for metrics in results.references.test.values() if results.metric in metrics
         ]
         low, high = min([low, *lines]), max([high, *lines])
         margin = 0.08 * (high - low or 1)
@@ -133,14 +133,10 @@ def by_budget(results: Results) -> str | None:
         axes = figure.add_subplot()
         for arm_name, rows in results.by_budget.items():
             color = color_of(arm_name, results.arms)
-            known = [row for row in rows if row["test"] is not None]
-            axes.plot(
-                [row["k"] for row in known],
-                [row["test"]["mean"] for row in known],
-                color=color,
-                linestyle=line_of(arm_name),
-            )
-            banded = [(row["k"], *row["test"]["interval"]) for row in known if row["test"]["interval"] is not None]
+            known = [(row.k, row.test) for row in rows if row.test is not None]
+            means = [test.mean for _, test in known]
+            axes.plot([k for k, _ in known], means, color=color, linestyle=line_of(arm_name))
+            banded = [(k, *test.interval) for k, test in known if test.interval is not None]
             if banded:
                 k, low, high = np.array(banded).T
                 axes.fill_between(k, low, high, color=color, alpha=0.18, linewidth=0)
@@ -157,14 +153,14 @@ def by_learning_rate(results: Results) -> str:
         axes = figure.add_subplot()
         for arm_name, rows in results.by_learning_rate().items():
             color = color_of(arm_name, results.arms)
-            x = [row["lr"] for row in rows]
-            y = [np.nan if row["mean"] is None else row["mean"] for row in rows]
+            x = [row.lr for row in rows]
+            y = [np.nan if row.mean is None else row.mean for row in rows]
             axes.plot(x, y, color=color, marker="o", markersize=4, linestyle=line_of(arm_name))
-            known = [(row["lr"], *row["interval"]) for row in rows if row["interval"] is not None]
+            known = [(row.lr, *row.interval) for row in rows if row.interval is not None]
             if known:
                 lr, low, high = np.array(known).T
                 axes.fill_between(lr, low, high, color=color, alpha=0.18, linewidth=0)
-            lost = [row["lr"] for row in rows if row["mean"] is None]
+            lost = [row.lr for row in rows if row.mean is None]
             axes.plot(lost, [0.02] * len(lost), "x", color=color, transform=axes.get_xaxis_transform(), clip_on=False)
         if min(results.learning_rates) > 0:
             axes.set_xscale("log")

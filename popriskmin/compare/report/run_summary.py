@@ -1,8 +1,9 @@
-"""What one run reached, and which configuration an arm chooses.
+"""What one run reached, which configuration an arm chooses, and a task's references.
 
-Three figures summarize a run, each on the validation data, where it serves to choose, and on the test data, where it
-is reported: "final", the metric after the last step; "best", the metric at the step where the validation metric was
-best, which is what stopping there would have given; "area", the mean of the metric over the training.
+Three figures summarize a run, each on validation data, where it chooses, and on test data,
+where it is reported. "final" is the metric after the last step. "best" is the metric at the
+step with the best validation metric, where early stopping would have stopped. "area" is the
+mean of the metric over the training.
 """
 
 from __future__ import annotations
@@ -14,11 +15,28 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import integrate
 
+from popriskmin.compare.report.statistics import Estimate, estimate
 from popriskmin.compare.training.arms import Arm
 from popriskmin.compare.training.runner import Job
 from popriskmin.compare.training.train import Record
 
-FIGURES = ("final", "best", "area")
+MEANING = {
+    "final": "after the last step",
+    "best": "at the step with the best validation metric",
+    "area": "mean over the training",
+}
+FIGURES = tuple(MEANING)
+
+# Test values by metric and seed.
+BySeed = dict[str, dict[int, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A place in the grid."""
+
+    lr: float
+    weight_decay: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +45,18 @@ class Run:
 
     Attributes
     ----------
+    job
+        Its arm, configuration and seed.
+    end
+        The last record: its status, its times and the bytes of its state.
     steps
-        Where it was evaluated.
+        The steps at which it was evaluated.
     validation, test
         For each metric its values at those steps.
     figures
-        For each figure and metric, the pair of the value on validation and on test data; None where the run has none,
-        because it failed, or diverged (which leaves "best"), or the metric was not finite.
+        For each figure and metric, the values on validation and on test data. None where the
+        run has none: it failed, it diverged (which leaves "best"), or the metric was not
+        finite.
     best_step
         The step with the best validation metric.
     """
@@ -51,9 +74,19 @@ class Run:
         """Whether it went to its end."""
         return bool(self.end["status"] == "finished")
 
+    @property
+    def place(self) -> Choice:
+        """Its place in the grid."""
+        return Choice(self.job.configuration.lr, self.job.configuration.weight_decay)
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return self.job.configuration.seed
+
 
 def leading(metrics: Mapping[str, str]) -> tuple[str, int]:
-    """Return the metric that chooses, and 1 or -1 to multiply it with, so that larger is better.
+    """Return the metric that chooses, and the sign that makes larger values better.
 
     Examples
     --------
@@ -65,7 +98,7 @@ def leading(metrics: Mapping[str, str]) -> tuple[str, int]:
 
 
 def read_run(job: Job, records: Sequence[Record], metrics: Mapping[str, str], averaged: bool = False) -> Run:
-    """Collect the evaluations of a run and its figures; of its averaged weights, as a run of the arm that they are."""
+    """Return the numbers of a run, or those of its averaged weights as a run of their arm."""
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     if averaged:
         job = dataclasses.replace(job, arm=job.arm.of_averages)
@@ -73,7 +106,7 @@ def read_run(job: Job, records: Sequence[Record], metrics: Mapping[str, str], av
     steps = np.array([record["step"] for record in evaluations])
     curves = {
         part: {
-            metric: np.array([_number(record[part][metric]) for record in evaluations], dtype=float)
+            metric: np.array([_or_nan(record[part][metric]) for record in evaluations], dtype=float)
             for metric in metrics
         }
         for part in ("validation", "test")
@@ -92,12 +125,12 @@ def read_run(job: Job, records: Sequence[Record], metrics: Mapping[str, str], av
     return Run(job, end, steps, curves["validation"], curves["test"], figures, best_step)
 
 
-def _number(value: float | None) -> float:
+def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
 def _best_index(validation: Mapping[str, np.ndarray], metrics: Mapping[str, str]) -> int | None:
-    """Return where the first metric is best on validation data, at the first such step."""
+    """Return the place of the best value of the first metric, the first of equal ones."""
     metric, sign = leading(metrics)
     values = validation[metric] * sign
     return None if not len(values) or np.isnan(values).all() else int(np.nanargmax(values))
@@ -113,32 +146,31 @@ def _figure(figure: str, steps: np.ndarray, values: np.ndarray, best: int | None
     return float(integrate.trapezoid(values, steps) / (steps[-1] - steps[0])) if len(steps) > 1 else float(values[0])
 
 
-def choose(runs: Sequence[Run], figure: str, metrics: Mapping[str, str]) -> tuple[tuple[float, float] | None, float]:
-    """Return the (lr, weight decay) of one arm's runs with the best mean figure on validation data, over the seeds.
+def choose(runs: Sequence[Run], figure: str, metrics: Mapping[str, str]) -> tuple[Choice | None, float]:
+    """Return the place with the best mean figure on validation data over the seeds.
 
     And that mean, with its sign turned where the metric is to be small.
 
-    A configuration of which a run lacks the figure is not chosen; None if that leaves none. A run that failed lacks
-    all of them, one that diverged "final" and "area". It has a "best": who stops at the best validation step has
-    stopped before.
+    A place at which a run lacks the figure is not chosen; None if no place is left. A run
+    that failed lacks all figures. One that diverged has a "best", because stopping early
+    would have stopped before.
     """
     metric, sign = leading(metrics)
-    values: dict[tuple[float, float], list[float]] = {}
+    values: dict[Choice, list[float]] = {}
     for run in runs:
-        configuration = (run.job.configuration.lr, run.job.configuration.weight_decay)
         pair = run.figures[figure][metric]
-        values.setdefault(configuration, []).append(-math.inf if pair is None else sign * pair[0])
-    means = {configuration: float(np.mean(found)) for configuration, found in values.items()}
-    best = max(means, key=lambda configuration: means[configuration])
+        values.setdefault(run.place, []).append(-math.inf if pair is None else sign * pair[0])
+    means = {place: float(np.mean(scores)) for place, scores in values.items()}
+    best = max(means, key=lambda place: means[place])
     return (best, means[best]) if means[best] > -math.inf else (None, -math.inf)
 
 
 def why_none(runs: Sequence[Run], figure: str, metric: str) -> str:
     """Say why no configuration of one arm's runs can be chosen by a figure."""
-    by_configuration: dict[tuple[float, float], list[Run]] = {}
+    by_place: dict[Choice, list[Run]] = {}
     for run in runs:
-        by_configuration.setdefault((run.job.configuration.lr, run.job.configuration.weight_decay), []).append(run)
-    if any(all(run.finished for run in mine) for mine in by_configuration.values()):
+        by_place.setdefault(run.place, []).append(run)
+    if any(all(run.finished for run in there) for there in by_place.values()):
         return f"no configuration had a finite {figure} {metric} on validation and test data with every seed"
     return "no configuration came to its end with every seed"
 
@@ -148,15 +180,49 @@ def runs_of(runs: Sequence[Run], arm: Arm) -> list[Run]:
     return [run for run in runs if run.job.arm.name == arm.name]
 
 
-def chosen_runs(runs: Sequence[Run], arm_name: str, chosen: Mapping[str, float] | None) -> list[Run]:
-    """Return the runs of an arm with the configuration it chose, by seed."""
-    if chosen is None:
-        return []
-    found = [
-        run
-        for run in runs
-        if run.job.arm.name == arm_name
-        and run.job.configuration.lr == chosen["lr"]
-        and run.job.configuration.weight_decay == chosen["weight_decay"]
-    ]
-    return sorted(found, key=lambda run: run.job.configuration.seed)
+def chosen_runs(runs: Sequence[Run], arm_name: str, chosen: Choice | None) -> list[Run]:
+    """Return the runs of an arm at a place of the grid, by seed."""
+    there = [run for run in runs if run.job.arm.name == arm_name and run.place == chosen]
+    return sorted(there, key=lambda run: run.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class References:
+    """The values that a task gives beside the arms.
+
+    Attributes
+    ----------
+    test
+        `test[name][metric]`, where it is finite with every seed.
+    warnings
+        What is missing, and why.
+    """
+
+    test: Mapping[str, Mapping[str, Estimate]]
+    warnings: Sequence[str]
+
+
+NO_REFERENCES = References({}, [])
+
+
+def read_references(by_seed: Mapping[int, Sequence[Record]]) -> References:
+    """Collect the references from the records of each seed."""
+    values: dict[str, dict[str, list[float]]] = {}
+    warnings = []
+    for seed, records in by_seed.items():
+        end = records[-1]
+        if end["status"] == "failed":
+            warnings.append(f"references: seed {seed} failed: {end['error'].strip().splitlines()[-1]}")
+        for record in records[:-1]:
+            for metric, value in record["test"].items():
+                values.setdefault(record["name"], {}).setdefault(metric, []).append(_or_nan(value))
+    test: dict[str, dict[str, Estimate]] = {}
+    for name, metrics in values.items():
+        test[name] = {
+            metric: estimate(by_metric)
+            for metric, by_metric in metrics.items()
+            if len(by_metric) == len(by_seed) and all(map(math.isfinite, by_metric))
+        }
+        if len(test[name]) < len(metrics):
+            warnings.append(f"references: {name} has no finite value of every metric with every seed.")
+    return References(test, warnings)

@@ -1,25 +1,81 @@
-"""Means over seeds, their intervals, and what may be said of a difference when a page says several things at once."""
+"""Means over seeds, their intervals, and p-values, also of several statements together."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
-# With fewer no verdict is given, only values: what made the values of 3 or 4 seeds differ cannot be told from chance.
+# With fewer seeds no verdict is given: 3 or 4 values do not tell a cause from chance.
 FEWEST_SEEDS = 5
 LEVEL = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds.
+
+    Attributes
+    ----------
+    mean
+        The mean.
+    interval
+        Its 95% interval; None with fewer than 3 values.
+    values
+        One value for each seed.
+    """
+
+    mean: float
+    interval: tuple[float, float] | None
+    values: Sequence[float]
+
+    def text(self, signed: bool = False) -> str:
+        """Write the mean with its interval.
+
+        Examples
+        --------
+        >>> Estimate(0.93126, (0.92, 0.94), []).text()
+        '0.931 [0.920, 0.940]'
+        """
+        style = "+.3f" if signed else ".3f"
+        ends = "" if self.interval is None else f" [{', '.join(format(end, style) for end in self.interval)}]"
+        return f"{self.mean:{style}}{ends}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference(Estimate):
+    """A mean of differences, paired by seed.
+
+    Attributes
+    ----------
+    p
+        The probability of so large a mean by chance; None with fewer than 5 seeds.
+    """
+
+    p: float | None
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return mean, interval and the values themselves."""
+    return Estimate(float(np.mean(values)), interval(values), list(map(float, values)))
+
+
+def difference(one: Mapping[int, float], other: Mapping[int, float]) -> Difference:
+    """Return the difference `one - other` over the seeds that both have."""
+    apart = [one[seed] - other[seed] for seed in sorted(set(one) & set(other))]
+    return Difference(float(np.mean(apart)), interval(apart), list(map(float, apart)), p_value(apart))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Return Student's 95% confidence interval of the mean over seeds.
 
-    It leaves the mean of normal values out one time in twenty, for any number of them: a bootstrap's percentiles leave
-    it out 14% of the time for 5 values, and 8% at the widened level of Hesterberg ("What Teachers Should Know About the
-    Bootstrap", The American Statistician, 2015).
+    For normal values it misses the mean one time in twenty, whatever their number. A
+    bootstrap's percentiles miss it 14% of the time for 5 values, and 8% at the widened level
+    of Hesterberg ("What Teachers Should Know About the Bootstrap", The American
+    Statistician, 2015).
 
     Parameters
     ----------
@@ -48,7 +104,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def p_value(differences: Sequence[float]) -> float | None:
-    """Return how likely so large a mean difference is by chance: Student's paired test; None for fewer than 5.
+    """Return the p-value of Student's paired test; None for fewer than 5 differences.
 
     Examples
     --------
@@ -65,10 +121,10 @@ def p_value(differences: Sequence[float]) -> float | None:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Return p-values corrected for all that are looked at together (Holm, Scandinavian Journal of Statistics, 1979).
+    """Return p-values corrected for all statements that are read together.
 
-    Where nothing differs, one of them falls below 0.05 by chance in one page of twenty at most, however many there are
-    and however they depend on each other.
+    Where nothing differs, one of them falls below 0.05 on one page of twenty at most,
+    whatever their number and dependence (Holm, Scandinavian Journal of Statistics, 1979).
 
     Examples
     --------
@@ -82,14 +138,3 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, (len(known) - rank) * p))
         adjusted[place] = largest
     return adjusted
-
-
-def estimate(values: Sequence[float]) -> dict[str, Any]:
-    """Return mean, interval and the values themselves."""
-    return {"mean": float(np.mean(values)), "interval": interval(values), "values": list(map(float, values))}
-
-
-def difference(one: Mapping[int, float], other: Mapping[int, float]) -> dict[str, Any]:
-    """Return the paired difference `one - other` over the seeds both have, and how likely it is by chance."""
-    found = [one[seed] - other[seed] for seed in sorted(set(one) & set(other))]
-    return {**estimate(found), "p": p_value(found)}

@@ -1,16 +1,17 @@
-"""Optimizers of torch or of an installed package as arms: found by their import path, made, and named when wrong."""
+"""Optimizers of torch or of an installed package as arms, found by their import path."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
-# What the comparison gives itself.
+from popriskmin.compare.task import Options, Params
+
+# The comparison gives these itself.
 OURS = ("params", "lr", "weight_decay")
 
 
@@ -25,7 +26,8 @@ def load_optimizer(path: str) -> type[torch.optim.Optimizer]:
     Raises
     ------
     ValueError
-        If there is no such module or class, or it is not an optimizer that can be stepped without a closure.
+        If there is no such module or class, if it is not an optimizer, or if its step needs
+        a closure.
 
     Examples
     --------
@@ -37,29 +39,28 @@ def load_optimizer(path: str) -> type[torch.optim.Optimizer]:
         raise ValueError(f"an optimizer is given as package.module:Class, such as torch.optim:SGD, got {path!r}")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # what a module raises when it is imported, of whatever type
+    except Exception as error:  # a module may raise anything when it is imported
         raise ValueError(f"the module {module_name} of the optimizer {path} cannot be imported: {error}") from error
     if not hasattr(module, class_name):
         names = [name for name, value in vars(module).items() if _is_optimizer(value)]
         near = difflib.get_close_matches(class_name, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(names)) or 'no optimizer'}"
         raise ValueError(f"{module_name} has no {class_name}: {hint}")
-    found = getattr(module, class_name)
-    if not _is_optimizer(found):
-        raise ValueError(f"{path} is not a subclass of torch.optim.Optimizer, but {found!r}")
-    closure = inspect.signature(found.step).parameters.get("closure")
+    optimizer: type[torch.optim.Optimizer] = getattr(module, class_name)
+    if not _is_optimizer(optimizer):
+        raise ValueError(f"{path} is not a subclass of torch.optim.Optimizer, but {optimizer!r}")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(f"{path} needs a closure in each step(), which the comparison does not give")
-    optimizer: type[torch.optim.Optimizer] = found
     return optimizer
 
 
-def _is_optimizer(value: Any) -> bool:
+def _is_optimizer(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
 
 
 def path_of(optimizer: str | type[torch.optim.Optimizer]) -> str:
-    """Return the import path of an optimizer that is given by it or as the class."""
+    """Return the import path of an optimizer that is given by its path or as a class."""
     if isinstance(optimizer, str):
         return optimizer
     if not _is_optimizer(optimizer):
@@ -70,7 +71,7 @@ def path_of(optimizer: str | type[torch.optim.Optimizer]) -> str:
 
 
 def has_weight_decay(path: str) -> bool:
-    """Whether the optimizer takes `weight_decay`."""
+    """Return whether the optimizer takes `weight_decay`."""
     return _takes(load_optimizer(path), "weight_decay")
 
 
@@ -79,7 +80,7 @@ def _takes(optimizer: type[torch.optim.Optimizer], name: str) -> bool:
     return any(p.name == name or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
-def check_optimizer(path: str, options: Mapping[str, Any]) -> None:
+def check_optimizer(path: str, options: Options) -> None:
     """Raise ValueError if there is no such optimizer or it does not accept these options."""
     optimizer = load_optimizer(path)
     known = [name for name in inspect.signature(optimizer).parameters if name not in OURS]
@@ -94,33 +95,28 @@ def check_optimizer(path: str, options: Mapping[str, Any]) -> None:
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
             raise ValueError(f"{path} has no option {name!r}: {hint}")
     try:
-        # A matrix, for some optimizers take nothing else.
+        # A matrix, because some optimizers take nothing else.
         build(path, [torch.zeros(2, 2, requires_grad=True)], 1e-3, 0.0, {}, options)
-    except Exception as error:  # what a constructor raises, of whatever type
+    except Exception as error:  # a constructor may raise anything
         raise ValueError(f"{path} does not accept these options: {error}") from error
 
 
 def build(
-    path: str,
-    params: Sequence[Any],
-    lr: float,
-    weight_decay: float,
-    common: Mapping[str, Any],
-    options: Mapping[str, Any],
+    path: str, params: Params, lr: float, weight_decay: float, common: Options, options: Options
 ) -> torch.optim.Optimizer:
     """Make the optimizer.
 
     Parameters
     ----------
     common
-        Options that all arms share; those that this optimizer does not have are left out.
+        Options that all arms share. Those that this optimizer does not have are left out.
     options
         The arm's own.
     """
     optimizer = load_optimizer(path)
     named = inspect.signature(optimizer).parameters
-    given = {name: value for name, value in common.items() if name in named} | dict(options)
+    arguments = {name: value for name, value in common.items() if name in named} | dict(options)
     if _takes(optimizer, "weight_decay"):
-        given["weight_decay"] = weight_decay
+        arguments["weight_decay"] = weight_decay
     make: Callable[..., torch.optim.Optimizer] = optimizer
-    return make(params, lr=lr, **given)
+    return make(params, lr=lr, **arguments)

@@ -1,4 +1,4 @@
-"""How far a comparison is: a live display on a terminal, plain lines elsewhere, or nothing."""
+"""Shows how far a comparison is: on a terminal a live line, elsewhere a line for each run."""
 
 from __future__ import annotations
 
@@ -6,37 +6,20 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
 from popriskmin.compare.text import brief
-from popriskmin.compare.training.runner import Job
+from popriskmin.compare.training.runner import Job, Progress
 from popriskmin.compare.training.train import Record
 
 
-class Silent:
-    """Says nothing."""
-
-    def __enter__(self) -> Silent:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-    def start(self, total: int, present: int) -> None:
-        """Say that of `total` runs `present` are there already."""
-
-    def done(self, job: Job, records: list[Record]) -> None:
-        """Say that a run has ended."""
-
-
-class Display(Silent):
-    """A bar with the time left on a terminal; a line for each run where the output goes elsewhere."""
+class Display(Progress):
+    """A bar with the time left on a terminal; a line for each run elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.bar = Progress(
+        self.bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -68,7 +51,7 @@ class Display(Silent):
         self.row = self.bar.add_task("training", total=total, completed=present, left="")
 
     def done(self, job: Job, records: list[Record]) -> None:
-        """Say that a run has ended, and how long the rest will take at the present pace."""
+        """Say that a run has ended, and how long the others will take at this pace."""
         self.ended += 1
         left = self.time_left()
         end = records[-1]
@@ -81,7 +64,7 @@ class Display(Silent):
             self.console.print(brief(end["error"]), style="red", markup=False, soft_wrap=True)
 
     def time_left(self) -> str:
-        """Return the time that the remaining runs take at the pace so far, in words."""
+        """Return in words the time that the remaining runs take at the pace so far."""
         made = self.ended - self.present
         if made == 0:
             return ""

@@ -1,4 +1,4 @@
-"""Makes the runs that are not there yet, several at a time through joblib, and keeps each as soon as it is done."""
+"""Makes the runs that are missing, several at a time, and keeps each as it ends."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ import functools
 import importlib
 import os
 import pickle
+import platform
+import re
+import sys
 import threading
 import time
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, Protocol
+from types import TracebackType
 
+import cloudpickle
 import joblib
 from joblib.externals.loky import get_reusable_executor
 
 from popriskmin.compare.task import Task
-from popriskmin.compare.text import exact
+from popriskmin.compare.text import describe, exact
 from popriskmin.compare.training.arms import Arm
-from popriskmin.compare.training.store import Store, settings_of
-from popriskmin.compare.training.task_pickle import pickle_task
+from popriskmin.compare.training.store import Settings, Store, settings_of
 from popriskmin.compare.training.train import PLAIN, Configuration, Record, Variant, run
 
 
@@ -37,21 +41,29 @@ class Job:
         c, joined = self.configuration, ", training and validation data joined" if self.variant.joined else ""
         return f"{self.arm.name} lr={exact(c.lr)} weight_decay={exact(c.weight_decay)} seed={c.seed}{joined}"
 
-    def settings(self, task: Task, source: str | None = None) -> dict[str, Any]:
-        """Return everything that decides what the run gives; see `settings_of`."""
+    def settings(self, task: Task, source: str | None = None) -> Settings:
+        """Return all that decides what the run gives; see `settings_of`."""
         return settings_of(task, self.arm, self.configuration, source, self.variant)
 
 
 class RunError(RuntimeError):
-    """A run of the task raised, which ends the comparison unless it is to keep going; what was made is kept."""
+    """A run failed, which ends the comparison unless it is to keep going."""
 
     def __init__(self, job: Job, error: str) -> None:
         super().__init__(f"the run {job} failed: {error}")
         self.job, self.error = job, error
 
 
-class Progress(Protocol):
-    """What the runner tells of its progress."""
+class Progress:
+    """The runner tells it how far it is; this one shows nothing."""
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
 
     def start(self, total: int, present: int) -> None:
         """Say that of `total` runs `present` are there already."""
@@ -67,7 +79,7 @@ def make_jobs(
     seeds: Sequence[int],
     variant: Variant = PLAIN,
 ) -> list[Job]:
-    """Return all runs of a comparison, seeds outermost, so that an interrupted one has whole seeds first."""
+    """Return all runs of a comparison, seed by seed, so that whole seeds are made first."""
     return [
         Job(arm, Configuration(lr, decay, seed), variant)
         for seed in seeds
@@ -88,23 +100,23 @@ def make_runs(
     source: str | None = None,
     keep_going: bool = True,
 ) -> dict[Job, list[Record]]:
-    """Return the records of every job, read from the store or made now and written to it.
+    """Return the records of every job, read from the store, or made now and written to it.
 
-    Arms that follow another arm are made after all others, from the factors that those have recorded.
+    Arms that follow another arm are made after it, from the factors that it has recorded.
 
     Parameters
     ----------
     source
         The task's `source_digest`, where it is known already.
     keep_going
-        Whether a run that fails leaves the others to be made.
+        Whether the other runs are made where one fails.
 
     Raises
     ------
     RunError
         For the first run that fails, unless `keep_going`.
     """
-    pickled = pickle_task(task)
+    workers = _Workers(task, n_jobs, backend)
     settings = {job: job.settings(task, source) for job in jobs}
     made: dict[Job, list[Record]] = {}
     for job in jobs:
@@ -115,34 +127,33 @@ def make_runs(
 
     def keep(job: Job, records: list[Record]) -> None:
         store.write(settings[job], records)
-        # Read back, so that what is reported does not depend on whether a run was just made.
+        # Read back, so that the report does not depend on whether a run was just made.
         made[job] = store.read(settings[job]) or records
         progress.done(job, records)
         if records[-1]["status"] == "failed" and not keep_going:
             raise RunError(job, records[-1]["error"])
 
-    leaders = [job for job in jobs if job.arm.follows is None and job not in made]
-    _each(_parallel(pickled, [(job, None) for job in leaders], n_jobs, backend), keep)
-
-    followers: list[tuple[Job, list[float] | None]] = []
+    _each(workers.make({job: None for job in jobs if job.arm.follows is None and job not in made}), keep)
+    traces: dict[Job, list[float] | None] = {}
     for job in jobs:
         if job.arm.follows is not None and job not in made:
-            leader = next(
-                records
-                for other, records in made.items()
-                if (other.arm.name, other.configuration, other.variant)
-                == (job.arm.follows, job.configuration, job.variant)
-            )
+            leader = _leader(job, made)
             if leader[-1]["status"] == "failed":
                 keep(job, [_failed(f"the run of {job.arm.follows!r} that it follows has failed")])
             else:
-                followers.append((job, factors(leader)))
-    _each(_parallel(pickled, followers, n_jobs, backend), keep)
+                traces[job] = factors(leader)
+    _each(workers.make(traces), keep)
     return {job: made[job] for job in jobs}
 
 
+def _leader(job: Job, made: dict[Job, list[Record]]) -> list[Record]:
+    """Return the records of the run that a run follows."""
+    place = (job.arm.follows, job.configuration, job.variant)
+    return next(records for one, records in made.items() if (one.arm.name, one.configuration, one.variant) == place)
+
+
 def _each(runs: Generator[tuple[Job, list[Record]], None, None], keep: Callable[[Job, list[Record]], None]) -> None:
-    """Keep each run as it ends. Where one cannot be kept, the others are given up without joblib's remarks on it."""
+    """Keep each run as it ends. Where one cannot be kept, joblib's warnings are silenced."""
     try:
         for job, records in runs:
             keep(job, records)
@@ -153,7 +164,7 @@ def _each(runs: Generator[tuple[Job, list[Record]], None, None], keep: Callable[
 
 
 def factors(records: Sequence[Record]) -> list[float]:
-    """Return the factor of every step up to the first that has none, where a run diverged."""
+    """Return the factor of every step, up to the first without one, where a run diverged."""
     trace = []
     for record in records:
         if record["kind"] == "step":
@@ -167,16 +178,136 @@ def _failed(error: str) -> Record:
     return {"kind": "end", "status": "failed", "error": error, "seconds": 0.0}
 
 
-def _run_pickled(pickled: bytes, job: Job, trace: list[float] | None, caller: int) -> tuple[Job, list[Record]]:
-    if os.getppid() == caller:
-        _die_with(caller)
-    task = pickle.loads(pickled)  # noqa: S301 - made by this process's parent
-    return job, run(task, job.arm, job.configuration, trace, job.variant)
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One run as it is sent to a worker.
+
+    The task and the job are bytes, so that a worker that lacks a module of theirs can say
+    so itself. `caller` is the process that sends it, `path` its folders of modules, and
+    `file` the task's own file.
+    """
+
+    number: int
+    task: bytes
+    job: bytes
+    trace: list[float] | None
+    caller: int
+    path: list[str]
+    file: str | None
+
+
+class _Workers:
+    """Worker processes that make the runs of a task; with one job, this process."""
+
+    def __init__(self, task: Task, n_jobs: int, backend: str) -> None:
+        self.task, self.n_jobs, self.backend = pickle_task(task), n_jobs, backend
+        self.file = getattr(sys.modules.get(type(task).__module__), "__file__", None)
+
+    def make(self, traces: dict[Job, list[float] | None]) -> Generator[tuple[Job, list[Record]], None, None]:
+        """Yield runs as they end. A worker that dies takes no other run with it."""
+        waiting = dict(traces)
+        try:
+            while waiting:
+                try:
+                    yield from self._call(waiting, list(waiting), self.n_jobs)
+                except Exception:
+                    if self.n_jobs == 1:
+                        raise
+                    # The runs that were under way are made again, each alone: any of
+                    # their workers may have died.
+                    for job in list(waiting)[: self.n_jobs]:
+                        try:
+                            yield from self._call(waiting, [job], self.n_jobs)
+                        except Exception as error:
+                            del waiting[job]
+                            yield job, [_failed(_why_a_worker_died(error))]
+        except (KeyboardInterrupt, GeneratorExit):
+            if self.backend == "loky":
+                get_reusable_executor().shutdown(wait=True, kill_workers=True)
+            raise
+
+    def _call(
+        self, waiting: dict[Job, list[float] | None], jobs: list[Job], n_jobs: int
+    ) -> Iterator[tuple[Job, list[Record]]]:
+        """Yield the runs of these jobs as they end, and take them from the waiting ones."""
+        path = [os.path.abspath(folder) for folder in sys.path]
+        calls = [
+            joblib.delayed(_work)(
+                _Call(number, self.task, cloudpickle.dumps(job), waiting[job], os.getpid(), path, self.file)
+            )
+            for number, job in enumerate(jobs)
+        ]
+        with joblib.parallel_config(backend=self.backend, n_jobs=n_jobs):
+            active, _ = joblib.parallel.get_active_backend()
+            common = {"batch_size": 1, "pre_dispatch": "n_jobs", "max_nbytes": None}
+            one_by_one = active.supports_return_generator
+            # Other backends give all results at once. They get few runs at a time, so that
+            # few are lost by an interruption.
+            several = len(calls) if one_by_one else 2 * n_jobs
+            given = {"return_as": "generator_unordered"} if one_by_one else {}
+            for start in range(0, len(calls), several):
+                for number, records in joblib.Parallel(**given, **common)(calls[start : start + several]):
+                    del waiting[jobs[number]]
+                    yield jobs[number], records
+
+
+def _work(call: _Call) -> tuple[int, list[Record]]:
+    """Make a run, in a worker or in the caller's own process."""
+    if os.getppid() == call.caller:
+        _die_with(call.caller)
+    if os.getpid() != call.caller:
+        # The worker may be older than a folder of the path: it serves several comparisons.
+        sys.path += [folder for folder in call.path if folder not in sys.path]
+    try:
+        task, job = pickle.loads(call.task), pickle.loads(call.job)  # noqa: S301 - made by the caller
+    except Exception as error:  # unpickling imports modules, which may raise anything
+        return call.number, [_failed(_lack(error))]
+    records = run(task, job.arm, job.configuration, call.trace, job.variant)
+    if records[-1]["status"] == "failed" and call.file is not None:
+        records[-1]["error"] = _with_file(records[-1]["error"], task, call.file)
+    return call.number, records
+
+
+def _lack(error: Exception) -> str:
+    """Say that this process cannot read the task or the job, and what to do."""
+    worker = f"the worker process {os.getpid()} on {platform.node()}"
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"{worker} has no module {error.name!r}, which the task or an arm needs; install it there, or put the "
+            "folder with it on PYTHONPATH"
+        )
+    return f"{worker} cannot read the task or the arm: {describe(error)}"
+
+
+def _why_a_worker_died(error: BaseException) -> str:
+    """Return the reason for which a worker gave no records, in a line."""
+    link: BaseException | None = error
+    while link is not None:
+        module = re.search(r"No module named '([^']+)'", str(link))
+        if module:
+            return (
+                f"a worker process has no module {module[1]!r}; install popriskmin and what it needs in the workers' "
+                "environment"
+            )
+        link = link.__cause__ or link.__context__
+    return f"its process died: {''.join(traceback.format_exception_only(error)).strip()}"
+
+
+def _with_file(trace: str, task: Task, file: str) -> str:
+    """Name the task's file in a traceback whose code has lost it.
+
+    cloudpickle, since 3.1.3, sends code without the name of its file.
+    """
+    functions = [value for value in vars(type(task)).values() if isinstance(value, types.FunctionType)]
+    files = [function.__code__.co_filename for function in functions]
+    # dataclasses adds functions of its own, whose "file" is called <string>.
+    lost = [name for name in files if not os.path.exists(name) and name != "<string>"]
+    return trace.replace(f'File "{lost[0]}"', f'File "{file}"') if lost else trace
 
 
 @functools.cache
 def _die_with(parent: int) -> None:
-    """Watch, once per process, for the end of the parent: a killed comparison must leave no workers behind."""
+    """Watch for the end of the parent, so that a killed comparison leaves no workers."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -186,49 +317,30 @@ def _die_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _parallel(
-    pickled: bytes, work: list[tuple[Job, list[float] | None]], n_jobs: int, backend: str
-) -> Generator[tuple[Job, list[Record]], None, None]:
-    """Yield runs as they end. A worker process that dies takes no other run with it."""
-    waiting = dict(work)
+def pickle_task(task: Task) -> bytes:
+    """Pickle a task, with its code where workers cannot import it: from a file, a notebook.
 
-    def call(jobs: list[Job], n: int) -> Iterator[tuple[Job, list[Record]]]:
-        calls = [joblib.delayed(_run_pickled)(pickled, job, waiting[job], os.getpid()) for job in jobs]
-        for job, records in _call(calls, n, backend):
-            del waiting[job]
-            yield job, records
-
+    Raises
+    ------
+    ValueError
+        For a task that holds something that cannot be pickled. This is also refused with
+        one job, so that a task that works with one works with two.
+    """
+    module = sys.modules.get(type(task).__module__)
+    by_value = module is not None and module.__name__.split(".")[0] not in ("popriskmin", "__main__")
+    if by_value:
+        cloudpickle.register_pickle_by_value(module)
     try:
-        while waiting:
-            try:
-                yield from call(list(waiting), n_jobs)
-            except Exception:
-                if n_jobs == 1:
-                    raise
-                # It is not known whose worker died: the runs that were under way are made again, each alone.
-                for job in list(waiting)[:n_jobs]:
-                    try:
-                        yield from call([job], n_jobs)
-                    except Exception as error:
-                        del waiting[job]
-                        text = "".join(traceback.format_exception_only(error)).strip()
-                        yield job, [_failed(f"its process died: {text}")]
-    except (KeyboardInterrupt, GeneratorExit):
-        if backend == "loky":
-            get_reusable_executor().shutdown(wait=True, kill_workers=True)
-        raise
-
-
-def _call(calls: list[Any], n_jobs: int, backend: str) -> Iterator[tuple[Job, list[Record]]]:
-    with joblib.parallel_config(backend=backend, n_jobs=n_jobs):
-        active, _ = joblib.parallel.get_active_backend()
-        common = {"batch_size": 1, "pre_dispatch": "n_jobs", "max_nbytes": None}
-        if active.supports_return_generator:
-            yield from joblib.Parallel(return_as="generator_unordered", **common)(calls)
-        else:
-            # Such a backend gives all results at once: few runs at a time, so that few are lost by an interruption.
-            for start in range(0, len(calls), 2 * n_jobs):
-                yield from joblib.Parallel(**common)(calls[start : start + 2 * n_jobs])
+        pickled: bytes = cloudpickle.dumps(task)
+    except Exception as error:  # an attribute of the task may raise anything
+        raise ValueError(
+            f"{type(task).__name__} holds something that cannot be sent to another process ({describe(error)}); "
+            "make it in trial(seed)"
+        ) from error
+    finally:
+        if by_value:
+            cloudpickle.unregister_pickle_by_value(module)
+    return pickled
 
 
 def prepare_backend(backend: str, n_jobs: int) -> None:

@@ -1,4 +1,7 @@
-"""One run: train a trial with one arm, one configuration and one seed, and return what happened, line by line."""
+"""One run: train a trial with one arm, one configuration and one seed.
+
+The run returns records, which the store keeps line by line.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from popriskmin.compare.task import Task, Trial
-from popriskmin.compare.training.arms import REFERENCES, Arm, Driver, PRMDriver, make_driver
-from popriskmin.compare.training.averaging import Average
+from popriskmin.compare.task import Batch, Task, Trial
+from popriskmin.compare.text import describe
+from popriskmin.compare.training.arms import REFERENCES, Arm
+from popriskmin.compare.training.drivers import Driver, PRMDriver, make_driver
 from popriskmin.compare.training.fingerprint import content_digest
 
+# A line of a run's file, of plain values.
 Record = dict[str, Any]
 
-# Batches whose content enters the check that all arms see the same.
+# The first batches enter the check that all arms see the same.
 BATCHES_CHECKED = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """What distinguishes the runs of one arm."""
+    """The settings in which the runs of one arm differ."""
 
     lr: float
     weight_decay: float
@@ -38,12 +45,13 @@ class Configuration:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What a run does beside what all do.
+    """What a run does beyond an ordinary one.
 
     Attributes
     ----------
     average
-        Over about how many steps the weights are averaged, to be measured beside the plain ones; 0 for not at all.
+        The number of steps over which the weights are averaged, to be measured beside the
+        plain ones; 0 for no average.
     joined
         Whether to train on `Task.joined`, training and validation data together.
     """
@@ -62,12 +70,13 @@ def run(
     trace: Sequence[float] | None = None,
     variant: Variant = PLAIN,
 ) -> list[Record]:
-    """Train once and return the records of the run; an error becomes a record too.
+    """Train once and return the records of the run, an error among them.
 
-    Every record has a `kind`: "step" for each step (its loss and, where the arm has one, the factor of the step);
-    "evaluation" (the metrics on validation and test data, and under "averaged" those of averaged weights); "mask" (per
-    layer, for PRM); and a last "end" with the status: "finished", "diverged" (a loss that is not finite), or "failed"
-    with the error. A task that calls `sys.exit` has failed too.
+    Every record has a `kind`. "step" has the loss of a step and, where the arm has one, its
+    factor. "evaluation" has the metrics on validation and test data, and under "averaged"
+    those of averaged weights. "mask" has PRM's mask in each layer. The last is "end", with
+    the status "finished", "diverged" (a loss that is not finite) or "failed" (with the
+    error). A task that calls `sys.exit` has failed too.
     """
     records: list[Record] = []
     end: Record = {"kind": "end"}
@@ -77,7 +86,7 @@ def run(
             if arm == REFERENCES:
                 end |= _refer(task, configuration.seed, records)
             else:
-                end |= _train(task, arm, configuration, trace, variant, records)
+                end |= _Training(task, arm, configuration, trace, variant, records).run()
         except (Exception, SystemExit):  # one bad run must not stop the others
             end |= {"status": "failed", "error": traceback.format_exc()}
     end["seconds"] = time.perf_counter() - start
@@ -85,65 +94,89 @@ def run(
 
 
 def _refer(task: Task, seed: int, records: list[Record]) -> Record:
-    """Record the task's references for a seed, each with kind "reference", its name and its test metrics."""
+    """Record the task's references for a seed, each with its name and its test metrics."""
     seed_everything(seed)
-    found = task.references(seed)
-    if not isinstance(found, Mapping):
-        raise TypeError(f"references(seed) must return a dict of metrics by name, got {found!r}")
-    for name, values in found.items():
+    references = task.references(seed)
+    if not isinstance(references, Mapping):
+        raise TypeError(f"references(seed) must return a dict of metrics by name, got {references!r}")
+    for name, values in references.items():
         metrics = _metrics(task, f"references(seed)[{name!r}]", values)
         records.append({"kind": "reference", "name": str(name), "test": metrics})
     return {"status": "finished"}
 
 
-def _train(
-    task: Task,
-    arm: Arm,
-    configuration: Configuration,
-    trace: Sequence[float] | None,
-    variant: Variant,
-    records: list[Record],
-) -> Record:
-    trial = _make_trial(task, configuration.seed, variant.joined)
-    driver = make_driver(arm, trial, configuration.lr, configuration.weight_decay, task.optimizer_options, trace)
-    weights_digest = content_digest(list(trial.model.parameters()))
-    batch_digests: list[str] = []
-    timer = _Timer()
-    average = Average(trial.model, variant.average) if variant.average else None
-    records.append(evaluate(task, trial, 0, average))
-    driver.train()
-    status, number = "finished", 0
-    for number, batch in enumerate(trial.batches, 1):
-        if number <= BATCHES_CHECKED:
-            batch_digests.append(content_digest(batch))
-        if trace is not None and number > len(trace):
-            status = "diverged"  # as did the run that it follows, which has no further factor
-            break
-        loss = timer.step(trial, driver, batch, number)
-        records.append({"kind": "step", "step": number, "loss": loss})
+class _Training:
+    """A trial with its optimizer, on the way through its batches."""
+
+    def __init__(
+        self,
+        task: Task,
+        arm: Arm,
+        configuration: Configuration,
+        trace: Sequence[float] | None,
+        variant: Variant,
+        records: list[Record],
+    ) -> None:
+        self.task, self.trace, self.records = task, trace, records
+        self.trial = trial = _make_trial(task, configuration.seed, variant.joined)
+        lr, decay = configuration.lr, configuration.weight_decay
+        self.driver = make_driver(arm, trial, lr, decay, task.optimizer_options, trace)
+        self.weights_digest = content_digest(list(trial.model.parameters()))
+        self.batch_digests: list[str] = []
+        self.timer = _Timer()
+        self.average = Average(trial.model, variant.average) if variant.average else None
+
+    def run(self) -> Record:
+        """Take all steps and return the content of the last record."""
+        self.records.append(evaluate(self.task, self.trial, 0, self.average))
+        self.driver.train()
+        status, number = "finished", 0
+        for number, batch in enumerate(self.trial.batches, 1):
+            if number <= BATCHES_CHECKED:
+                self.batch_digests.append(content_digest(batch))
+            if not self._step(batch, number):
+                status = "diverged"
+                break
+            if number % self.trial.evaluate_every == 0:
+                self._observe(number)
+        if number == 0:
+            raise ValueError(f"{type(self.task).__name__}.trial gave no batches")
+        if status == "finished" and number % self.trial.evaluate_every:
+            self._observe(number)
+        return {
+            "status": status,
+            "steps": number,
+            "initial_weights": self.weights_digest,
+            "first_batches": self.batch_digests,
+            "parameters": sum(p.numel() for p in self.trial.model.parameters()),
+            "state_bytes": state_bytes(self.driver.optimizer),
+            **self.timer.medians(),
+        }
+
+    def _step(self, batch: Batch, number: int) -> bool:
+        """Take a step and record it; return whether the training may go on."""
+        if self.trace is not None and number > len(self.trace):
+            return False  # the run that it follows has diverged here and has no further factor
+        loss = self.timer.step(self.trial, self.driver, batch, number)
+        self.records.append({"kind": "step", "step": number, "loss": loss})
         if not math.isfinite(loss):
-            status = "diverged"
-            break
-        if average is not None:
-            average.update(trial.model)
-        factor = driver.factor(number)
+            return False
+        if self.average is not None:
+            self.average.update(self.trial.model)
+        factor = self.driver.factor(number)
         if factor is not None:
-            records[-1]["factor"] = factor
-        if number % trial.evaluate_every == 0:
-            _observe(task, trial, driver, average, number, records)
-    if number == 0:
-        raise ValueError(f"{type(task).__name__}.trial gave no batches")
-    if status == "finished" and number % trial.evaluate_every:
-        _observe(task, trial, driver, average, number, records)
-    return {
-        "status": status,
-        "steps": number,
-        "initial_weights": weights_digest,
-        "first_batches": batch_digests,
-        "parameters": sum(p.numel() for p in trial.model.parameters()),
-        "state_bytes": state_bytes(driver.optimizer),
-        **timer.medians(),
-    }
+            self.records[-1]["factor"] = factor
+        return True
+
+    def _observe(self, number: int) -> None:
+        """Record the metrics after a step, and the mask of PRM."""
+        self.driver.train(False)
+        self.records.append(evaluate(self.task, self.trial, number, self.average))
+        self.driver.train()
+        if isinstance(self.driver, PRMDriver):
+            layers = self.driver.optimizer.get_mask_stats(by="parameter")
+            kept = {str(name): {key: row[key] for key in ("mean_q", "active_fraction")} for name, row in layers.items()}
+            self.records.append({"kind": "mask", "step": number, "layers": kept})
 
 
 def _make_trial(task: Task, seed: int, joined: bool) -> Trial:
@@ -156,20 +189,58 @@ def _make_trial(task: Task, seed: int, joined: bool) -> Trial:
     return trial
 
 
-def _observe(
-    task: Task, trial: Trial, driver: Driver, average: Average | None, number: int, records: list[Record]
-) -> None:
-    driver.train(False)
-    records.append(evaluate(task, trial, number, average))
-    driver.train()
-    if isinstance(driver, PRMDriver):
-        layers = driver.optimizer.get_mask_stats(by="parameter")
-        kept = {str(name): {key: row[key] for key in ("mean_q", "active_fraction")} for name, row in layers.items()}
-        records.append({"kind": "mask", "step": number, "layers": kept})
+class Average:
+    """An exponential average of a model's weights and buffers over about `steps` steps.
+
+    It is the plain mean of the first `steps` steps, so that the first weights do not stay
+    in it. Buffers are averaged too, except for counters, which are copied.
+
+    Raises
+    ------
+    ValueError
+        For a model that cannot be copied.
+
+    Examples
+    --------
+    >>> model = nn.Linear(1, 1)
+    >>> average = Average(model, steps=50)
+    >>> for value in (1.0, 2.0):
+    ...     _ = nn.init.constant_(model.weight, value)
+    ...     average.update(model)
+    >>> average.model.weight.item()
+    1.5
+    """
+
+    def __init__(self, model: nn.Module, steps: int) -> None:
+        self.steps = steps
+        try:
+            self._averaged = AveragedModel(model, avg_fn=self._mean, use_buffers=True)
+        except Exception as error:  # copying a module may raise anything
+            raise ValueError(
+                f"the weights cannot be averaged, for {type(model).__name__} cannot be copied ({describe(error)}); "
+                "leave out --average, or let its trial make a model that copy.deepcopy takes"
+            ) from error
+
+    def _mean(self, averaged: Tensor, now: Tensor, number: Tensor | int) -> Tensor:
+        if not (averaged.is_floating_point() or averaged.is_complex()):
+            return now
+        mean = averaged.lerp(now.to(averaged.dtype), max(1 / self.steps, 1 / (int(number) + 1)))
+        # Infinities, as of a mask, stay: their difference would be NaN.
+        return torch.where(averaged == now, averaged, mean)
+
+    def update(self, model: nn.Module) -> None:
+        """Take the weights after a step into the average."""
+        self._averaged.update_parameters(model)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with the averaged weights; before an update, with the initial ones."""
+        module: nn.Module = self._averaged.module
+        return module
 
 
 def evaluate(task: Task, trial: Trial, step: int, average: Average | None = None) -> Record:
-    """Return the metrics on validation and test data, without touching the model or the random numbers."""
+    """Return the metrics on validation and test data, without a trace in the random numbers."""
     record: Record = {"kind": "evaluation", "step": step, **_measure(task, trial, trial.model)}
     if average is not None:
         with _restored():  # a task may draw from other random numbers than torch's
@@ -182,14 +253,14 @@ def _measure(task: Task, trial: Trial, model: torch.nn.Module) -> dict[str, dict
     model.eval()
     try:
         with torch.random.fork_rng(), torch.no_grad():
-            found = {"validation": trial.validation(model), "test": trial.test(model)}
+            measured = {"validation": trial.validation(model), "test": trial.test(model)}
     finally:
         model.train(training)
-    return {name: _metrics(task, f"{name}(model)", values) for name, values in found.items()}
+    return {part: _metrics(task, f"{part}(model)", values) for part, values in measured.items()}
 
 
-def _metrics(task: Task, source: str, values: Any) -> dict[str, float]:
-    """Return the task's metrics of what its code has returned."""
+def _metrics(task: Task, source: str, values: object) -> dict[str, float]:
+    """Return the task's metrics out of a value that its code has returned."""
     if not isinstance(values, Mapping):
         raise TypeError(f"{source} must return a dict of {', '.join(task.metrics)}, got {values!r}")
     missing = [metric for metric in task.metrics if metric not in values]
@@ -198,10 +269,10 @@ def _metrics(task: Task, source: str, values: Any) -> dict[str, float]:
             f"{source} must return {', '.join(task.metrics)}, as {type(task).__name__}.metrics says, "
             f"but returned {', '.join(values) or 'nothing'}"
         )
-    return {metric: _number(values[metric], f"{source}[{metric!r}]") for metric in task.metrics}
+    return {metric: _as_number(values[metric], f"{source}[{metric!r}]") for metric in task.metrics}
 
 
-def _number(value: Any, name: str) -> float:
+def _as_number(value: Any, name: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -209,13 +280,13 @@ def _number(value: Any, name: str) -> float:
 
 
 class _Timer:
-    """Takes the steps and their times: the whole step with both passes, and the optimizer's part of it."""
+    """Takes steps and notes their times: of the whole step, and of the optimizer's part."""
 
     def __init__(self) -> None:
         self.whole: list[float] = []
         self.optimizer: list[float] = []
 
-    def step(self, trial: Trial, driver: Driver, batch: Any, number: int) -> float:
+    def step(self, trial: Trial, driver: Driver, batch: Batch, number: int) -> float:
         start = time.perf_counter()
         driver.optimizer.zero_grad()
         loss = trial.loss(trial.model, batch)
@@ -257,7 +328,7 @@ _LOCK = threading.Lock()
 
 @contextmanager
 def _isolated() -> Iterator[None]:
-    """Run on one thread, so that results do not depend on the number of jobs, and give back all random state."""
+    """Run on one thread, whatever the number of jobs, and restore all random state."""
     with _LOCK, _restored():
         yield
 

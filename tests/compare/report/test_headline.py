@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compare.made_up import plan
 from sklearn.datasets import make_classification
 
 from popriskmin.compare import compare
-from popriskmin.compare.report.analysis import Statement
+from popriskmin.compare.report.analysis import Selection
 from popriskmin.compare.report.headline import GUESS, Contender, _value, headline, verdicts
-from popriskmin.compare.report.statistics import estimate
+from popriskmin.compare.report.statements import Statement
+from popriskmin.compare.report.statistics import Estimate, estimate
 from popriskmin.compare.training.arms import Arm, make_arms
 from popriskmin.tasks.table import Table
 
@@ -25,20 +27,32 @@ def read(path):
     data = json.loads(path.read_text())
     names = {field.name for field in dataclasses.fields(Statement)}
     said = [Statement(**{k: v for k, v in one.items() if k in names}) for one in data.get("answer", ())]
-    arms = [Arm(**arm) for arm in data["arms"]]
-    return data["metrics"], arms, data["selections"], data.get("references", {}), said
+    comparison = plan([Arm(**arm) for arm in data["arms"]], data["metrics"])
+    selections = {
+        figure: {
+            arm: Selection(one["chosen"], {of: estimates(values) for of, values in (one["test"] or {}).items()})
+            for arm, one in by_arm.items()
+        }
+        for figure, by_arm in data["selections"].items()
+    }
+    references = {name: estimates(values) for name, values in data.get("references", {}).items()}
+    return comparison, selections, references, said
+
+
+def estimates(by_metric):
+    return {metric: Estimate(one["mean"], one["interval"], one["values"]) for metric, one in by_metric.items()}
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.parent.name)
 def test_on_what_is_committed(path):
-    metrics, arms, selections, references, said = read(path)
-    metric, direction = next(iter(metrics.items()))
-    means = {arm.name: selections["best"][arm.name]["test"]["best"][metric]["mean"] for arm in arms}
+    comparison, selections, references, said = read(path)
+    metric, direction = comparison.metric, comparison.direction
+    means = {arm: one.test["best"][metric].mean for arm, one in selections["best"].items()}
     networks = {name: mean for name, mean in means.items() if not name.startswith("adamw-matched")}
-    everything = networks | {name: found[metric]["mean"] for name, found in references.items()}
+    everything = networks | {name: found[metric].mean for name, found in references.items()}
     pick = min if direction == "min" else max
     best = pick(everything, key=everything.get)
-    sentence = headline(metrics, arms, selections, references, said)
+    sentence = headline(comparison, selections, references, said)
     assert sentence.startswith(f"Best on this page is {best}, test {metric} ")
     assert ("no network beats it" in sentence) == (best not in networks)
     assert sentence.count(". ") == 0
@@ -68,11 +82,11 @@ def made_up(levels, references, verdict_p):
     arms = make_arms()
     noise = 1e-3 * np.arange(SEEDS)
     test = {name: {"best": {"loss": estimate(list(level + noise))}} for name, level in levels.items()}
-    selections = {"best": {arm.name: {"test": test.get(arm.name)} for arm in arms}}
+    selections = {"best": {arm.name: Selection(None, test.get(arm.name)) for arm in arms}}
     known = {name: {"loss": estimate(list(level + noise[::-1]))} for name, level in references.items()}
     apart = levels["prm"] - levels["adamw"]
     values = ("loss", "min", levels["prm"], levels["adamw"], apart, (apart, apart), SEEDS, verdict_p)
-    return {"loss": "min"}, arms, selections, known, [Statement("", "best", "prm", "adamw", *values)]
+    return plan(arms, {"loss": "min"}), selections, known, [Statement("", "best", "prm", "adamw", *values)]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +147,7 @@ def test_a_lead_picked_from_many_needs_more_proof():
 
 
 def test_of_nothing_there_is_nothing_to_say():
-    assert headline({"loss": "min"}, [], {"best": {}}, {}, []) == ""
+    assert headline(plan([], {"loss": "min"}), {"best": {}}, {}, []) == ""
     assert verdicts([]) == {}
 
 
@@ -150,9 +164,9 @@ def test_real_tables_on_which_the_network_loses(kind, tmp_path):
     file.write_text("\n".join(lines) + "\n")
     task = Table(data=str(file), target="y", steps=60, hidden=16)
     found = compare(task, lr=0.3, weight_decay=0.01, seeds=5, arms={}, out=tmp_path / "out", progress=False)
-    losses = {arm: row["test"]["best"]["loss"]["mean"] for arm, row in found.selections["best"].items()}
+    losses = {arm: row.test["best"]["loss"].mean for arm, row in found.selections["best"].items()}
     losses = {arm: loss for arm, loss in losses.items() if arm != "adamw-matched"}
-    known = {name: metrics["loss"]["mean"] for name, metrics in found.references.test.items()}
+    known = {name: metrics["loss"].mean for name, metrics in found.references.test.items()}
     best = min(losses | known, key=(losses | known).get)
     assert best in known
     assert f"Best on this page is {'the ' if best == GUESS else ''}{best}, test loss" in found.headline

@@ -1,6 +1,5 @@
 """The page: complete, self-contained, and without fault in a real browser."""
 
-import copy
 import dataclasses
 import html
 import html.parser
@@ -15,8 +14,10 @@ from tiny import Tiny
 
 from popriskmin.cli import main
 from popriskmin.compare import compare
-from popriskmin.compare.report.analysis import OPENINGS
-from popriskmin.compare.report.page import command, wider_command
+from popriskmin.compare.report.command import command, wider_command
+from popriskmin.compare.report.goals import Arrival, Goal, goal_lines
+from popriskmin.compare.report.run_summary import Choice
+from popriskmin.compare.report.statements import OPENINGS
 from popriskmin.tasks.digits import Digits
 
 TINY = os.path.join(os.path.dirname(__file__), "..", "..", "tiny.py")
@@ -101,17 +102,16 @@ def test_the_goals_of_a_task_are_told(tmp_path, monkeypatch):
     results = compare(Tiny(), lr=0.1, seeds=2, out=tmp_path, progress=False)
     (line, *_) = results.goal_lines()
     assert line.startswith("adamw: test error at most 5.000 first at ")
-    never = dataclasses.replace(results, by_goal=copy.deepcopy(results.by_goal))
-    row = never.by_goal["error"]["arms"]["adamw"]
-    late = {"chosen": {"lr": 0.01, "weight_decay": 0.0}, "steps": [None, 5], "median": 5.0}
-    row |= {"validated": False, "on_test": late}
-    assert never.goal_lines()[0] == (
+    row = results.by_goal["error"].arms["adamw"]
+    late = dataclasses.replace(row, validated=False, on_test=Arrival(Choice(0.01, 0.0), [None, 5], 5.0))
+    never = dataclasses.replace(late, on_test=None)
+    lines = [goal_lines(results, {"error": Goal(5.0, {"adamw": one})})[0] for one in (late, never)]
+    assert lines[0] == (
         "adamw: none reached error at most 5.000 on validation data by 12 steps; on test data lr "
         "0.01, decay 0 did, at 5 "
         "steps in the median; by seed never, 5"
     )
-    row["on_test"] = None
-    assert never.goal_lines()[0].endswith("on validation data by 12 steps; nor did any on test data")
+    assert lines[1].endswith("on validation data by 12 steps; nor did any on test data")
     assert line in " ".join((tmp_path / "report.html").read_text().split())
 
 

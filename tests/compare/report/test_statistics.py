@@ -43,7 +43,7 @@ def test_too_few_values_say_nothing():
     assert interval([0.1, 0.2]) is None
     assert interval([0.1, 0.2, 0.3]) is not None
     assert p_value([0.1, 0.2, 0.3, 0.4]) is None
-    assert difference({0: 0.9, 1: 0.8}, {0: 0.1, 2: 0.1})["values"] == pytest.approx([0.8])
+    assert difference({0: 0.9, 1: 0.8}, {0: 0.1, 2: 0.1}).values == pytest.approx([0.8])
 
 
 @pytest.mark.parametrize("seeds", [5, 10])

@@ -3,10 +3,11 @@
 import dataclasses
 
 import pytest
-from compare.made_up import ARMS, METRICS, made_up
+from compare.made_up import ARMS, made_up, plan
 
-from popriskmin.compare.report.analysis import analyse, statements
-from popriskmin.compare.report.budget import by_budget
+from popriskmin.compare.report.analysis import Selection, analyse, by_budget
+from popriskmin.compare.report.run_summary import Choice
+from popriskmin.compare.report.statements import statements
 from popriskmin.compare.report.train_on_validation import JOINED, by_joined, jobs_of_joined, renamed
 
 ADAMW, PRM, MATCHED = ARMS
@@ -33,25 +34,25 @@ def joined(final, arms=ARMS, status="finished"):
 
 
 def test_which_runs_are_made():
-    jobs = jobs_of_joined(ARMS, analyse(ordinary(), ARMS, METRICS), SEEDS)
+    jobs = jobs_of_joined(plan(), analyse(plan(), ordinary()))
     assert {job.variant for job in jobs} == {JOINED}
     assert {(job.arm.name, job.configuration.lr) for job in jobs} == {(arm.name, 0.01) for arm in ARMS}
     assert len(jobs) == 15
 
 
 def test_an_arm_that_follows_another_gets_its_run_at_the_same_place():
-    selections = analyse(ordinary(), ARMS, METRICS)
-    selections["final"]["adamw-matched"]["chosen"] = {"lr": 0.1, "weight_decay": 0.1}
-    jobs = jobs_of_joined(ARMS, selections, [0])
+    selections = analyse(plan(), ordinary())
+    selections["final"]["adamw-matched"] = Selection(Choice(0.1, 0.1))
+    jobs = jobs_of_joined(plan(seeds=[0]), selections)
     places = [(job.arm.name, job.configuration.lr) for job in jobs]
     assert places == [("adamw", 0.01), ("prm", 0.01), ("prm", 0.1), ("adamw-matched", 0.1)]
 
 
 def test_no_run_for_averages_and_for_arms_that_chose_nothing():
     arms = [*ARMS, ADAMW.of_averages]
-    selections = analyse([*ordinary(), *(as_averaged(run) for run in ordinary())], arms, METRICS)
-    selections["final"]["adamw-matched"]["chosen"] = None
-    assert {job.arm.name for job in jobs_of_joined(arms, selections, SEEDS)} == {"adamw", "prm"}
+    selections = analyse(plan(arms), [*ordinary(), *(as_averaged(run) for run in ordinary())])
+    selections["final"]["adamw-matched"] = Selection(None)
+    assert {job.arm.name for job in jobs_of_joined(plan(arms), selections)} == {"adamw", "prm"}
 
 
 def as_averaged(run):
@@ -60,31 +61,30 @@ def as_averaged(run):
 
 def test_what_each_arm_reached():
     runs = ordinary()
-    found = by_joined(
-        joined({"adamw": 0.5, "prm": 0.9, "adamw-matched": 0.4}), runs, ARMS, analyse(runs, ARMS, METRICS), METRICS
-    )
+    final = joined({"adamw": 0.5, "prm": 0.9, "adamw-matched": 0.4})
+    found = by_joined(plan(), final, runs, analyse(plan(), runs))
     assert list(found) == ["adamw", "prm", "adamw-matched"]
     prm = found["prm"]
-    assert prm["chosen"] == {"lr": 0.01, "weight_decay": 0.1}
-    assert prm["test"]["accuracy"]["mean"] == pytest.approx(0.92)
-    assert prm["stopped"]["accuracy"]["mean"] == pytest.approx(0.76)  # its best validation step is its last
-    assert prm["against"]["stopped"]["accuracy"]["mean"] == pytest.approx(0.16)
-    assert prm["against"]["adamw"]["accuracy"]["mean"] == pytest.approx(0.4)
-    assert found["adamw"]["stopped"]["accuracy"]["mean"] == pytest.approx(0.81)
-    assert set(found["adamw"]["against"]) == {"stopped"}
+    assert prm.chosen == Choice(0.01, 0.1)
+    assert prm.test["accuracy"].mean == pytest.approx(0.92)
+    assert prm.stopped["accuracy"].mean == pytest.approx(0.76)  # its best validation step is its last
+    assert prm.against["stopped"]["accuracy"].mean == pytest.approx(0.16)
+    assert prm.against["adamw"]["accuracy"].mean == pytest.approx(0.4)
+    assert found["adamw"].stopped["accuracy"].mean == pytest.approx(0.81)
+    assert set(found["adamw"].against) == {"stopped"}
 
 
 def test_an_arm_that_diverged_is_left_out():
-    runs, arms = ordinary(), analyse(ordinary(), ARMS, METRICS)
+    runs, selections = ordinary(), analyse(plan(), ordinary())
     lost = joined({"prm": 0.9}, [PRM], "diverged") + joined({"adamw": 0.5}, [ADAMW])
-    assert list(by_joined(lost, runs, ARMS, arms, METRICS)) == ["adamw"]
+    assert list(by_joined(plan(), lost, runs, selections)) == ["adamw"]
 
 
 def test_statements_are_corrected_with_all_others():
     runs = ordinary()
-    selections, budget = analyse(runs, ARMS, METRICS), by_budget(runs, ARMS, METRICS)
-    table = by_joined(joined({"adamw": 0.5, "prm": 0.9, "adamw-matched": 0.4}), runs, ARMS, selections, METRICS)
-    without, said = (statements(ARMS, METRICS, selections, budget, "adamw", found) for found in ({}, table))
+    selections, budget = analyse(plan(), runs), by_budget(plan(), runs)
+    table = by_joined(plan(), joined({"adamw": 0.5, "prm": 0.9, "adamw-matched": 0.4}), runs, selections)
+    without, said = (statements(plan(), selections, budget, "adamw", found) for found in ({}, table))
     assert [(one.arm, one.rival) for one in said[len(without) :]] == [
         ("adamw joined", "adamw stopped"),
         ("prm joined", "prm stopped"),

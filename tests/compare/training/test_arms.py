@@ -5,7 +5,9 @@ import torch
 from tiny import Tiny
 
 from popriskmin import PRM
-from popriskmin.compare.training.arms import Arm, check_common_options, make_arms, make_driver, parse_options
+from popriskmin.compare.flags import parse_options
+from popriskmin.compare.training.arms import Arm, check_common_options, make_arms
+from popriskmin.compare.training.drivers import make_driver
 
 
 def test_the_three_arms_and_further_ones():

@@ -5,7 +5,9 @@ import torch
 from tiny import Tiny
 
 from popriskmin.compare import compare
-from popriskmin.compare.training.arms import make_arms, make_driver, make_rivals, parse_arm, parse_arm_lr
+from popriskmin.compare.flags import parse_arm, parse_arm_lr
+from popriskmin.compare.training.arms import make_arms, make_rivals
+from popriskmin.compare.training.drivers import make_driver
 from popriskmin.compare.training.other_optimizers import path_of
 from popriskmin.compare.training.train import Configuration, run
 

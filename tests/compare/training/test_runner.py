@@ -2,17 +2,22 @@
 
 import json
 import os
+import pickle
+import subprocess
+import sys
+import threading
 
 import pytest
 from tiny import Tiny
 
+from popriskmin.compare.loading import load_task_class
 from popriskmin.compare.training.arms import make_arms
-from popriskmin.compare.training.progress import Silent
-from popriskmin.compare.training.runner import factors, make_jobs, make_runs, prepare_backend
+from popriskmin.compare.training.runner import Progress, factors, make_jobs, make_runs, pickle_task, prepare_backend
 from popriskmin.compare.training.store import Store, settings_of
+from popriskmin.tasks.digits import Digits
 
 
-class Recorder(Silent):
+class Recorder(Progress):
     def __init__(self):
         self.events = []
 
@@ -35,7 +40,7 @@ def without_times(records):
 def expected(tmp_path_factory):
     """Return the runs of the task with nothing going wrong, made one after another in this process."""
     store = Store(tmp_path_factory.mktemp("expected"))
-    made = make_runs(Tiny(), all_jobs(), store, 1, "loky", Silent())
+    made = make_runs(Tiny(), all_jobs(), store, 1, "loky", Progress())
     return {str(job): without_times(records) for job, records in made.items()}
 
 
@@ -53,7 +58,7 @@ def test_every_run_is_made_and_kept(tmp_path, expected):
 
 def test_nothing_is_made_twice(tmp_path):
     store, progress = Store(tmp_path), Recorder()
-    make_runs(Tiny(), all_jobs(seeds=(0,)), store, 1, "loky", Silent())
+    make_runs(Tiny(), all_jobs(seeds=(0,)), store, 1, "loky", Progress())
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     make_runs(Tiny(), all_jobs(seeds=(0, 1)), store, 1, "loky", progress)
     assert progress.events[0] == (12, 6)
@@ -62,7 +67,7 @@ def test_nothing_is_made_twice(tmp_path):
 
 
 def test_the_matched_arm_takes_the_factors_of_its_own_run(tmp_path):
-    made = make_runs(Tiny(), all_jobs(prm=[{"mask": "soft"}], match_all=True), Store(tmp_path), 1, "loky", Silent())
+    made = make_runs(Tiny(), all_jobs(prm=[{"mask": "soft"}], match_all=True), Store(tmp_path), 1, "loky", Progress())
     by_name = {str(job): factors(records) for job, records in made.items()}
     followed = [name for name in by_name if name.startswith("adamw-matched")]
     assert len(followed) == 8
@@ -75,7 +80,7 @@ def test_the_matched_arm_takes_the_factors_of_its_own_run(tmp_path):
 @pytest.mark.parametrize("backend", ["loky", "threading", "multiprocessing"])
 def test_the_results_do_not_depend_on_jobs_and_backend(tmp_path, expected, backend):
     """Multiprocessing cannot hand out results one by one, as some cluster backends cannot either."""
-    made = make_runs(Tiny(), all_jobs(), Store(tmp_path), 2, backend, Silent())
+    made = make_runs(Tiny(), all_jobs(), Store(tmp_path), 2, backend, Progress())
     assert {str(job): without_times(records) for job, records in made.items()} == expected
 
 
@@ -84,7 +89,7 @@ def test_a_dask_cluster(tmp_path, expected):
     cluster = distributed.LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None)
     with cluster, distributed.Client(cluster):
         prepare_backend("dask", 2)
-        made = make_runs(Tiny(), all_jobs(), Store(tmp_path), 2, "dask", Silent())
+        made = make_runs(Tiny(), all_jobs(), Store(tmp_path), 2, "dask", Progress())
     assert {str(job): without_times(records) for job, records in made.items()} == expected
 
 
@@ -116,7 +121,7 @@ def test_a_worker_that_dies_takes_no_other_run_with_it(tmp_path, expected):
 
 def test_a_run_that_died_once_gets_another_try(tmp_path, expected):
     task = Tiny(trouble="die", scratch=str(tmp_path / "has died"))
-    made = make_runs(task, all_jobs(rates=[0.1]), Store(tmp_path / "runs"), 2, "loky", Silent())
+    made = make_runs(task, all_jobs(rates=[0.1]), Store(tmp_path / "runs"), 2, "loky", Progress())
     assert os.path.exists(task.scratch)
     assert {records[-1]["status"] for records in made.values()} == {"finished"}
     assert all(without_times(records) == expected[str(job)] for job, records in made.items())
@@ -130,7 +135,7 @@ def test_a_task_that_cannot_be_sent_to_a_worker(tmp_path):
     task = Tiny()
     task.held = (i for i in range(3))
     with pytest.raises(ValueError, match=r"Tiny holds something that cannot be sent .*generator.*make it in trial"):
-        make_runs(task, all_jobs(), Store(tmp_path), 1, "loky", Silent())
+        make_runs(task, all_jobs(), Store(tmp_path), 1, "loky", Progress())
     assert not list(tmp_path.iterdir())
 
 
@@ -140,7 +145,7 @@ def test_runs_that_cannot_be_kept_end_without_remarks_of_joblib(tmp_path, monkey
 
     monkeypatch.setattr(Store, "write", full)
     with pytest.raises(OSError, match="No space left"):
-        make_runs(Tiny(), all_jobs(), Store(tmp_path), 2, "threading", Silent())
+        make_runs(Tiny(), all_jobs(), Store(tmp_path), 2, "threading", Progress())
     assert not [warning for warning in recwarn if "cancelled" in str(warning.message)]
 
 
@@ -161,8 +166,56 @@ def test_a_backend_that_is_not_installed(monkeypatch):
 
 
 def test_records_are_one_json_line_each(tmp_path):
-    make_runs(Tiny(), all_jobs(seeds=(0,)), Store(tmp_path), 1, "loky", Silent())
+    make_runs(Tiny(), all_jobs(seeds=(0,)), Store(tmp_path), 1, "loky", Progress())
     for path in tmp_path.iterdir():
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         assert [line["kind"] for line in lines].count("step") == 12
         assert (lines[0]["kind"], lines[-1]["kind"]) == ("settings", "end")
+
+
+TASK = """
+from popriskmin.compare import Task
+
+class Mine(Task):
+    metrics = {"loss": "min"}
+
+    def trial(self, seed):
+        def loss(model, batch):
+            raise ArithmeticError("in a function within a method")
+        return loss
+"""
+
+
+READ = """
+import pickle, sys
+
+task = pickle.load(sys.stdin.buffer)
+assert type(task).__module__ not in sys.modules
+try:
+    task.trial(0)(None, None)
+except ArithmeticError as error:
+    print(task.trial.__code__.co_filename, error.__traceback__.tb_next.tb_frame.f_code.co_filename, sep="\\n")
+"""
+
+
+def test_code_that_travels_keeps_the_name_of_its_file(tmp_path):
+    """Of methods and of functions within them, in a process that cannot import the module."""
+    path = tmp_path / "mine.py"
+    path.write_text(TASK)
+    pickled = pickle_task(load_task_class(str(path))())
+    process = subprocess.run([sys.executable, "-c", READ], input=pickled, stdout=subprocess.PIPE, check=True)
+    assert process.stdout.decode().split() == [str(path)] * 2
+
+
+def test_a_task_of_the_package_goes_by_its_name():
+    task = Digits()
+    pickled = pickle_task(task)
+    assert pickle.loads(pickled) == task
+    assert len(pickled) < 1000  # no code in it
+
+
+def test_what_cannot_be_sent_is_named():
+    task = Digits()
+    task.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"Digits holds something that cannot be sent .* make it in trial\(seed\)"):
+        pickle_task(task)

@@ -46,11 +46,11 @@ def test_frames(results):
     assert len(frame) == 64
     assert set(frame["status"]) == {"finished"}
     chosen = results.selections["final"]["prm"]
-    rows = frame[(frame.arm == "prm") & (frame.lr == chosen["chosen"]["lr"])
-                 & (frame.weight_decay == chosen["chosen"]["weight_decay"])]  # fmt: skip
-    assert rows["test final error"].mean() == pytest.approx(chosen["test"]["final"]["error"]["mean"])
+    rows = frame[(frame.arm == "prm") & (frame.lr == chosen.chosen.lr)
+                 & (frame.weight_decay == chosen.chosen.weight_decay)]  # fmt: skip
+    assert rows["test final error"].mean() == pytest.approx(chosen.test["final"]["error"].mean)
     best = frame[frame.arm == "prm"].groupby(["lr", "weight_decay"])["validation final error"].mean().idxmin()
-    assert best == (chosen["chosen"]["lr"], chosen["chosen"]["weight_decay"])
+    assert best == (chosen.chosen.lr, chosen.chosen.weight_decay)
     curves = results.curves
     assert list(curves.columns) == [
         "arm", "lr", "weight_decay", "seed", "step", "validation error", "test error", "validation fit", "test fit",
@@ -227,7 +227,7 @@ def test_averages_and_joined_data_make_runs_of_their_own(widened):
     plain, results = widened
     names = {path.name for path in (results.folder / "runs").iterdir()}
     assert len(plain) == 30
-    chosen = [results.selections["final"][arm]["chosen"] for arm in ("adamw", "prm", "adamw-matched")]
+    chosen = [results.selections["final"][arm].chosen for arm in ("adamw", "prm", "adamw-matched")]
     leaders = 5 * (chosen[1] != chosen[2])
     assert plain < names
     assert len(names) == 30 + 30 + 15 + leaders
@@ -252,7 +252,7 @@ def test_averages_are_arms(widened):
 def test_joined_data_in_page_terminal_and_frame(widened, capsys):
     _, results = widened
     rows = results.frame[results.frame.arm == "prm joined"]
-    assert rows["test final error"].mean() == pytest.approx(results.by_joined["prm"]["test"]["error"]["mean"])
+    assert rows["test final error"].mean() == pytest.approx(results.by_joined["prm"].test["error"].mean)
     assert set(rows["steps"]) == {24}
     results.print()
     printed = capsys.readouterr().out
