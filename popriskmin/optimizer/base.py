@@ -29,6 +29,9 @@ from popriskmin.step.compat import split_names
 class CheckedOptimizer(Optimizer):
     """The base of `PRM`: its groups and checkpoints, of which a bad one is refused before anything is changed."""
 
+    _applied: list[Hyperparameters]
+    _applied_to: list[int]
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with its own options; its tensors start at step 1.
 
