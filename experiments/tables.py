@@ -61,7 +61,7 @@ FOURTH = [
 ]
 # The variance as a penalty, and one strength for all weights in its place: each with 15 configurations.
 SHRINKAGES = (0.0, 1.0, 1.5, 2.0, 3.0)
-STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+STRENGTHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 DRAWS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
