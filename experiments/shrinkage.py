@@ -7,8 +7,7 @@ Every arm of a task has the same learning rates, a weight decay of 0.01 and thre
 validation data, once for the last step and once for the step where the validation figure is best; all figures are from
 test data. AdamW's and PRM's are those of `docs/results/TASK/results.json`, tuned there over grids that are no smaller,
 and are taken at the same seeds. The numbers of standard errors were read off a prototype on these tasks, so the table
-shows
-that the method repeats, not that the numbers were foreseen.
+shows that the method repeats, not that the numbers were foreseen.
 """
 
 from __future__ import annotations

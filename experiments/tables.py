@@ -4,6 +4,7 @@
     python experiments/tables.py run                  # a few hours on one core; resumes after a kill
     python experiments/tables.py run --tables wine cells --probes 500
     python experiments/tables.py report --page docs/results/tables.md   # tables and pictures from what is there
+    python experiments/tables.py shrinkage  # its tables, into docs/results/shrinkage
     python experiments/tables.py pack       # when a study is done: all lines into one compressed file
 
 Every arm is tuned over its grid and stopped early on validation data, with 5 seeds; all figures are from test data.
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import tables_report
+import tables_shrinkage
 import torch
 from tables_data import SOURCES, make_task
 from tables_runs import Arm, Stack, train
@@ -170,7 +172,7 @@ def _train(stack: Stack, arm: Arm, traces: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Run what is missing, or report or pack what is there."""
     parser = argparse.ArgumentParser(description="Masks on real tables, with and without columns that say nothing.")
-    parser.add_argument("action", choices=("run", "report", "pack"))
+    parser.add_argument("action", choices=("run", "report", "shrinkage", "pack"))
     parser.add_argument("--tables", nargs="+", choices=list(SOURCES), default=list(SOURCES))
     parser.add_argument("--probes", nargs="+", type=int, default=list(PROBES))
     parser.add_argument("--out", type=Path, default=Path("docs/results/tables"), help="folder of the results")
@@ -181,6 +183,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.action == "run":
         run(args.tables, args.probes, args.out, args.cache)
+    elif args.action == "shrinkage":
+        tables_shrinkage.write(read(args.out), args.out.parent / "shrinkage")
     elif args.action == "pack":
         pack(args.out)
     else:
