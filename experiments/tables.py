@@ -4,6 +4,7 @@
     python experiments/tables.py run                  # a few hours on one core; resumes after a kill
     python experiments/tables.py run --tables wine cells --probes 500
     python experiments/tables.py report --page docs/results/tables.md   # tables and pictures from what is there
+    python experiments/tables.py shrinkage  # its tables, into docs/results/shrinkage
     python experiments/tables.py pack       # when a study is done: all lines into one compressed file
 
 Every arm is tuned over its grid and stopped early on validation data, with 5 seeds; all figures are from test data.
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import tables_report
+import tables_shrinkage
 import torch
 from tables_data import SOURCES, make_task
 from tables_runs import Arm, Stack, train
@@ -49,25 +51,50 @@ SECOND = [
     Arm("hard", "prm", options={"mask": "hard"}),
 ]
 THIRD = [
-    Arm("adamw, L1 on the first layer", "adamw", decays=PENALTIES, l1=True),
+    Arm("adamw, L1 on the first layer", "adamw", decays=PENALTIES, axis="l1"),
     Arm("adamw, averaged", "adamw", decays=ADAMW_DECAYS, average=True),
     Arm("adamw-matched to soft", "matched", options={"mask": "soft"}, follows="soft"),
     Arm("adamw-matched to snr", "matched", follows="snr"),
 ]
 FOURTH = [
-    dataclasses.replace(arm, name=f"{arm.name}, L1 on the first layer", decays=PENALTIES, l1=True)
+    dataclasses.replace(arm, name=f"{arm.name}, L1 on the first layer", decays=PENALTIES, axis="l1")
     for arm in [*FIRST, *SECOND]
     if arm.name in ("snr", "threshold z=2", "soft", "hard")
 ]
-ARMS = {arm.name: arm for arm in [*FIRST, *SECOND, *THIRD, *FOURTH]}
+# The variance as a penalty, and one strength for all weights in its place: each with 15 configurations.
+SHRINKAGES = (0.0, 1.0, 1.5, 2.0, 3.0)
+STRENGTHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+DRAWS = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+def _shrunk(name: str, axis: str, values: tuple[float, ...], kind: str = "prm", mask: str = "snr") -> Arm:
+    options = {"mask": mask, "softness": 4.0 if mask == "threshold" else 1.0} if kind == "prm" else {}
+    return Arm(name, kind, (3e-3, 1e-2, 3e-2), values, options, axis=axis)
+
+
+FIFTH = [
+    _shrunk("snr, shrinkage", "shrinkage", SHRINKAGES),
+    _shrunk("adamw, L1 of five strengths", "l1", STRENGTHS, "adamw"),
+]
+SIXTH = [
+    _shrunk("none, shrinkage", "shrinkage", SHRINKAGES, mask="none"),
+    _shrunk("adamw, decoupled L1", "decoupled l1", DRAWS, "adamw"),
+    _shrunk("snr, decoupled L1", "decoupled l1", DRAWS),
+]
+SEVENTH = [
+    _shrunk("threshold z=2, shrinkage", "shrinkage", SHRINKAGES, mask="threshold"),
+    _shrunk("snr, shrinkage of both layers", "shrinkage of all", SHRINKAGES),
+    _shrunk("snr, L1 of five strengths", "l1", STRENGTHS),
+]
+ARMS = {arm.name: arm for group in (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH) for arm in group}
 REFERENCES = "references"
 PACKED = "runs.jsonl.gz"
 
 
 def wanted(tables: list[str], probes: list[int]) -> Iterator[tuple[str, int, list[str]]]:
     """Yield what is to be done in its order: the arms that matter most, on all tables, before the others."""
-    names = [[arm.name for arm in group] for group in (FIRST, SECOND, THIRD, FOURTH)]
-    for arms in (names[0], names[1], [REFERENCES, *names[2]], names[3]):
+    for group in (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH):
+        arms = [*([REFERENCES] if group is THIRD else []), *(arm.name for arm in group)]
         for table in tables:
             for number in probes:
                 yield table, number, arms
@@ -145,7 +172,7 @@ def _train(stack: Stack, arm: Arm, traces: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Run what is missing, or report or pack what is there."""
     parser = argparse.ArgumentParser(description="Masks on real tables, with and without columns that say nothing.")
-    parser.add_argument("action", choices=("run", "report", "pack"))
+    parser.add_argument("action", choices=("run", "report", "shrinkage", "pack"))
     parser.add_argument("--tables", nargs="+", choices=list(SOURCES), default=list(SOURCES))
     parser.add_argument("--probes", nargs="+", type=int, default=list(PROBES))
     parser.add_argument("--out", type=Path, default=Path("docs/results/tables"), help="folder of the results")
@@ -156,6 +183,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.action == "run":
         run(args.tables, args.probes, args.out, args.cache)
+    elif args.action == "shrinkage":
+        tables_shrinkage.write(read(args.out), args.out.parent / "shrinkage")
     elif args.action == "pack":
         pack(args.out)
     else:

@@ -38,7 +38,11 @@ class Arm:
     options
         Of PRM.
     decays
-        Weight decays; with `l1`, weights of the absolute values of the first layer in the loss, in their place.
+        Values of `axis`, beside each of which stands every rate.
+    axis
+        What is tuned beside the rate: "decay", the weight decay; or, without a decay and on the first layer alone,
+        "l1", the weight of the absolute values in the loss; "decoupled l1", by how much of a rate each weight is
+        drawn to zero after a step; "shrinkage", PRM's; "shrinkage of all", PRM's on both layers.
     average
         Whether an exponential average of the weights over about 50 steps is what is measured.
     """
@@ -49,12 +53,12 @@ class Arm:
     decays: tuple[float, ...] = (0.01, 1.0)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     follows: str | None = None
-    l1: bool = False
+    axis: str = "decay"
     average: bool = False
 
     @property
     def grid(self) -> list[tuple[float, float]]:
-        """All pairs of a learning rate and a decay."""
+        """All pairs of a learning rate and a value of the axis."""
         return list(itertools.product(self.rates, self.decays))
 
 
@@ -78,6 +82,7 @@ class Stack:
         prepared = [task.prepare(seed) for seed in seeds]
         self.classifies = prepared[0].classifies
         self.columns = [data.training[0].shape[1] for data in prepared]
+        self.probes, self.batch_size = task.probes, task.batch_size
         self.x, self.y = self._joined([data.training for data in prepared])
         self.held_out = [self._joined([getattr(data, part) for data in prepared]) for part in ("validation", "test")]
         self.models, batches = [], []
@@ -134,10 +139,10 @@ class Stack:
         return torch.stack(metrics)
 
 
-def build(arm: Arm, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Return the arm's optimizer for groups that have their rates and decays."""
+def build(arm: Arm, groups: list[dict[str, Any]], counts: Mapping[str, int] | None = None) -> torch.optim.Optimizer:
+    """Return the arm's optimizer for groups that have their rates and decays; shrinkage needs the counts."""
     if arm.kind == "prm":
-        return PRM(groups, **arm.options)
+        return PRM(groups, **arm.options, **(counts or {}))
     if arm.kind == "sgd":
         return torch.optim.SGD(groups, momentum=0.9)
     return torch.optim.AdamW(groups, fused=True)
@@ -165,12 +170,11 @@ def train(
     steps = len(stack.batches)
     networks = list(itertools.product(range(len(stack.seeds)), range(len(grid))))
     parts = [[nn.Parameter(w[s, c]) for w in weights] for s, c in networks]
-    groups = [
-        {"params": part, "lr": grid[c][0], "weight_decay": 0.0 if arm.l1 else grid[c][1]}
-        for (_, c), part in zip(networks, parts)
-    ]
-    optimizer = build(arm, groups)
-    strength = torch.tensor([decay for _, decay in grid]) if arm.l1 else None
+    groups = [group for (_, c), part in zip(networks, parts) for group in grouped(arm, part, *grid[c])]
+    shrinks = arm.axis.startswith("shrinkage")
+    optimizer = build(arm, groups, {"batch_size": stack.batch_size, "n_dataset": stack.x.shape[1]} if shrinks else None)
+    strength = torch.tensor([value for _, value in grid]) if arm.axis == "l1" else None
+    drawn = torch.tensor([rate * value for rate, value in grid]) if arm.axis == "decoupled l1" else None
     share = stack.real_share()
     watch = Watch(stack, [w.clone() for w in weights] if arm.average else weights)
     looks = {max(1, round(steps * look)): look for look in LOOKS} if arm.kind == "prm" else {}
@@ -191,6 +195,8 @@ def train(
             optimizer.step()
         else:
             _step_matched(optimizer, factors[number - 1].flatten().tolist())
+        if drawn is not None:
+            draw(weights[0], drawn[:, None, None])
         if arm.average:
             for mean, now in zip(watch.weights, weights):
                 mean.lerp_(now, max(1 / 50, 1 / (number + 1)))
@@ -203,7 +209,45 @@ def train(
                 opened[str(looks[number])] = _rounded(torch.stack([q.mean(0), active.mean(0)]))
         if number == steps or number % stack.evaluate_every == 0:
             watch.look(number)
-    return watch.results(grid) | ({"opened": opened} if opened else {}), torch.stack(kept) if kept else None
+    found = watch.results(grid) | ({"opened": opened} if opened else {})
+    if shrinks or drawn is not None:
+        found["zeros"] = zeros(stack, weights[0])
+    return found, torch.stack(kept) if kept else None
+
+
+def grouped(arm: Arm, part: Sequence[nn.Parameter], rate: float, value: float) -> list[dict[str, Any]]:
+    """Return one network's parameter groups; the first layer stands apart where it alone is shrunk."""
+    if arm.axis == "decay":
+        return [{"params": list(part), "lr": rate, "weight_decay": value}]
+    group = {"lr": rate, "weight_decay": 0.0}
+    if arm.axis == "shrinkage":
+        return [group | {"params": [part[0]], "shrinkage": value}, group | {"params": list(part[1:])}]
+    if arm.axis == "shrinkage of all":
+        return [group | {"params": list(part), "shrinkage": value}]
+    return [group | {"params": list(part)}]
+
+
+@torch.no_grad()
+def draw(weight: Tensor, by: Tensor) -> None:
+    """Draw each weight to zero by so much, and no further."""
+    weight.copy_(weight.sign() * (weight.abs() - by).clamp(min=0))
+
+
+def zeros(stack: Stack, first: Tensor) -> dict[str, Any]:
+    """Return of each configuration, mean over the seeds, which shares of the first layer are exactly zero.
+
+    These are shares of the weights, of the columns as they came, and of the columns that say nothing; a column is zero
+    where all its weights are.
+    """
+    weights, real, probes = [], [], []
+    for one, columns in zip(first == 0, stack.columns):
+        here = one[..., :columns]
+        whole = here.all(1)
+        weights.append(here.float().mean((1, 2)))
+        real.append(whole[:, : columns - stack.probes].float().mean(1))
+        probes.append(whole[:, columns - stack.probes :].float().mean(1))
+    found = {"weights": weights, "columns": real} | ({"columns that say nothing": probes} if stack.probes else {})
+    return {name: _rounded(torch.stack(shares).mean(0)) for name, shares in found.items()}
 
 
 def _step_matched(optimizer: torch.optim.Optimizer, factors: Sequence[float]) -> None:

@@ -88,7 +88,7 @@ def test_an_average_and_a_penalty_do_what_they_say():
     assert one["final"] != other["final"]
     # The penalty's weight is in place of the decay: with weight 0 it is AdamW without decay.
     none = tables_runs.Arm("a", "adamw", (0.01,), (0.0,))
-    penalized = tables_runs.Arm("a", "adamw", (0.01,), (0.0, 0.1), l1=True)
+    penalized = tables_runs.Arm("a", "adamw", (0.01,), (0.0, 0.1), axis="l1")
     one, other = (tables_runs.train(stack, arm)[0]["configurations"] for arm in (none, penalized))
     assert one["0.01 0"] == other["0.01 0"] != other["0.01 0.1"]
 
@@ -107,7 +107,8 @@ def test_the_study_resumes_and_reports(monkeypatch, tmp_path, capsys):
     words = ["--tables", "wine", "iris", "--probes", "0", "3", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["tables.py", "run", *words, "--cache", str(tmp_path / "cache")])
     few = [arm for name, arm in tables.ARMS.items() if name in ("adamw", "snr", "soft", "adamw-matched to soft")]
-    monkeypatch.setattr(tables, "FOURTH", [])
+    for name in ("FOURTH", "FIFTH", "SIXTH", "SEVENTH"):
+        monkeypatch.setattr(tables, name, [])
     monkeypatch.setattr(tables, "FIRST", few[:3])
     monkeypatch.setattr(tables, "SECOND", few[3:])
     monkeypatch.setattr(tables, "THIRD", [])

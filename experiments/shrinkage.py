@@ -1,0 +1,200 @@
+"""Shrinkage on problems that are no tables, beside the tuned AdamW and the PRM of the committed comparisons.
+
+    python experiments/shrinkage.py run --runs runs/shrinkage     # an hour on a core; resumes after a kill
+    python experiments/shrinkage.py report --runs runs/shrinkage --out docs/results/shrinkage
+
+Every arm of a task has the same learning rates, a weight decay of 0.01 and three seeds. Its rate is chosen on
+validation data, once for the last step and once for the step where the validation figure is best; all figures are from
+test data. AdamW's and PRM's are those of `docs/results/TASK/results.json`, tuned there over grids that are no smaller,
+and are taken at the same seeds. The numbers of standard errors were read off a prototype on these tasks, so the table
+shows that the method repeats, not that the numbers were foreseen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from popriskmin.compare import Task
+from popriskmin.compare.loading import load_task_class, make_task
+from popriskmin.compare.report.run_summary import Run, choose, chosen_runs, read_run
+from popriskmin.compare.training.arms import Arm
+from popriskmin.compare.training.fingerprint import source_digest
+from popriskmin.compare.training.progress import Display
+from popriskmin.compare.training.runner import Job, make_jobs, make_runs
+from popriskmin.compare.training.store import Store, write_whole
+
+SEEDS = range(3)
+DECAY = 0.01  # AdamW's in torch
+SELECTIONS = ("final", "best")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A task, the learning rates of its arms, and the arms."""
+
+    rates: tuple[float, ...]
+    arms: tuple[Arm, ...]
+    committed: str | None = None  # the folder of the results that hold AdamW and PRM, where it is not the task's name
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def shrunk(z: float, mask: str = "snr", shrink_to: str = "zero") -> Arm:
+    """Return an arm of PRM with shrinkage on all weights of two dimensions or more."""
+    name = f"{mask}, shrinkage {z:g}{' to the start' if shrink_to == 'start' else ''}"
+    return Arm(name, "prm", {"mask": mask, "shrinkage": z, "shrink_to": shrink_to})
+
+
+def l1(strength: float) -> Arm:
+    """Return an arm of AdamW with an L1 penalty in the loss."""
+    return Arm(
+        f"adamw, L1 {strength:g}", "optimizer", {"l1": strength}, optimizer="popriskmin.compare.l1_adamw:L1AdamW"
+    )
+
+
+LINEAR = (shrunk(1), shrunk(2), shrunk(3), shrunk(2, "none"), l1(0.03), l1(0.1), l1(0.3))
+IMAGE = (shrunk(0.5), shrunk(1), shrunk(2), shrunk(1, "none"), l1(1e-6), l1(1e-5), l1(1e-4))
+LABELS = (shrunk(0.5), shrunk(1), shrunk(2), l1(1e-5), l1(1e-4), l1(1e-3))
+PREFERENCES = tuple(shrunk(z, shrink_to="start") for z in (2, 3, 4))
+SOURCES = {
+    "sparse": Source((3e-3, 1e-2, 3e-2), LINEAR),
+    "inr": Source((3e-3, 1e-2, 3e-2), IMAGE),
+    "label-noise": Source((1e-3, 3e-3, 1e-2, 3e-2), LABELS),
+    "dpo": Source((3e-4, 1e-3, 3e-3), PREFERENCES),
+    "grokking": Source((3e-3, 1e-2), (shrunk(0.5, "none"), shrunk(1, "none"))),
+    "flow": Source((1e-3, 3e-3, 1e-2), (shrunk(1),)),
+    "pinn": Source((1e-3, 3e-3, 1e-2), (shrunk(1),)),
+    "text": Source((1e-2, 3e-2), (shrunk(0.5, "none"), shrunk(1)), "text-bfloat16"),
+}
+
+
+def task_of(name: str) -> Task:
+    """Return a task of the study."""
+    return make_task(load_task_class(name), dict(SOURCES[name].options))
+
+
+def jobs_of(name: str) -> list[Job]:
+    """Return all runs of a task."""
+    return make_jobs(list(SOURCES[name].arms), SOURCES[name].rates, [DECAY], SEEDS)
+
+
+def run(names: Sequence[str], folder: Path, jobs: int) -> None:
+    """Make the runs that are missing."""
+    for name in names:
+        task = task_of(name)
+        print(f"{name}: {len(jobs_of(name))} runs", flush=True)
+        with Display(Console(stderr=True)) as display:
+            make_runs(task, jobs_of(name), store_of(folder, name), jobs, "loky", display, source_digest(task), False)
+
+
+def store_of(folder: Path, name: str) -> Store:
+    """Return where a task's runs are."""
+    return Store(folder / name / "runs")
+
+
+def read(name: str, folder: Path) -> list[Run] | None:
+    """Return the runs of a task; None where one is missing."""
+    task, store = task_of(name), store_of(folder, name)
+    source, runs = source_digest(task), []
+    for job in jobs_of(name):
+        records = store.read(job.settings(task, source))
+        if records is None:
+            return None
+        runs.append(read_run(job, records, task.metrics))
+    return runs
+
+
+def committed(name: str, metric: str, results: Path) -> dict[str, Any]:
+    """Return AdamW's and PRM's figures by selection, of the seeds of this study."""
+    found = json.loads((results / (SOURCES[name].committed or name) / "results.json").read_text())
+    places = [found["seeds"].index(seed) for seed in SEEDS]
+    return {
+        arm: {
+            selection: {
+                "lr": found["selections"][selection][arm]["chosen"]["lr"],
+                "weight_decay": found["selections"][selection][arm]["chosen"]["weight_decay"],
+                "values": [found["selections"][selection][arm]["test"][selection][metric]["values"][i] for i in places],
+            }
+            for selection in SELECTIONS
+        }
+        for arm in ("adamw", "prm")
+    }
+
+
+def judge(name: str, runs: Sequence[Run], results: Path) -> dict[str, Any]:
+    """Return what each arm reached, by selection; None where it diverged at every rate."""
+    task = task_of(name)
+    metric, direction = next(iter(task.metrics.items()))
+    arms = committed(name, metric, results)
+    for arm in SOURCES[name].arms:
+        arms[arm.name] = {}
+        for selection in SELECTIONS:
+            chosen, _ = choose([one for one in runs if one.job.arm == arm], selection, task.metrics)
+            if chosen is None:
+                arms[arm.name][selection] = None
+                continue
+            mine = chosen_runs(runs, arm.name, {"lr": chosen[0], "weight_decay": chosen[1]})
+            pairs = [one.figures[selection][metric] for one in mine]
+            values = [None if pair is None else pair[1] for pair in pairs]
+            arms[arm.name][selection] = {"lr": chosen[0], "weight_decay": chosen[1], "values": values}
+    return {"task": name, "metric": metric, "direction": direction, "arms": arms}
+
+
+def report(folder: Path, out: Path, results: Path) -> None:
+    """Write `results.json` for the tasks whose runs are all there, and print a table."""
+    found = []
+    for name in SOURCES:
+        runs = read(name, folder)
+        if runs is None:
+            print(f"{name}: runs are missing, so it is left out")
+        else:
+            found.append(judge(name, runs, results))
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "results.json", json.dumps({"seeds": len(SEEDS), "tasks": found}, indent=1) + "\n")
+    print("\n".join(table(found)))
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each task and arm: the figure after the last step, and at the best step, with the rates."""
+    lines = [
+        "| task, figure | arm | last step | at rate | stopped | at rate |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for one in found:
+        title = f"{one['task']}: {one['metric']}, {'higher' if one['direction'] == 'max' else 'lower'} is better"
+        for name, by in one["arms"].items():
+            cells = []
+            for selection in SELECTIONS:
+                here = by[selection]
+                whole = here is not None and None not in here["values"]
+                cells += [f"{np.mean(here['values']):.3g}", f"{here['lr']:g}"] if whole else ["diverged", ""]
+            lines.append(f"| {title} | {name} | {' | '.join(cells)} |")
+            title = ""
+    return lines
+
+
+def main() -> None:
+    """Run what is missing, or report what is there."""
+    parser = argparse.ArgumentParser(description="Shrinkage on problems that are no tables.")
+    parser.add_argument("action", choices=("run", "report"))
+    parser.add_argument("--tasks", nargs="+", choices=list(SOURCES), default=list(SOURCES), metavar="TASK")
+    parser.add_argument("--runs", type=Path, default=Path("runs/shrinkage"), help="folder of the runs")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/shrinkage"), help="folder of the results")
+    parser.add_argument("--committed", type=Path, default=Path("docs/results"), help="folder of the other results")
+    args = parser.parse_args()
+    if args.action == "run":
+        run(args.tasks, args.runs, args.jobs)
+    else:
+        report(args.runs, args.out, args.committed)
+
+
+if __name__ == "__main__":
+    main()
