@@ -26,7 +26,7 @@ from rich.console import Console
 
 from popriskmin.compare import Task
 from popriskmin.compare.loading import load_task_class, make_task
-from popriskmin.compare.report.run_summary import Run, choose, chosen_runs, read_run
+from popriskmin.compare.report.run_summary import Choice, Run, choose, chosen_runs, read_run
 from popriskmin.compare.report.statistics import FEWEST_SEEDS, LEVEL, difference
 from popriskmin.compare.training.arms import ADAMW, Arm, make_arms
 from popriskmin.compare.training.fingerprint import source_digest
@@ -121,7 +121,7 @@ def read(name: str, folder: Path) -> list[Run] | None:
 def values_of(runs: Sequence[Run], arm: str, lr: float, decay: float, metric: str) -> dict[int, float]:
     """Return the final test metric by seed; NaN where a run has none, because it diverged."""
     found = {}
-    for one in chosen_runs(runs, arm, {"lr": lr, "weight_decay": decay}):
+    for one in chosen_runs(runs, arm, Choice(lr, decay)):
         pair = one.figures["final"][metric]
         found[one.job.configuration.seed] = np.nan if pair is None else pair[1]
     return found
@@ -135,14 +135,14 @@ def judge(name: str, runs: Sequence[Run]) -> dict[str, Any]:
     if tuned_at is None:
         raise SystemExit(f"{name}: AdamW diverged at every configuration")
     plain = values_of(runs, ADAMW.name, ADAMW_RATE, DECAY, metric)
-    tuned = values_of(runs, ADAMW.name, *tuned_at, metric)
+    tuned = values_of(runs, ADAMW.name, tuned_at.lr, tuned_at.weight_decay, metric)
     found: dict[str, Any] = {
         "task": name,
         "metric": metric,
         "direction": direction,
         "chosen on": SOURCES[name].chosen_on,
         "adamw": {"values": list(plain.values())},
-        "adamw tuned": {"values": list(tuned.values()), "lr": tuned_at[0], "weight_decay": tuned_at[1]},
+        "adamw tuned": {"values": list(tuned.values()), "lr": tuned_at.lr, "weight_decay": tuned_at.weight_decay},
         "candidates": {},
     }
     for arm in candidates():
@@ -164,11 +164,11 @@ def verdict(one: Mapping[int, float], other: Mapping[int, float], direction: str
     if any(np.isnan(list(one.values()))):
         return "worse"
     apart = difference(one, other)
-    if apart["p"] is None:
+    if apart.p is None:
         raise SystemExit(f"{len(one)} seeds are too few, {FEWEST_SEEDS} would do")
-    if apart["p"] >= LEVEL:
+    if apart.p >= LEVEL:
         return "unclear"
-    return "better" if (apart["mean"] > 0) == (direction == "max") else "worse"
+    return "better" if (apart.mean > 0) == (direction == "max") else "worse"
 
 
 def score(judged: Sequence[Mapping[str, Any]], candidate: str) -> dict[str, Any]:

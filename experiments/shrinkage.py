@@ -140,10 +140,10 @@ def judge(name: str, runs: Sequence[Run], results: Path) -> dict[str, Any]:
             if chosen is None:
                 arms[arm.name][selection] = None
                 continue
-            mine = chosen_runs(runs, arm.name, {"lr": chosen[0], "weight_decay": chosen[1]})
+            mine = chosen_runs(runs, arm.name, chosen)
             pairs = [one.figures[selection][metric] for one in mine]
             values = [None if pair is None else pair[1] for pair in pairs]
-            arms[arm.name][selection] = {"lr": chosen[0], "weight_decay": chosen[1], "values": values}
+            arms[arm.name][selection] = {"lr": chosen.lr, "weight_decay": chosen.weight_decay, "values": values}
     return {"task": name, "metric": metric, "direction": direction, "arms": arms}
 
 
