@@ -278,6 +278,11 @@ class PRM(CountsShrunk, CheckedOptimizer):
             if group["amsgrad"]:
                 max_exp_avg_sqs.append(state["max_exp_avg_sq"])
             if to_start:
+                if "start" not in state:
+                    raise RuntimeError(
+                        f"the state of {name_of(p, self.param_groups)} holds no first weights: shrink_to='start' must "
+                        "be set before the first step"
+                    )
                 starts.append(state["start"])
             state_steps.append(state["step"])
 

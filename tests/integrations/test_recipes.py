@@ -17,6 +17,7 @@ NEEDS = {
     "An optimizer per parameter, stepped in the backward pass": [],
     "Averaged weights: EMA and SWA": [],
     "PEFT": ["transformers", "peft"],
+    "A fine-tuning as a patch": [],
     "A model from a GGUF file": ["transformers", "gguf"],
     "pytorch-optimizer: its wrappers, and its names": ["pytorch_optimizer"],
     "timm": [],
@@ -54,6 +55,16 @@ def test_an_optimizer_per_parameter(tmp_path, monkeypatch, capsys):
     names = run("An optimizer per parameter, stepped in the backward pass", tmp_path, monkeypatch)
     assert all(p.grad is None and names["optimizers"][p].state[p]["step"] == 60 for p in names["model"].parameters())
     assert "0.weight" in capsys.readouterr().out
+
+
+def test_a_patch(tmp_path, monkeypatch, capsys):
+    names = run("A fine-tuning as a patch", tmp_path, monkeypatch)
+    for a, b, first in zip(*(names[key].parameters() for key in ("model", "restored", "base")), strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, first)
+    shrunk = names["optimizer"].shrunk()
+    assert 0.3 < shrunk["scalar_fraction"] < 1
+    assert "lora_rank" in capsys.readouterr().out
 
 
 def test_averages(tmp_path, monkeypatch):

@@ -209,6 +209,17 @@ def test_a_complex_bias_is_left_alone_and_a_complex_weight_is_two_reals(how):
     assert (real == 0).double().mean() > 0.5
 
 
+def test_first_weights_must_be_kept_from_the_first_step():
+    p = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = PRM([("weight", p)], lr=1e-3, shrinkage=1.0, **COUNTS)
+    noise(optimizer, [p], 2)
+    optimizer.param_groups[0]["shrink_to"] = "start"
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match="parameter weight holds no first weights: shrink_to='start' must be set"):
+        noise(optimizer, [p], 1)
+    assert torch.equal(p, before)
+
+
 def test_given_variances_allow_batches_of_the_whole_data_set():
     p = torch.nn.Parameter(torch.full((2, 3), 1e-4))
     optimizer = PRM([p], lr=1e-3, shrinkage=2.0, variance="given", batch_size=8, n_dataset=8)
