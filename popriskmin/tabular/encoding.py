@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,13 @@ class Encoder:
     """
 
     def fit(self, inputs: pd.DataFrame) -> Encoder:
-        """Learn medians, means and categories from all rows of `inputs`."""
+        """Learn medians, means and categories from all rows of `inputs`.
+
+        Raises
+        ------
+        ValueError
+            For numbers so large that their variance is not finite.
+        """
         self.names = list(inputs.columns)
         numbers = [i for i, name in enumerate(self.names) if is_number(inputs.iloc[:, i])]
         self.numbers = [i for i in numbers if inputs.iloc[:, i].nunique(dropna=False) > 1]
@@ -58,12 +65,20 @@ class Encoder:
         self.columns = ColumnTransformer(
             [("numbers", scale, _in_order(self.numbers)), ("categories", categories, _in_order(self.others))]
         )
-        self.columns.fit(self._typed(inputs))
+        typed = self._typed(inputs)
+        _check_sizes(typed, self.names)
+        self.columns.fit(typed)
         self.sources = self._sources()
         return self
 
     def transform(self, inputs: pd.DataFrame) -> np.ndarray:
-        """Return numbers of shape (rows, columns), float64."""
+        """Return numbers of shape (rows, columns), float64.
+
+        Raises
+        ------
+        ValueError
+            Where a column of numbers now holds text, or a column of text now holds numbers that were no categories.
+        """
         if not (self.numbers or self.others):
             return np.zeros((len(inputs), 0))
         with warnings.catch_warnings():
@@ -75,11 +90,21 @@ class Encoder:
         """Return numbers as float64 and all else as text, under names by place, which are unique."""
         made: dict[str, Any] = {}
         for i in self.numbers:
-            made[str(i)] = inputs.iloc[:, i].to_numpy(dtype="float64", na_value=np.nan)
+            column = inputs.iloc[:, i]
+            try:
+                made[str(i)] = column.to_numpy(dtype="float64", na_value=np.nan)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"the column {self.names[i]!r} held numbers in fit, not so now: {error}") from error
         for i in self.others:
             column = inputs.iloc[:, i].astype("object")
             made[str(i)] = column.where(column.notna(), "missing").map(str).to_numpy(dtype="object")
+            if is_number(inputs.iloc[:, i]) and column.notna().any() and not self._has_known(i, made[str(i)]):
+                raise ValueError(f"the column {self.names[i]!r} held text in fit, now numbers: {made[str(i)][0]!r}")
         return pd.DataFrame(made)
+
+    def _has_known(self, place: int, values: np.ndarray) -> bool:
+        known = self.columns.named_transformers_["categories"].categories_[self.others.index(place)]
+        return bool(np.isin(values[values != "missing"], known).any())
 
     def _sources(self) -> np.ndarray:
         scale, categories = (self.columns.named_transformers_[name] for name in ("numbers", "categories"))
@@ -96,6 +121,15 @@ class Encoder:
                 rare = 0 if infrequent is None else len(infrequent) - 1
                 sources += [name] * (len(categories.categories_[i]) - rare - dropped)
         return np.array(sources, dtype=np.int64)
+
+
+def _check_sizes(typed: pd.DataFrame, names: Sequence[Any]) -> None:
+    numbers = typed.select_dtypes("float64")
+    with np.errstate(over="ignore", invalid="ignore"):
+        sizes = np.square(numbers.abs().max()) * len(typed)
+    for place in sizes.index[np.isinf(sizes)]:
+        value = typed[place].iloc[int(np.nanargmax(typed[place].abs()))]
+        raise ValueError(f"the column {names[int(place)]!r} holds {value:.10g}: its variance is not finite")
 
 
 def _in_order(places: list[int]) -> list[str]:

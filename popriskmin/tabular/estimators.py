@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import sys
 import warnings
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ class _PRMEstimator(BaseEstimator):  # type: ignore[misc]
         random = check_random_state(self.random_state)
         seed = int(random.randint(2**31 - 1))
         generator = torch.Generator().manual_seed(seed)
-        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        device = self._device()
         self._encoder = Encoder().fit(frame)
         x = self._encoder.transform(frame).astype(np.float32)
         data = Data(
@@ -121,19 +122,28 @@ class _PRMEstimator(BaseEstimator):  # type: ignore[misc]
         return None if trained.interrupted and self.refit else [w[0] for w in trained.weights]
 
     def _settings(self) -> list[Setting]:
-        shrinkages = SHRINKAGES if isinstance(self.shrinkage, str) else np.atleast_1d(self.shrinkage)
-        if isinstance(self.shrinkage, str) and self.shrinkage != "auto":
-            raise ValueError(f'shrinkage must be "auto", a number >= 0 or several, got {self.shrinkage!r}')
-        rates = np.atleast_1d(self.learning_rates)
-        for name, values, least in (("shrinkage", shrinkages, 0), ("learning_rates", rates, 1e-12)):
-            if not len(values) or not all(value >= least for value in values):
-                raise ValueError(f"{name} must be numbers {'>' if least else '>='} 0, got {getattr(self, name)!r}")
+        """Return what is tried, having checked the options."""
+        auto = isinstance(self.shrinkage, str) and self.shrinkage == "auto"
+        shrinkages = SHRINKAGES if auto else _numbers("shrinkage", self.shrinkage, 0.0, 'be "auto" or numbers >= 0')
+        rates = _numbers("learning_rates", self.learning_rates, 1e-12, "be numbers > 0")
         for name in ("hidden", "max_steps", "n_networks"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        if self.batch_size != "auto" and not (not isinstance(self.batch_size, str) and self.batch_size >= 1):
-            raise ValueError(f'batch_size must be "auto" or at least 1, got {self.batch_size!r}')
-        return [Setting(float(rate), float(shrinkage)) for rate in rates for shrinkage in shrinkages]
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+        if not _is_count(self.batch_size) and not (isinstance(self.batch_size, str) and self.batch_size == "auto"):
+            raise ValueError(f'batch_size must be "auto" or a whole number of at least 1, got {self.batch_size!r}')
+        return [Setting(rate, shrinkage) for rate in rates for shrinkage in shrinkages]
+
+    def _device(self) -> torch.device:
+        if isinstance(self.device, str) and self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.zeros(1, device=device)
+        except (AssertionError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f'device must be "auto" or a device of this torch, got {self.device!r}: {str(error).splitlines()[0]}'
+            ) from error
+        return device
 
     def _parts(self, x: np.ndarray, y: np.ndarray, weight: np.ndarray, seed: int) -> list[Part]:
         """Return which rows are trained on and held out; rows of weight 0 are in none."""
@@ -255,6 +265,21 @@ class _PRMEstimator(BaseEstimator):  # type: ignore[misc]
         return importances(self.feature_importances_, self.selected_, names, most, ax)
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+
+
+def _numbers(name: str, given: Any, least: float, wanted: str) -> list[float]:
+    """Return a number or several as a list, each once."""
+    try:
+        values = [float(value) for value in np.atleast_1d(given)]
+    except (TypeError, ValueError):
+        values = []
+    if not values or not all(least <= value < np.inf for value in values):
+        raise ValueError(f"{name} must {wanted}, got {given!r}")
+    return list(dict.fromkeys(values))
+
+
 def _check_column(column: pd.Series) -> None:
     """Raise ValueError for a column of which it is not clear what it would mean to a network."""
     if types.is_datetime64_any_dtype(column) or types.is_timedelta64_dtype(column):
@@ -265,6 +290,13 @@ def _check_column(column: pd.Series) -> None:
         if np.isinf(column.to_numpy(dtype="float64", na_value=np.nan)).any():
             raise ValueError(f"Input X contains infinity, in the column {column.name!r}.")
         return
+    if types.is_object_dtype(column):
+        for value in column:
+            if isinstance(value, (list, tuple, set, dict, np.ndarray, bytes, bytearray)):
+                raise ValueError(
+                    f"the column {column.name!r} holds {type(value).__name__} objects ({str(value)[:40]}): leave it "
+                    "out, or make a column of numbers for each of their parts"
+                )
     if not isinstance(column.dtype, pd.CategoricalDtype) and read_numbers(column) is not None:
         raise ValueError(
             f"the column {column.name!r} holds text that means numbers ({column.dropna().iloc[0]!r}): replace it by "
@@ -399,6 +431,11 @@ class PRMClassifier(ClassifierMixin, _PRMEstimator):  # type: ignore[misc]
         probabilities: np.ndarray = (found / found.sum(2, keepdims=True)).mean(0)
         return probabilities
 
+    def predict_log_proba(self, X: Any) -> np.ndarray:  # noqa: N803
+        """Return the logarithms of `predict_proba`."""
+        logarithms: np.ndarray = np.log(self.predict_proba(X))
+        return logarithms
+
     def predict(self, X: Any) -> np.ndarray:  # noqa: N803
         """Return the most probable class of each row."""
         places = self.predict_proba(X).argmax(1)
@@ -435,8 +472,11 @@ class PRMRegressor(RegressorMixin, _PRMEstimator):  # type: ignore[misc]
             they mean: dates, and text that means numbers.
         """
         frame = self._table(X, reset=True)
-        y = _column(y, frame, numbers=True)
+        y = _column(y, frame, are_numbers=True)
         weight = _check_sample_weight(sample_weight, frame, ensure_non_negative=True, dtype=np.float64)
+        with np.errstate(over="ignore"):
+            if np.isinf(np.square(y).sum()):
+                raise ValueError(f"y holds {y[np.abs(y).argmax()]:.10g}: its variance is not finite")
         self._mean = float(np.average(y, weights=weight)) if weight.sum() > 0 else float(y.mean())
         spread = float(np.sqrt(np.average((y - self._mean) ** 2, weights=weight))) if weight.sum() > 0 else 0.0
         self._scale = spread if spread > 0 else 1.0
@@ -449,15 +489,17 @@ class PRMRegressor(RegressorMixin, _PRMEstimator):  # type: ignore[misc]
         return predicted
 
 
-def _column(y: Any, frame: pd.DataFrame, numbers: bool = False) -> np.ndarray:
+def _column(y: Any, frame: pd.DataFrame, are_numbers: bool = False) -> np.ndarray:
     """Return the target as an array with scikit-learn's checks."""
     if y is None:
         raise ValueError("This estimator requires y to be passed, but the target y is None.")
-    y = _check_y(y, y_numeric=True, estimator=None) if numbers else column_or_1d(y, warn=True)
-    if not numbers:
+    y = _check_y(y, y_numeric=True, estimator=None) if are_numbers else column_or_1d(y, warn=True)
+    if not are_numbers:
+        if pd.isna(y).any():
+            raise ValueError("Input y contains missing values.")
         _check_y(y, estimator=None)
     check_consistent_length(frame, y)
-    return np.asarray(y, dtype=np.float64 if numbers else None)
+    return np.asarray(y, dtype=np.float64 if are_numbers else None)
 
 
 for _kind in (PRMClassifier, PRMRegressor):  # what they share is written once

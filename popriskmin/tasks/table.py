@@ -38,7 +38,8 @@ class Table(Task):
     """A network of one hidden layer on a table, half of whose rows are for training, a quarter each for the rest.
 
     The rows are divided anew from each seed. Numbers are scaled and missing values filled in by what the training rows
-    say, categories become columns of zeros and ones. Of a regression the target is scaled too, so that 1 is the error
+    say, categories become columns of zeros and ones. An arm's shrinkage acts on the first
+    layer alone. Of a regression the target is scaled too, so that 1 is the error
     of who always answers with the mean.
     """
 
@@ -61,6 +62,7 @@ class Table(Task):
     # The usual choices on real tables are 3e-3 to 3e-2, and with many columns that say nothing a decay of 10.
     learning_rates = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     weight_decays = (0.0, 1.0, 10.0)
+    default_prm = ({"shrinkage": 2.0},)
     default_arms: ClassVar[dict[str, Any]] = {
         "adamw-l1-0.001": (L1, {"l1": 1e-3}),
         "adamw-l1-0.01": (L1, {"l1": 1e-2}),
@@ -131,8 +133,10 @@ class Table(Task):
 
     def _make(self, prepared: Prepared, seed: int, steps: int) -> Trial:
         x, y = prepared.training
+        model = network(x.shape[1], self.hidden, prepared.outputs)
         return Trial(
-            model=network(x.shape[1], self.hidden, prepared.outputs),
+            model=model,
+            parameters=shrunk_first(model),
             batches=passes(len(y), self.batch_size, steps, seed),
             loss=lambda model, rows: prepared.loss(model(x[rows]), y[rows]),
             validation=lambda model: prepared.measure(model(prepared.validation[0]), prepared.validation[1]),
@@ -214,6 +218,16 @@ def network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return nn.Sequential(linear)
+
+
+def shrunk_first(model: nn.Sequential) -> list[dict[str, Any]]:
+    """Return groups in which an arm's `shrinkage` acts on the weights of the first layer, which are the columns'.
+
+    With the mask `snr` a shrinkage of 2 on all layers closes the last one. Optimizers without
+    this option leave it unread.
+    """
+    first, *others = model.named_parameters()
+    return [{"params": [first]}, {"params": others, "shrinkage": 0.0}]
 
 
 def passes(n: int, batch_size: int, steps: int, seed: int) -> list[Tensor]:

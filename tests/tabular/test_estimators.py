@@ -114,6 +114,7 @@ def test_a_dataframe_with_categories_and_holes():
         (["1,500", "2,500"], "the column 'new' holds numbers with two meanings"),
         (pd.to_datetime(["2020-01-01", "2020-01-02"]), "the column 'new' holds dates or times"),
         ([1.0, np.inf], "Input X contains infinity, in the column 'new'"),
+        ([[1], [2]], "the column 'new' holds list objects"),
     ],
 )
 def test_columns_that_are_refused(values, message):
@@ -121,6 +122,33 @@ def test_columns_that_are_refused(values, message):
     x["new"] = [*values] * 40
     with pytest.raises(ValueError, match=message):
         PRMClassifier(**SMALL).fit(x, y)
+
+
+def test_columns_that_change_their_kind():
+    x, y = frame()
+    model = PRMClassifier(**SMALL).fit(x, y)
+    with pytest.raises(ValueError, match="the column 'age' held numbers in fit, not so now"):
+        model.predict(x.assign(age="old"))
+    with pytest.raises(ValueError, match="the column 'town' held text in fit, now numbers: '3'"):
+        model.predict(x.assign(town=3))
+    x = x.assign(town=pd.Categorical([1, 2] * 40))
+    model = PRMClassifier(**SMALL).fit(x, y)
+    assert np.array_equal(model.predict(x), model.predict(x.assign(town=[1, 2] * 40)))
+
+
+@pytest.mark.parametrize("scale", [1e154, 1e200, 1e308])
+def test_sizes_without_a_variance(scale):
+    x, y = load_diabetes(return_X_y=True)
+    with pytest.raises(ValueError, match="y holds .*: its variance is not finite"):
+        PRMRegressor(**SMALL).fit(x, y / y.max() * scale)
+    with pytest.raises(ValueError, match="the column 0 holds .*: its variance is not finite"):
+        PRMRegressor(**SMALL).fit(x / np.abs(x).max(0) * scale, y)
+
+
+def test_targets_that_are_not_known():
+    x, _ = frame()
+    with pytest.raises(ValueError, match="Input y contains missing values"):
+        PRMClassifier(**SMALL).fit(x, np.array(["a", None] * 40, dtype=object))
 
 
 @pytest.mark.parametrize(
@@ -134,6 +162,13 @@ def test_columns_that_are_refused(values, message):
         {"n_networks": 0},
         {"batch_size": "all"},
         {"cv": "most"},
+        {"shrinkage": None},
+        {"shrinkage": np.nan},
+        {"learning_rates": np.inf},
+        {"hidden": 8.5},
+        {"max_steps": "many"},
+        {"n_networks": 2.5},
+        {"device": "gpu"},
     ],
 )
 def test_wrong_options(options):
@@ -141,6 +176,13 @@ def test_wrong_options(options):
     x, y = noisy(0)
     with pytest.raises(ValueError, match=rf"{name} must be .*got .*{value}"):
         PRMClassifier(**options).fit(x, y)
+
+
+def test_a_setting_given_twice_counts_once():
+    x, y = noisy(0)
+    model = PRMClassifier(**SMALL | {"shrinkage": [1, 1.0], "learning_rates": [0.03, 0.03]}).fit(x, y)
+    assert model.path_["shrinkage"].tolist() == [1]
+    assert np.allclose(np.exp(model.predict_log_proba(x)), model.predict_proba(x))
 
 
 def test_the_same_seed_gives_the_same_and_a_pickle_answers_alike():

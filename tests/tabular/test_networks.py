@@ -1,11 +1,23 @@
 """Networks that are trained side by side are those that PRM trains alone."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from popriskmin import PRM
-from popriskmin.tabular.networks import WEIGHT_DECAY, Data, Part, Setting, Stack, answers, batches, initial, train
+from popriskmin.tabular.networks import (
+    WEIGHT_DECAY,
+    Data,
+    Part,
+    Setting,
+    Stack,
+    answers,
+    batches,
+    gradients,
+    initial,
+    train,
+)
 
 
 def problem(rows=60, columns=7, classes=3, seed=0):
@@ -13,6 +25,23 @@ def problem(rows=60, columns=7, classes=3, seed=0):
     x = torch.randn(rows, columns, generator=generator)
     y = (x[:, :classes] + 0.1 * torch.randn(rows, classes, generator=generator)).argmax(1)
     return Data(x, y, torch.ones(rows), classes)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 0])
+def test_gradients_are_autograd_s(classes):
+    data = problem(classes=max(classes, 1))
+    generator = torch.Generator().manual_seed(3)
+    data = data._replace(weight=torch.rand(60, generator=generator))
+    if not classes:
+        data = data._replace(y=torch.randn(60, generator=generator))
+    weights = [torch.randn(w.shape, generator=generator) for w in initial(data, 2, 3, 4, generator)]
+    rows = torch.randint(0, 60, (3, 8), generator=generator)
+    leaves = [w.clone().requires_grad_() for w in weights]
+    (data.losses(answers(leaves, data.x[rows]), rows) * data.weight[rows]).mean(2).sum().backward()
+    found = [torch.zeros_like(w) for w in weights]
+    gradients(weights, data, rows, out=found)
+    for leaf, gradient in zip(leaves, found):
+        assert torch.allclose(leaf.grad, gradient, atol=1e-6)
 
 
 PARTS = [Part(np.arange(0, 40), np.arange(40, 60)), Part(np.arange(20, 60), np.arange(0, 15))]

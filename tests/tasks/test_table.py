@@ -12,7 +12,7 @@ from sklearn.datasets import load_wine
 from tasks.every import check_joined
 
 from popriskmin.compare.loading import make_task
-from popriskmin.compare.training.arms import ADAMW, make_arms
+from popriskmin.compare.training.arms import ADAMW, make_arms, make_driver
 from popriskmin.compare.training.train import Configuration, run
 from popriskmin.tasks.table import Table, passes
 
@@ -62,6 +62,25 @@ def test_metrics_of_a_classification():
     found = prepared.measure(logits, y)
     assert found["accuracy"] == 0.75
     assert found["loss"] == pytest.approx(-np.log([0.5, 0.8, 0.2, 0.5]).mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("hidden", [0, 8])
+def test_shrinkage_is_that_of_the_first_layer(hidden):
+    task = Table(data="wine", probes=5, hidden=hidden, steps=40, batch_size=16)
+    arm = make_arms(task.default_prm)[3]
+    trial = task.trial(0)
+    optimizer = make_driver(arm, trial, 0.03, 0.01, {}).optimizer
+    shrinkages = {name: group["shrinkage"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert shrinkages == {name: 2.0 * (name == "0.weight") for name, _ in trial.model.named_parameters()}
+    assert {group["n_dataset"] for group in optimizer.param_groups} == {89}
+    assert {group["batch_size"] for group in optimizer.param_groups} == {16}
+    for batch in trial.batches:
+        optimizer.zero_grad()
+        trial.loss(trial.model, batch).backward()
+        optimizer.step()
+    zeros = {name: (p == 0).float().mean().item() for name, p in trial.model.named_parameters()}
+    assert zeros.pop("0.weight") > 0.2
+    assert set(zeros.values()) == {0.0}
 
 
 @pytest.mark.parametrize("hidden", [0, 8])
