@@ -81,7 +81,13 @@ def report(runs: Path, out: Path) -> None:
             for label in FIGURES.values():
                 arms = [kept[name]["arms"][arm][label] for arm in (plain, f"masked {plain}")]
                 rows.append(
-                    [name, "SGD" if plain == "sgd" else "Muon", label, metric, *_compared(arms, metric, direction)]
+                    [
+                        name,
+                        "SGD" if plain == "sgd" else "Muon",
+                        label,
+                        metric,
+                        *_compared(arms, RATES[name][plain], metric, direction),
+                    ]
                 )
     if not rows:
         raise SystemExit(f"{runs} holds no finished comparison yet: make one with the action run")
@@ -94,13 +100,17 @@ def report(runs: Path, out: Path) -> None:
         print(" | ".join(row))
 
 
-def _compared(arms: list[dict[str, Any]], metric: str, direction: str) -> list[str]:
+def _compared(arms: list[dict[str, Any]], rates: tuple[float, ...], metric: str, direction: str) -> list[str]:
     """Return both means with the rates that were chosen, their paired difference, and what it says."""
     without, masked = (np.array(arm["test"][metric], dtype=float) for arm in arms)
     low, high = interval(masked - without)
     better = (low > 0) if direction == "max" else (high < 0)
     worse = (high < 0) if direction == "max" else (low > 0)
-    means = [f"{values.mean():.3f} (rate {arm['lr']:g})" for values, arm in zip((without, masked), arms)]
+    edges = {max(rates): ", the largest", min(rates): ", the smallest"}
+    means = [
+        f"{values.mean():.3f} (rate {arm['lr']:g}{edges.get(arm['lr'], '')})"
+        for values, arm in zip((without, masked), arms)
+    ]
     verdict = "helps" if better else "hurts" if worse else "unclear"
     return [*means, f"{(masked - without).mean():+.3f} [{low:+.3f}, {high:+.3f}]", verdict]
 
