@@ -1,6 +1,6 @@
 """The README's picture: test loss over AdamW's on real tables, drawn from the study's committed figures.
 
-    python experiments/benefit.py      # reads docs/results/tables/results.json, writes docs/benefit.svg
+    python experiments/benefit.py      # reads docs/results/shrinkage/tables.json, writes docs/benefit.svg
 
 `ROWS` names what is drawn; a row is an arm of the study and its label.
 """
@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FIGURES = ROOT / "docs/results/tables/results.json"
+FIGURES = ROOT / "docs/results/shrinkage/tables.json"
 PICTURE = ROOT / "docs/benefit.svg"
 
 TITLE = "Test loss over AdamW's, mean over 24 tables"
@@ -22,21 +22,21 @@ CAPTION = "left of the line: better than AdamW"
 ROWS = (
     ("adamw", "AdamW"),
     ("adamw-matched to snr", "AdamW, smaller steps"),
+    ("boosted trees", "boosted trees"),
+    ("L1 linear", "L1 linear model"),
+    ("best penalty", "AdamW, L1 penalty"),
     ("snr", "PRM"),
-    ("threshold z=2", 'PRM, mask="threshold"'),
-    ("hard", 'PRM, mask="hard"'),
-    ("adamw, L1 on the first layer", "AdamW, L1 penalty"),
-    ("threshold z=2, L1 on the first layer", 'PRM "threshold", L1'),
+    ("snr, shrinkage", "PRM with shrinkage"),
 )
 WIDTH, TOP, LINE, LEFT, RIGHT = 560, 92, 32, 200, 524
-LOW, HIGH, TICKS = 0.6, 1.25, (0.6, 0.8, 1.0, 1.2)
+LOW, HIGH, TICKS = 0.5, 1.4, (0.6, 0.8, 1.0, 1.2, 1.4)
 INK, GREY, PRM, OURS = "#17212f", "#8a94a3", "#2f6db3", "#dde9f7"
 
 
-def ratios(found: dict[str, dict[str, dict[str, float]]], probes: int) -> list[float]:
+def ratios(found: dict[str, dict[str, dict[str, dict[str, float]]]], probes: int) -> list[float]:
     """Return each row's loss over AdamW's, with so many columns that say nothing."""
-    summary = found["summary"][str(probes)]
-    return [1.0 if arm == "adamw" else summary[arm]["ratio"] for arm, _ in ROWS]
+    arms = found[str(probes)]["arms"]
+    return [1.0 if arm == "adamw" else arms[arm]["over adamw"] for arm, _ in ROWS]
 
 
 def place(ratio: float) -> float:
@@ -69,7 +69,7 @@ def draw(noisy: Sequence[float], plain: Sequence[float]) -> str:
         lines.append(text(x, bottom + 20, f"{tick:g}", 14, "middle", "#5b6675"))
     for i, ((arm, label), with_noise, without) in enumerate(zip(ROWS, noisy, plain, strict=True)):
         y = TOP + LINE * (i + 0.5)
-        color = GREY if arm.startswith("adamw") else PRM
+        color = PRM if label.startswith("PRM") else GREY
         if color == PRM:
             corner = f'x="8" y="{y - LINE / 2 + 1:.0f}"'
             lines.append(f'<rect {corner} width="{LEFT - 14}" height="{LINE - 2}" fill="{OURS}"/>')
@@ -87,7 +87,7 @@ def draw(noisy: Sequence[float], plain: Sequence[float]) -> str:
 def main() -> None:
     """Read the study's figures and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--figures", type=Path, default=FIGURES, help="the study's results.json")
+    parser.add_argument("--figures", type=Path, default=FIGURES, help="the study's tables.json")
     parser.add_argument("--out", type=Path, default=PICTURE, help="the picture to write")
     args = parser.parse_args()
     found = json.loads(args.figures.read_text())

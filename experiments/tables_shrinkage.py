@@ -14,7 +14,10 @@ from tables_report import BASE, REFERENCES, Cell, Key, best_of, counts, gather, 
 PENALTIES = ("adamw, L1 on the first layer", "adamw, L1 of five strengths", "adamw, decoupled L1")
 SHRUNK = "snr, shrinkage"
 ARMS = (
+    "adamw-matched to snr",
     "snr",
+    "threshold z=2",
+    "hard",
     *PENALTIES,
     "snr, L1 on the first layer",
     "snr, L1 of five strengths",
@@ -44,8 +47,9 @@ def write(rows: Sequence[Cell], out: Path) -> None:
 def summary(cells: Mapping[Key, Mapping[str, Cell]], lines: Mapping[Key, Cell], level: int) -> dict[str, Any]:
     """Return the figures of a number of columns that say nothing: of each arm, and of each z throughout."""
     mine = {table: dict(arms) for (table, probes), arms in cells.items() if probes == level}
+    penalties = [name for name in PENALTIES if all(name in arms for arms in mine.values())]
     for arms in mine.values():
-        arms["best penalty"] = arms[best_of(arms, PENALTIES)]
+        arms["best penalty"] = arms[best_of(arms, penalties)]
         if REFERENCES in arms:
             references = {name: value for name, value in arms[REFERENCES].items() if "loss" in value}
             best = min(references, key=lambda name: float(np.mean(references[name]["loss"])))
