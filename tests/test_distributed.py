@@ -6,7 +6,7 @@ from conftest import SHARDS
 from ranks import run_ranks
 from torch import nn
 
-from popriskmin import PRM, RiskMonitor
+from popriskmin import PRM, RiskMonitor, diagnose
 
 pytestmark = pytest.mark.skipif(not SHARDS, reason="FSDP2 over gloo: see conftest.py")
 
@@ -67,3 +67,28 @@ def _rank(rank):
 
 def test_fully_shard_on_two_ranks_equals_one_process(tmp_path):
     run_ranks(tmp_path, 2, _rank)
+
+
+def _flat_rank(rank, use_orig_params):
+    import warnings
+
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(nn.Linear(5, 7), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    optimizer = PRM(model.parameters(), lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 5)).square().mean().backward()
+        optimizer.step()
+    with pytest.warns(UserWarning, match="figures are of this rank's part alone"):
+        count = optimizer.get_mask_stats()["parameter_count"]
+    assert 0 < count < 42
+    assert "this rank's part alone" in str(diagnose(optimizer))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert optimizer.get_mask_stats(local=True)["parameter_count"] == count
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_statistics_of_fsdp1_say_that_they_are_of_one_rank(tmp_path, use_orig_params):
+    run_ranks(tmp_path, 2, _flat_rank, use_orig_params)

@@ -14,7 +14,9 @@ from popriskmin.diagnosis.evidence import ROUNDING, ROUNDING_IN_MODULE, Evidence
 from popriskmin.diagnosis.noise import enough_steps, needed_ratio
 from popriskmin.diagnosis.rows import FINE, NOISE, SLOWED, Row, sentences, table
 from popriskmin.mask import Hyperparameters, mask_name
+from popriskmin.optimizer.stats import PART_OF_FSDP1
 from popriskmin.optimizer.unwrap import Unwrapped, unwrapped_prm
+from popriskmin.step.shards import of_one_rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,10 @@ def diagnose(optimizer: Optimizer | Iterable[Optimizer], threshold: float = 0.2)
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be a number in (0, 1], got {threshold!r}")
     tensors = read([inside.optimizer for inside in insides])
-    note = " ".join(dict.fromkeys(inside.of_rank for inside in insides if inside.of_rank))
+    notes = [inside.of_rank for inside in insides if inside.of_rank]
+    if of_one_rank(p for inside in insides for group in inside.optimizer.param_groups for p in group["params"]):
+        notes.append(f"{PART_OF_FSDP1}.")
+    note = " ".join(dict.fromkeys(notes))
     if all(one.sums is None for one in tensors):
         return Diagnosis([], f"{note} {_NO_STEP}".strip())
     total = _Total()

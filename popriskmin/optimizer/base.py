@@ -22,7 +22,14 @@ from popriskmin.optimizer.checkpoint import (
 from popriskmin.optimizer.coded_state import readable
 from popriskmin.optimizer.groups import pair_names, with_plain_names
 from popriskmin.optimizer.mask_state import forget_applied
-from popriskmin.optimizer.options import check_keep, check_options, check_spelling, plain, with_numbers
+from popriskmin.optimizer.options import (
+    check_keep,
+    check_options,
+    check_spelling,
+    plain,
+    warn_of_sam,
+    with_numbers,
+)
 from popriskmin.step.compat import split_names
 
 
@@ -49,6 +56,7 @@ class CheckedOptimizer(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         param_group = split_names(param_group)
+        warn_of_sam(param_group)
         check_spelling(param_group, self.defaults)
         given = {name: plain(param_group[name]) for name in self.defaults if name in param_group}
         param_group.update(with_numbers(given, {**self.defaults, **given}["differentiable"]))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from popriskmin.mask import Corrections, Hyperparameters, corrections, evaluate, signal_and_noise
 from popriskmin.optimizer.groups import parameter_names
@@ -67,12 +68,15 @@ class Recomputed(NamedTuple):
 
 
 def held(optimizer: HasMask) -> Iterator[Held]:
-    """Yield every parameter with elements, in the optimizer's order; the step counts come in one transfer."""
+    """Yield every parameter with elements, in the optimizer's order; the step counts come in one transfer.
+
+    A lazy layer's have none before its first use, and no shape to ask for.
+    """
     names, steps = parameter_names(optimizer.param_groups), steps_taken(optimizer)
     for i, group in enumerate(optimizer.param_groups):
         hyper = applied(optimizer, i)
         for param, name, t in zip(group["params"], names[i], steps[i]):
-            if param.numel() > 0:
+            if not is_lazy(param) and param.numel() > 0:
                 yield Held(i, name, param, optimizer.mask_state_of(param), t, hyper)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -35,6 +37,22 @@ def check_spelling(group: Mapping[str, Any], options: Mapping[str, Any]) -> None
         similar = difflib.get_close_matches(str(key), options, n=1, cutoff=0.85)
         if similar:
             raise ValueError(f"unknown option {key} in a parameter group: did you mean {similar[0]}?")
+
+
+def warn_of_sam(group: Mapping[str, Any]) -> None:
+    """Warn of a `rho` that is the radius of a SAM wrapper, known by its `adaptive` beside it."""
+    if "adaptive" in group and "rho" in group:
+        _warn_of_sam(float(group["rho"]))
+
+
+@functools.cache
+def _warn_of_sam(rho: float) -> None:
+    warnings.warn(
+        f"a parameter group has rho={rho:g} and 'adaptive', as SAM writes them: PRM takes rho, SAM's radius, for the "
+        "decay rate of its variance. Give SAM groups of its own, or rename its key",
+        UserWarning,
+        stacklevel=7,
+    )
 
 
 def check_keep(keep: Any, options: Mapping[str, Any]) -> tuple[str, ...]:

@@ -15,13 +15,13 @@ from popriskmin.optimizer.base import CheckedOptimizer
 from popriskmin.optimizer.checkpoint import STATE_FORMAT, new_state
 from popriskmin.optimizer.checkpoint_probe import makes_state_alone
 from popriskmin.optimizer.mask_state import remember_applied
-from popriskmin.optimizer.options import check_options, check_variances, name_of, plain, with_numbers
+from popriskmin.optimizer.options import check_options, check_variances, name_of, plain, warn_of_sam, with_numbers
 from popriskmin.optimizer.shrunk import CountsShrunk
 from popriskmin.optimizer.stats import MaskStats, mask_stats
 from popriskmin.step.coded import dispatch_coded
 from popriskmin.step.compat import check_graph_capture
 from popriskmin.step.functional import dispatch
-from popriskmin.step.lists import Lists
+from popriskmin.step.lists import Lists, is_compiling
 
 
 class PRM(CountsShrunk, CheckedOptimizer):
@@ -313,6 +313,9 @@ class PRM(CountsShrunk, CheckedOptimizer):
         # Resolved before anything moves: a schedule may have written a batch size that does not fit, and a gradient may
         # be sparse or lack its variance.
         applied = [Hyperparameters.of_group(group) for group in self.param_groups]
+        if not is_compiling():
+            for group in self.param_groups:
+                warn_of_sam(group)
         gathered: list[tuple[Lists, list[Tensor]]] = []
         for group in self.param_groups:
             gathered.append((Lists(*([] for _ in Lists._fields)), []))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, overload
 
@@ -12,11 +14,16 @@ from torch import Tensor
 from popriskmin.mask import corrections, evaluate, finish_signal_and_noise
 from popriskmin.optimizer.mask_state import HasMask, Held, as_wide_reals, held, joined, recompute, to_host
 from popriskmin.step.lists import sum_dtype
-from popriskmin.step.shards import local_part, over_ranks
+from popriskmin.step.shards import local_part, of_one_rank, over_ranks
 
 MaskStats = dict[str, float]
 
 BY = (None, "group", "parameter")
+
+PART_OF_FSDP1 = (
+    "FullyShardedDataParallel (FSDP1) has flattened the parameters, and the figures are of this rank's part alone; "
+    "fully_shard (FSDP2) gives those of all ranks"
+)
 
 
 @overload
@@ -29,12 +36,19 @@ def mask_stats(optimizer: HasMask, by: str | None = None, local: bool = False) -
     """Recompute the mask of the last step from the state of a `PRM` or a `Masked`; see `PRM.get_mask_stats`."""
     if by not in BY:
         raise ValueError(f"by must be None, 'group' or 'parameter', got {by!r}")
+    if not local and of_one_rank(p for group in optimizer.param_groups for p in group["params"]):
+        _warn_of_part()
     gathered: dict[Any, list[tuple[int, list[float]]]] = {}
     for one, count, weight, values in _measured(optimizer, local, apart=by == "parameter"):
         key = {None: None, "group": one.group, "parameter": one.name}[by]
         gathered.setdefault(key, []).append((count, [*(weight * value for value in values[:4]), *values[4:]]))
     rows = {key: _row(parts) for key, parts in gathered.items()}
     return rows.get(None) if by is None else rows
+
+
+@functools.cache
+def _warn_of_part() -> None:
+    warnings.warn(f"get_mask_stats: {PART_OF_FSDP1}", UserWarning, stacklevel=4)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,17 @@ def whole(tensor: Tensor) -> Tensor:
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether the tensor is one of which each rank holds a part."""
     return hasattr(tensor, "to_local")
+
+
+def of_one_rank(tensors: Iterable[Tensor]) -> bool:
+    """Return whether these are a rank's part of what FSDP1 has flattened, which does not say what the other ranks have.
+
+    With `use_orig_params` or without; DTensors, as FSDP2's, can be asked.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return False
+    return any(getattr(tensor, "_fsdp_flattened", False) for tensor in tensors)
 
 
 def over_ranks(

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from popriskmin import PRM
+from popriskmin import PRM, Masked, SoftnessController, diagnose
+from popriskmin.integrations import log
 from popriskmin.optimizer.mask_state import applied, held, recompute, steps_taken
 
 
@@ -65,3 +66,25 @@ def test_complex_tensors_are_read_as_two_reals():
     (one,) = held(stepped(torch.nn.Parameter(torch.zeros(5, dtype=torch.complex64))))
     assert one.scalars == 10
     assert recompute(one.state, one.step, one.hyper).q.shape == (5, 2)
+
+
+@pytest.mark.parametrize("build", [PRM, lambda params: Masked(torch.optim.AdamW(params))])
+def test_a_lazy_layer_that_has_not_been_used_has_no_numbers_yet(build):
+    """And no shape to ask for, neither before the first step nor while other layers train."""
+    model = torch.nn.ModuleDict({"late": torch.nn.LazyLinear(3), "own": torch.nn.Linear(3, 2)})
+    optimizer = build(list(model.named_parameters()))
+    assert optimizer.get_mask_stats() is None
+    assert optimizer.get_mask_stats(by="parameter") == {}
+    assert log(optimizer, diagnosis=True) == {}
+    assert "No parameter" in str(diagnose(optimizer))
+    SoftnessController(optimizer, mean_q=0.5, every=1)
+    for used in (model["own"], model):
+        if used is model:
+            model["late"](torch.ones(2, 5))
+        for _ in range(25):
+            for p in used.parameters():
+                p.grad = torch.randn(p.shape)
+            optimizer.step()
+        names = {name for name, _ in model.named_parameters() if used is model or name.startswith("own")}
+        assert set(optimizer.get_mask_stats(by="parameter")) == names
+        assert {row.name for row in diagnose(optimizer).rows} == names

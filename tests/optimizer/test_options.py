@@ -199,3 +199,24 @@ def test_repr_shows_the_options():
     text = repr(PRM([a_parameter(1)], softness=3.0))
     assert text.startswith("PRM (")
     assert "softness: 3.0" in text
+
+
+class SAM(torch.optim.Optimizer):
+    """As the much copied one: its options go into the groups that the base optimizer shares."""
+
+    def __init__(self, params, base_optimizer, rho, **kwargs):
+        super().__init__(params, {"rho": rho, "adaptive": False, **kwargs})
+        self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_radius_of_sam_is_not_taken_for_rho_without_a_word(late):
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with pytest.warns(UserWarning, match=rf"rho=0.0{5 + late} and 'adaptive', as SAM"):
+        if late:
+            optimizer = PRM([p], lr=0.1)
+            optimizer.param_groups[0].update(rho=0.06, adaptive=True)
+            optimizer.step()
+        else:
+            SAM([p], PRM, rho=0.05, lr=0.1)
