@@ -198,7 +198,7 @@ def patch_size(patch: Mapping[str, Tensor]) -> PatchSize:
     PatchSize
         `changed` of `scalars` are in it. `bytes` is the size of its tensors. `lora_rank` is
         the rank at which LoRA's two factors for each tensor with changes and two dimensions
-        or more, in its dtype, have as many bytes: LoRA of a lower rank is smaller. NaN where
+        or more, in its dtype, have as many bytes: LoRA of a lower rank is smaller. 0 where
         there is no such tensor.
 
     Examples
@@ -217,7 +217,7 @@ def patch_size(patch: Mapping[str, Tensor]) -> PatchSize:
         if len(change.size) > 1 and change.places.numel() > 0
     )
     changed = sum(change.places.numel() for change in changes)
-    return PatchSize(changed, sum(sizes), total, total / one_rank if one_rank else float("nan"))
+    return PatchSize(changed, sum(sizes), total, total / one_rank if one_rank else 0.0)
 
 
 def _changes(patch: Any) -> dict[str, Change]:
