@@ -7,7 +7,8 @@ On the task `sparse` it is known which columns matter. On real tables with 500 c
 of the table's own, it is only known which do not: of the others the number found is given. Beside it stand the columns
 with a coefficient in an L1 model tuned by cross-validation, those of a forest whose permutation importance on held-out
 rows is more than twice its standard deviation, and LassoNet's, where it is installed. The seeds 0 and 1 were
-looked at when the rule of `selected_` was chosen.
+looked at when the rule of `selected_` was chosen. Rows without cpu seconds are older, of a
+slower search.
 """
 
 from __future__ import annotations

@@ -158,8 +158,12 @@ def blocks(path):
 
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
-# Pages whose blocks need ranks or a framework, and the tests that run them.
-ELSEWHERE = {"docs/variance.md": "tests/variance/test_init.py", "docs/jax.md": "tests/test_optax.py"}
+# Pages whose blocks need ranks, a framework or fewer steps, and the tests that run them.
+ELSEWHERE = {
+    "docs/variance.md": "tests/variance/test_init.py",
+    "docs/jax.md": "tests/test_optax.py",
+    "docs/tables.md": "tests/tabular/test_page.py",
+}
 
 
 def test_the_pages_that_are_run_elsewhere_are():

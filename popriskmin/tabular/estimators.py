@@ -266,7 +266,7 @@ class _PRMEstimator(BaseEstimator):  # type: ignore[misc]
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _numbers(name: str, given: Any, least: float, wanted: str) -> list[float]:
