@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from popriskmin.step.codes import BLOCK, BYTES, Moments, blocks_of, decode, encode
-from popriskmin.step.shards import is_sharded, local_part
+from popriskmin.step.shards import is_sharded
 
 CODED = ("exp_avg", "exp_avg_sq", "exp_avg_var")
 
@@ -25,26 +25,37 @@ PART = 1 << 20
 
 
 def has_codes(param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Return whether the state of a parameter is in 8-bit blocks."""
-    return group["state_dtype"] == "8bit" and param.numel() >= LEAST_CODED and not param.is_complex()
+    """Return whether the state of a parameter is in 8-bit blocks.
+
+    Raises
+    ------
+    RuntimeError
+        If it should be and the parameter is sharded over ranks, which would cut blocks.
+    """
+    if group["state_dtype"] != "8bit" or param.numel() < LEAST_CODED or param.is_complex():
+        return False
+    if is_sharded(param):
+        raise RuntimeError(
+            "state_dtype='8bit' does not take parameters that are sharded over ranks (FSDP2); pass "
+            "state_dtype=torch.bfloat16"
+        )
+    return True
 
 
 def new_codes(param: Tensor) -> Tensor:
-    """Return the blocks of a parameter, or of this rank's part of it, that has taken no step."""
-    part = local_part(param)
-    return torch.zeros(blocks_of(part.numel()), BYTES, dtype=torch.uint8, device=part.device)
+    """Return the blocks of a parameter that has taken no step."""
+    return torch.zeros(blocks_of(param.numel()), BYTES, dtype=torch.uint8, device=param.device)
 
 
 @torch.no_grad()
 def decoded(codes: Tensor, param: Tensor, name: str) -> Tensor:
     """Return `m`, `v` or `s`, by its name in the state, in float32 and of the parameter's shape."""
-    part = local_part(param)
-    value = torch.empty(part.numel(), dtype=torch.float32, device=codes.device)
-    for start in range(0, part.numel(), PART):
+    value = torch.empty(param.numel(), dtype=torch.float32, device=codes.device)
+    for start in range(0, param.numel(), PART):
         moments = decode(codes[start // BLOCK : (start + PART) // BLOCK])
         target = value[start : start + PART]
         target.copy_(moments[CODED.index(name)].view(-1)[: target.numel()])
-    return _as_sharded(value.view(part.shape), param)
+    return value.view(param.shape)
 
 
 @torch.no_grad()
@@ -52,7 +63,7 @@ def encoded(state: Mapping[str, Any], param: Tensor) -> Tensor:
     """Return the blocks of a state with `exp_avg`, `exp_avg_sq` and `exp_avg_var`, rounded to nearest."""
     codes = new_codes(param)
     codes.view(torch.int32)[:, -1] = int(state["step"])
-    flat = [local_part(state[name]).to(codes.device).reshape(-1) for name in CODED]
+    flat = [state[name].to(codes.device).reshape(-1) for name in CODED]
     for start in range(0, flat[0].numel(), PART):
         rows = codes[start // BLOCK : (start + PART) // BLOCK]
         padded = torch.zeros(3, rows.shape[0] * BLOCK, device=codes.device)
@@ -64,12 +75,12 @@ def encoded(state: Mapping[str, Any], param: Tensor) -> Tensor:
 
 def check_codes(key: Any, codes: Any, param: Tensor) -> None:
     """Raise ValueError for blocks of a checkpoint that are not those of so many scalars."""
-    expected = (blocks_of(local_part(param).numel()), BYTES)
+    expected = (blocks_of(param.numel()), BYTES)
     if not isinstance(codes, Tensor) or codes.dtype != torch.uint8 or tuple(codes.shape) != expected:
         found = f"{codes.dtype} of shape {tuple(codes.shape)}" if isinstance(codes, Tensor) else repr(codes)
         raise ValueError(
             f"the checkpoint's codes of parameter {key} are {found}; the parameter, of shape "
-            f"{tuple(local_part(param).shape)}, has torch.uint8 of shape {expected}"
+            f"{tuple(param.shape)}, has torch.uint8 of shape {expected}"
         )
 
 
@@ -79,7 +90,7 @@ def uncoded(key: Any, saved: Mapping[str, Any], param: Tensor) -> Mapping[str, A
         return saved
     check_codes(key, saved["codes"], param)
     others = {name: value for name, value in saved.items() if name != "codes"}
-    return {**{name: decoded(saved["codes"], local_part(param), name) for name in CODED}, **others}
+    return {**{name: decoded(saved["codes"], param, name) for name in CODED}, **others}
 
 
 def readable(state: Mapping[str, Any], param: Tensor) -> Mapping[str, Any]:
@@ -105,14 +116,3 @@ class DecodedState(Mapping[str, Any]):
     def __len__(self) -> int:
         """Return how many names there are."""
         return len(self._state) - 1 + len(CODED)
-
-
-def _as_sharded(part: Tensor, param: Tensor) -> Tensor:
-    """Return this rank's part as a tensor that is sharded as the parameter is."""
-    if not is_sharded(param):
-        return part
-    like: Any = param
-    sharded: Tensor = type(like).from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
-    return sharded

@@ -14,8 +14,7 @@ from popriskmin.mask import Corrections, Hyperparameters, corrections, evaluate,
 from popriskmin.step.codes import BLOCK, Moments, blocks_of, decode, encode
 from popriskmin.step.foreach import CPU_BLOCK, Block, advance, mask_of, move
 from popriskmin.step.functional import choose_implementation, dispatch
-from popriskmin.step.lists import Lists, compute_dtype, count_up, shrinks
-from popriskmin.step.shards import is_sharded, local_part, over_ranks
+from popriskmin.step.lists import Lists, compute_dtype, count_up, is_compiling, shrinks
 
 # Scalars that are decoded at a time on other devices; a multiple of BLOCK, as CPU_BLOCK is.
 DEVICE_PART = 1 << 24
@@ -35,9 +34,9 @@ def dispatch_coded(
     coded = [i for i, codes in enumerate(lists.exp_avgs) if codes.dtype == torch.uint8]
     places = set(coded)
     rest = [i for i in range(len(lists.params)) if i not in places]
+    if is_compiling():
+        raise RuntimeError("a step with state_dtype='8bit' cannot be compiled: call it outside of torch.compile")
     choose_implementation(lists.params, foreach, fused, differentiable)  # raises for what cannot be had
-    if fused and coded:
-        raise RuntimeError("fused=True, but the kernels do not know state_dtype='8bit' yet: pass fused=None")
     coded_prm(lists.of(coded), [state_steps[i] for i in coded], hyper, tensor_steps=capturable)
     dispatch(
         lists.of(rest),
@@ -76,11 +75,10 @@ class _Flat(NamedTuple):
 
 def _step(one: Lists, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype) -> None:
     [param], [codes] = one.params, one.exp_avgs
-    flat = _Flat(
-        _flat(one.params, param),
-        _flat(one.grads, param),
-        *[_flat(tensors, param) if tensors else None for tensors in (one.max_exp_avg_sqs, one.grad_vars, one.starts)],
+    maximum, grad_var, start = (
+        tensors[0].reshape(-1) if tensors else None for tensors in (one.max_exp_avg_sqs, one.grad_vars, one.starts)
     )
+    flat = _Flat(param.reshape(-1), one.grads[0].reshape(-1), maximum, grad_var, start)
     n = flat.param.numel()
     size = CPU_BLOCK if flat.param.is_cpu else DEVICE_PART
     parts = [slice(start, min(start + size, n)) for start in range(0, n, size)]
@@ -91,7 +89,8 @@ def _step(one: Lists, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype
             # Divided first, so that the sum of a large tensor does not overflow.
             signal, noise = moments.mean.to(dtype).square(), moments.variance.to(dtype)
             means += torch.stack([x.div(param.numel()).sum() for x in (signal, noise)])
-        q = _pooled(means, param, c, hyper)
+        signal, noise = finish_signal_and_noise(means[0] / c.bias1**2, means[1] / c.bias_var, c, hyper)
+        q = evaluate(signal, noise, c, hyper)
         for part in parts:
             move(_block(flat, decode(_rows(codes, part)), part), [q], c, hyper, dtype)
     else:
@@ -99,20 +98,8 @@ def _step(one: Lists, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype
             block = _block(flat, _advanced(flat, codes, part, c, hyper, dtype), part)
             move(block, mask_of(block, c, hyper, dtype), c, hyper, dtype)
     for held, values in ((param, flat.param), *((x, flat.maximum) for x in one.max_exp_avg_sqs)):
-        target = local_part(held)
-        if values is not None and values.data_ptr() != target.data_ptr():  # of a tensor that is not contiguous
-            target.copy_(values.view(target.shape))
-
-
-def _flat(tensors: list[Tensor], param: Tensor) -> Tensor:
-    """Return this rank's part of the one tensor, which may lie differently over the ranks than its parameter."""
-    [tensor] = tensors
-    if is_sharded(param) and is_sharded(tensor):
-        sharded: Any = tensor
-        like: Any = param
-        if sharded.placements != like.placements:
-            tensor = sharded.redistribute(like.device_mesh, like.placements)
-    return local_part(tensor).reshape(-1)
+        if values is not None and values.data_ptr() != held.data_ptr():  # of a tensor that is not contiguous
+            held.copy_(values.view(held.shape))
 
 
 def _rows(codes: Tensor, part: slice) -> Tensor:
@@ -139,9 +126,3 @@ def _advanced(
         maximum = flat.maximum[part]
         torch.maximum(maximum, stored.square.view(-1)[: maximum.numel()], out=maximum)
     return stored
-
-
-def _pooled(means: Tensor, param: Tensor, c: Corrections, hyper: Hyperparameters) -> Tensor:
-    [means] = over_ranks([means], [param])
-    signal, noise = finish_signal_and_noise(means[0] / c.bias1**2, means[1] / c.bias_var, c, hyper)
-    return evaluate(signal, noise, c, hyper)
