@@ -213,10 +213,7 @@ class SAM(torch.optim.Optimizer):
 def test_the_radius_of_sam_is_not_taken_for_rho_without_a_word(late):
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
+    optimizer = PRM([p], lr=0.1)
+    optimizer.param_groups[0].update(rho=0.06, adaptive=True)
     with pytest.warns(UserWarning, match=rf"rho=0.0{5 + late} and 'adaptive', as SAM"):
-        if late:
-            optimizer = PRM([p], lr=0.1)
-            optimizer.param_groups[0].update(rho=0.06, adaptive=True)
-            optimizer.step()
-        else:
-            SAM([p], PRM, rho=0.05, lr=0.1)
+        optimizer.step() if late else SAM([p], PRM, rho=0.05, lr=0.1)
