@@ -91,7 +91,9 @@ class _Factory:
 class PRMCallback(TrainerCallback):  # type: ignore[misc]
     """Log the mask's statistics, the risk monitor's verdict and the diagnosis.
 
-    They are then in `log_history` and wherever `report_to` leads. The monitor's state
+    They are then in `log_history` and wherever `report_to` leads; of the diagnosis those
+    causes that some tensor has. `prm/lr` is of the next step, the Trainer's
+    `learning_rate` of the last. The monitor's state
     goes into the Trainer's checkpoints. What the mask holds shut by a fault
     (`popriskmin.diagnose`) is said at the end of training.
 
@@ -174,7 +176,8 @@ class PRMCallback(TrainerCallback):  # type: ignore[misc]
     def _log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
         """Stand in for the trainer's `log`, and add to its logs of training itself."""
         if "loss" in logs:
-            logs.update(log(self._optimizer, self.monitor, diagnosis=self.diagnosis))
+            values = log(self._optimizer, self.monitor, diagnosis=self.diagnosis)
+            logs.update({name: x for name, x in values.items() if x or not name.startswith("prm/diagnosis/")})
         self._log_of_trainer(logs, *args, **kwargs)
 
     def on_log(

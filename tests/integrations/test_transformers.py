@@ -21,7 +21,7 @@ from integrations.small_trainer import arguments, data, every_step, model, train
 from popriskmin.integrations import log  # noqa: E402
 from popriskmin.integrations.transformers import FILE, PRMCallback, prm_cls_and_kwargs, prm_optimizer  # noqa: E402
 
-FIGURES = {"prm/mean_q", "prm/group0/lr", "prm/group1/softness", "prm/diagnosis/noise", "prm/fresh_total"}
+FIGURES = {"prm/mean_q", "prm/group0/lr", "prm/group1/softness", "prm/diagnosis/early", "prm/fresh_total"}
 
 
 def weights(of):
@@ -85,6 +85,7 @@ def test_logs_reach_the_history_and_tensorboard(tmp_path):
     assert [row["step"] for row in rows] == [1, 3, 6, 9, 12]
     assert all(FIGURES - {"prm/fresh_total"} <= set(row) for row in rows)
     assert all(set(row) >= FIGURES for row in rows[1:])
+    assert not any(value == 0 for row in rows for name, value in row.items() if name.startswith("prm/diagnosis/"))
     now = log(one.optimizer, callback.monitor)
     # The schedule has moved on since the last line was written.
     assert {name: rows[-1][name] for name in now if not name.endswith("/lr")} == {
