@@ -12,7 +12,8 @@ from sklearn.datasets import load_wine
 from tasks.every import check_joined
 
 from popriskmin.compare.loading import make_task
-from popriskmin.compare.training.arms import ADAMW, make_arms, make_driver
+from popriskmin.compare.training.arms import ADAMW, make_arms
+from popriskmin.compare.training.drivers import make_driver
 from popriskmin.compare.training.train import Configuration, run
 from popriskmin.tasks.table import Table, passes
 
