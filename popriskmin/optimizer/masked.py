@@ -47,12 +47,11 @@ class Masked(CountsShrunk, Optimizer):
         q = mask(m^**2, s^)
         w = w_before + q * (w_after - w_before)
 
-    Around `torch.optim.AdamW` this is `PRM`, to rounding. It is a `torch.optim.Optimizer` that shares its parameter
-    groups and its state with the inner one. So learning-rate schedules, loss scalers, clipping, hooks and checkpoints
-    work as with any other. Use it where the inner optimizer stood, and no longer the inner one.
+    Around `torch.optim.AdamW` this is `PRM`, to rounding. It shares parameter groups and state with the inner optimizer
+    and stands in its place: learning-rate schedules, loss scalers, clipping, hooks and checkpoints work as with any.
 
-    Beside the inner optimizer it keeps two tensors for each parameter, in float32 at least. During a step a copy of
-    the parameters and two more temporaries are added.
+    It keeps two more tensors for each parameter, in float32 at least, and during a step a copy of the parameters and
+    two temporaries.
 
     Parameters
     ----------

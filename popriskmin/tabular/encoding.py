@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.api import types
 from sklearn.compose import ColumnTransformer
 from sklearn.feature_selection import VarianceThreshold
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
+
+from popriskmin.tabular.numbers import read_numbers
 
 MOST_CATEGORIES = 20  # of one column; the rarest share a column of their own
 FARTHEST = 5.0  # standard deviations: one value farther off would move a network more than all others
@@ -152,3 +155,27 @@ def encode(inputs: pd.DataFrame, training: np.ndarray) -> np.ndarray:
         Numbers of the rows from which medians, means and categories are taken.
     """
     return Encoder().fit(inputs.iloc[training]).transform(inputs)
+
+
+def check_column(column: pd.Series) -> None:
+    """Raise ValueError for a column of which it is not clear what it would mean to a network."""
+    if types.is_datetime64_any_dtype(column) or types.is_timedelta64_dtype(column):
+        raise ValueError(f"the column {column.name!r} holds dates or times: replace it by numbers such as an age")
+    if types.is_complex_dtype(column):
+        raise ValueError(f"Complex data not supported: the column {column.name!r}")
+    if is_number(column):
+        if np.isinf(column.to_numpy(dtype="float64", na_value=np.nan)).any():
+            raise ValueError(f"Input X contains infinity, in the column {column.name!r}.")
+        return
+    if types.is_object_dtype(column):
+        for value in column:
+            if isinstance(value, (list, tuple, set, dict, np.ndarray, bytes, bytearray)):
+                raise ValueError(
+                    f"the column {column.name!r} holds {type(value).__name__} objects ({str(value)[:40]}): leave it "
+                    "out, or make a column of numbers for each of their parts"
+                )
+    if not isinstance(column.dtype, pd.CategoricalDtype) and read_numbers(column) is not None:
+        raise ValueError(
+            f"the column {column.name!r} holds text that means numbers ({column.dropna().iloc[0]!r}): replace it by "
+            "popriskmin.tabular.read_numbers(column).values"
+        )

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from pandas.api import types
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import KFold, ShuffleSplit, StratifiedKFold, StratifiedShuffleSplit, check_cv
@@ -19,9 +18,8 @@ from sklearn.utils import check_consistent_length, check_random_state, column_or
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, _check_y, check_is_fitted, validate_data
 
-from popriskmin.tabular.encoding import Encoder, is_number
+from popriskmin.tabular.encoding import Encoder, check_column
 from popriskmin.tabular.networks import Data, Part, Setting, Trained, train
-from popriskmin.tabular.numbers import read_numbers
 
 SHRINKAGES = (0.0, 1.0, 1.5, 2.0, 3.0)
 FOLDS, FEW_ROWS = 5, 1000  # up to so many rows are divided into folds, more into one part for training and one held out
@@ -235,7 +233,7 @@ class _PRMEstimator(BaseEstimator):  # type: ignore[misc]
         if X.shape[1] == 0:
             raise ValueError(f"Found array with 0 feature(s) (shape={X.shape}) while a minimum of 1 is required.")
         for i in range(X.shape[1]):
-            _check_column(X.iloc[:, i])
+            check_column(X.iloc[:, i])
         return X
 
     def _answers(self, X: Any) -> np.ndarray:  # noqa: N803
@@ -278,30 +276,6 @@ def _numbers(name: str, given: Any, least: float, wanted: str) -> list[float]:
     if not values or not all(least <= value < np.inf for value in values):
         raise ValueError(f"{name} must {wanted}, got {given!r}")
     return list(dict.fromkeys(values))
-
-
-def _check_column(column: pd.Series) -> None:
-    """Raise ValueError for a column of which it is not clear what it would mean to a network."""
-    if types.is_datetime64_any_dtype(column) or types.is_timedelta64_dtype(column):
-        raise ValueError(f"the column {column.name!r} holds dates or times: replace it by numbers such as an age")
-    if types.is_complex_dtype(column):
-        raise ValueError(f"Complex data not supported: the column {column.name!r}")
-    if is_number(column):
-        if np.isinf(column.to_numpy(dtype="float64", na_value=np.nan)).any():
-            raise ValueError(f"Input X contains infinity, in the column {column.name!r}.")
-        return
-    if types.is_object_dtype(column):
-        for value in column:
-            if isinstance(value, (list, tuple, set, dict, np.ndarray, bytes, bytearray)):
-                raise ValueError(
-                    f"the column {column.name!r} holds {type(value).__name__} objects ({str(value)[:40]}): leave it "
-                    "out, or make a column of numbers for each of their parts"
-                )
-    if not isinstance(column.dtype, pd.CategoricalDtype) and read_numbers(column) is not None:
-        raise ValueError(
-            f"the column {column.name!r} holds text that means numbers ({column.dropna().iloc[0]!r}): replace it by "
-            "popriskmin.tabular.read_numbers(column).values"
-        )
 
 
 _PARAMETERS = """
