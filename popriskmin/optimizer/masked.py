@@ -50,8 +50,7 @@ class Masked(CountsShrunk, Optimizer):
     Around `torch.optim.AdamW` this is `PRM`, to rounding. It shares parameter groups and state with the inner optimizer
     and stands in its place: learning-rate schedules, loss scalers, clipping, hooks and checkpoints work as with any.
 
-    It keeps two more tensors for each parameter, in float32 at least, and during a step a copy of the parameters and
-    two temporaries.
+    It keeps two more tensors for each parameter, and during a step a copy of the parameters and two temporaries.
 
     Parameters
     ----------
@@ -64,7 +63,7 @@ class Masked(CountsShrunk, Optimizer):
     beta1
         Decay rate of `m`, in [0, 1). It has nothing to do with the momentum of the inner optimizer.
     mask_eps
-        The mask's epsilon, in units of the squared gradient.
+        In units of the squared gradient.
     mask_decay
         Whether the inner optimizer's decoupled weight decay is masked too. It is told apart from the step for
         torch's AdamW, Adafactor and Muon, for others of torch with `decoupled_weight_decay=True`, for the `Lion` of
@@ -75,8 +74,8 @@ class Masked(CountsShrunk, Optimizer):
     Raises
     ------
     TypeError
-        For what is no optimizer, or cannot be wrapped: `PRM` and `Masked`, which mask already; those whose step needs a
-        closure, as LBFGS; `SparseAdam`; a framework's wrapper, which belongs around `Masked`.
+        For what cannot be wrapped: `PRM` and `Masked`, which mask already; those whose step needs a closure, as LBFGS;
+        `SparseAdam`; a framework's wrapper, which belongs around `Masked`.
     ValueError
         For an option out of range, and `differentiable=True` of the inner optimizer.
     RuntimeError
