@@ -30,7 +30,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from numbers import Integral, Real
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, TypeGuard, overload
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ import optax
 
 __all__ = ["MaskNumbers", "PopulationRiskState", "mask_stats", "prm", "scale_by_population_risk"]
 
-Array = Any  # a jax.Array, or a number in its place
+Array: TypeAlias = jax.Array  # or a number in its place
 MaskFunction = Callable[[Array, Array, "MaskNumbers"], Array]
 
 
@@ -80,11 +80,11 @@ class PopulationRiskState(NamedTuple):
     """The state of `prm` and `scale_by_population_risk`; trees are like the parameters, in float32 at least."""
 
     count: Array  # the steps taken, an int32 of shape ()
-    mu: Any  # m
-    nu: Any  # v
-    var: Any  # s
-    nu_max: Any  # the running maximum of v with amsgrad, else None
-    start: Any  # the parameters at the start with shrink_to="start", else None
+    mu: optax.Updates  # m
+    nu: optax.Updates  # v
+    var: optax.Updates  # s
+    nu_max: optax.Updates | None  # the running maximum of v with amsgrad, else None
+    start: optax.Params | None  # the parameters at the start with shrink_to="start", else None
     numbers: MaskNumbers
     kind: _Kind
 
@@ -213,7 +213,7 @@ def prm(
         return _init(params, numbers, kind, amsgrad, start)
 
     def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+        updates: optax.Updates, state: PopulationRiskState, params: optax.Params | None = None, **extra: optax.Updates
     ) -> tuple[optax.Updates, PopulationRiskState]:
         if params is None and (decays or shrinks):
             raise ValueError("weight_decay and shrinkage need the parameters: call update(grads, state, params)")
@@ -300,7 +300,7 @@ def scale_by_population_risk(
         return _init(params, numbers, kind, amsgrad, None)
 
     def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+        updates: optax.Updates, state: PopulationRiskState, params: optax.Params | None = None, **extra: optax.Updates
     ) -> tuple[optax.Updates, PopulationRiskState]:
         state, steps = _advance(updates, state, extra, betas, rho, eps, numbers)
         moved = [step.direction.astype(g.dtype) for g, step in zip(jax.tree.leaves(updates), steps)]
@@ -309,7 +309,11 @@ def scale_by_population_risk(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def mask_stats(state: Any, by: Literal["parameter"] | None = None) -> Any:
+@overload
+def mask_stats(state: optax.OptState, by: None = None) -> dict[str, float] | None: ...
+@overload
+def mask_stats(state: optax.OptState, by: Literal["parameter"]) -> dict[str, dict[str, float]]: ...
+def mask_stats(state: optax.OptState, by: Literal["parameter"] | None = None) -> object:
     """Say how open the mask was at the last step.
 
     Nothing is computed in `update`: the mask is recomputed here from the state.
@@ -397,7 +401,7 @@ class _Corrections(NamedTuple):
 
 
 def _corrections(
-    count: Array, dtype: Any, logs: tuple[Array, Array, Array], warmup: Array, kind: _Kind
+    count: Array, dtype: jnp.dtype, logs: tuple[Array, Array, Array], warmup: Array, kind: _Kind
 ) -> _Corrections:
     """Return them for the logarithms of `beta1`, `beta2` and `rho`."""
     t = count.astype(dtype)
@@ -420,7 +424,7 @@ def _logs(numbers: MaskNumbers) -> tuple[Array, Array, Array]:
     return numbers.log_beta1, -math.inf, numbers.log_rho  # v is of no account to the mask
 
 
-def _log(rate: Any) -> Any:
+def _log(rate: Array) -> Array:
     if _is_number(rate):
         return math.log(rate) if rate > 0 else -math.inf
     return jnp.log(rate)
@@ -434,7 +438,7 @@ def _variance_of_mean(log_beta1: Array, one_minus_power: Array) -> Array:
 def _advance(
     grads: optax.Updates,
     state: PopulationRiskState,
-    extra: dict[str, Any],
+    extra: dict[str, optax.Updates],
     betas: tuple[float, float],
     rho: float,
     eps: float,
@@ -537,7 +541,7 @@ def _evaluate(signal: Array, noise: Array, c: _Corrections, numbers: MaskNumbers
     return jnp.where(c.open, 1, jnp.maximum(q.astype(dtype), hyper.min_q))
 
 
-def _pull(step: _Moved, shrinkage: Any, of_mean: Any, state: PopulationRiskState) -> Array:
+def _pull(step: _Moved, shrinkage: Array, of_mean: Array, state: PopulationRiskState) -> Array:
     """Return the step, over the learning rate, at a mean gradient of `shrinkage` standard errors."""
     factor = shrinkage * of_mean**0.5
     noise = jnp.minimum(step.noise, jnp.finfo(step.noise.dtype).max / 4)
@@ -576,7 +580,7 @@ def _measured(state: PopulationRiskState) -> Iterator[tuple[str, dict[str, Array
         )
 
 
-def _row(parts: list[dict[str, Any]]) -> dict[str, float]:
+def _row(parts: list[dict[str, Array]]) -> dict[str, float]:
     total = {name: math.fsum(float(part[name]) for part in parts) for name in parts[0]}
     count, signal, noise = int(total["parameter_count"]), total["signal_sq"], total["noise_scale"]
     without_noise = math.inf if signal > 0 else math.nan
@@ -594,20 +598,30 @@ def _row(parts: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _wide(*arrays: Array) -> Any:
+def _wide(*arrays: Array) -> jnp.dtype:
     """Return the widest type among the arrays', float32 at least."""
-    return jnp.result_type(jnp.float32, *[jnp.asarray(x).dtype for x in arrays])
+    wide: jnp.dtype = jnp.result_type(jnp.float32, *[jnp.asarray(x).dtype for x in arrays])
+    return wide
 
 
 def _numbers(
-    coefficient: Any, softness: Any, eps: Any, mask_eps: Any, min_q: Any, beta1: Any, rho: Any, warmup_steps: Any
+    coefficient: Array,
+    softness: Array,
+    eps: Array,
+    mask_eps: Array | None,
+    min_q: Array,
+    beta1: Array,
+    rho: Array,
+    warmup_steps: Array,
 ) -> MaskNumbers:
     floats = (coefficient, softness, eps * eps if mask_eps is None else mask_eps, min_q, _log(beta1), _log(rho))
     arrays = [jnp.asarray(x, dtype=float) for x in floats]
     return MaskNumbers._make([*arrays, jnp.asarray(warmup_steps, dtype=jnp.int32)])
 
 
-def _coefficient(boundary: str, batch_size: Any, n_dataset: Any, who: str = "boundary='empirical'") -> Any:
+def _coefficient(
+    boundary: str, batch_size: Array | None, n_dataset: Array | None, who: str = "boundary='empirical'"
+) -> Array:
     if boundary == "batch":
         return 1.0
     if batch_size is None or n_dataset is None:
@@ -622,24 +636,26 @@ def _coefficient(boundary: str, batch_size: Any, n_dataset: Any, who: str = "bou
     return batch_size / (n_dataset - batch_size)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     """Return whether the value is known, and not an array that may be traced."""
     return isinstance(value, Real)
 
 
-def _check_number(name: str, value: Any) -> None:
+def _check_number(name: str, value: object) -> None:
     if isinstance(value, jax.Array) or (callable(value) and name in ("learning_rate", "weight_decay")):
         return
     if not _is_number(value) or not 0 <= float(value) < math.inf:
         raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
 
 
-def _check_rate(name: str, value: Any) -> None:
+def _check_rate(name: str, value: object) -> None:
     if not isinstance(value, jax.Array) and not (_is_number(value) and 0 <= float(value) < 1):
         raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
 
 
-def _check_moments(betas: Any, rho: Any, eps: Any, softness: Any, mask_eps: Any, min_q: Any, warmup_steps: Any) -> None:
+def _check_moments(
+    betas: object, rho: object, eps: object, softness: object, mask_eps: object, min_q: object, warmup_steps: object
+) -> None:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
     for name, value in (("betas[0]", betas[0]), ("betas[1]", betas[1]), ("rho", rho)):
@@ -652,7 +668,7 @@ def _check_moments(betas: Any, rho: Any, eps: Any, softness: Any, mask_eps: Any,
         raise ValueError(f"warmup_steps must be a whole number >= 0, got {warmup_steps!r}")
 
 
-def _check_decay(learning_rate: Any, weight_decay: Any, decoupled: bool, masked: bool) -> None:
+def _check_decay(learning_rate: object, weight_decay: object, decoupled: bool, masked: bool) -> None:
     _check_number("learning_rate", learning_rate)
     _check_number("weight_decay", weight_decay)
     if masked and not decoupled:
@@ -662,12 +678,14 @@ def _check_decay(learning_rate: Any, weight_decay: Any, decoupled: bool, masked:
         )
 
 
-def _check_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+def _check_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
-def _check_words(mask: Any, reduction: Any, boundary: Any, variance: Any, debias: bool, bias_correction: bool) -> None:
+def _check_words(
+    mask: object, reduction: object, boundary: object, variance: object, debias: bool, bias_correction: bool
+) -> None:
     if not callable(mask):
         _check_one_of("mask", mask, tuple(_MASKS))
     _check_one_of("reduction", reduction, ("per_param", "per_tensor"))

@@ -10,7 +10,7 @@ Balles and Hennig, "Dissecting Adam", ICML 2018, arXiv:1705.07774 (`variance_of_
 Donoho and Johnstone, "Ideal spatial adaptation by wavelet shrinkage", Biometrika 1994 (`threshold`).
 """
 
-from popriskmin.mask.corrections import Corrections, corrections, variance_of_mean
+from popriskmin.mask.corrections import Corrections, Number, corrections, variance_of_mean
 from popriskmin.mask.evaluate import (
     check_function,
     evaluate,
@@ -26,6 +26,8 @@ from popriskmin.mask.hyperparameters import (
     REDUCTIONS,
     VARIANCES,
     Hyperparameters,
+    Options,
+    PRMGroup,
     boundary_coefficient,
     mean_coefficient,
 )
@@ -43,6 +45,9 @@ __all__ = [
     "Hyperparameters",
     "Mask",
     "MaskFunction",
+    "Number",
+    "Options",
+    "PRMGroup",
     "boundary_coefficient",
     "check_function",
     "corrections",

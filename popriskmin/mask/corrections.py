@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from popriskmin.mask.hyperparameters import Hyperparameters
 
+# A number, or a tensor of shape () or with an entry for each of several tensors.
+Number = float | Tensor
 
-def variance_of_mean(beta1: float, t: Any) -> Any:
+
+@overload
+def variance_of_mean(beta1: float, t: float) -> float: ...
+@overload
+def variance_of_mean(beta1: Number, t: Tensor) -> Tensor: ...
+@overload
+def variance_of_mean(beta1: Number, t: Number) -> Number: ...
+def variance_of_mean(beta1: Number, t: Number) -> Number:
     """Return `k(t)`, the variance of the bias-corrected mean `m^` after `t` steps, in units of the gradient's.
 
     For independent gradients of variance `z`, `Var[m^(t)] = k(t) * z` with
@@ -36,7 +45,7 @@ def variance_of_mean(beta1: float, t: Any) -> Any:
     return (1 - beta1) / (1 + beta1) * (2 - one_minus_power) / one_minus_power
 
 
-def _one_minus_power(beta: Any, t: Any) -> Any:
+def _one_minus_power(beta: Number, t: Number) -> Number:
     """Return `1 - beta**t`, exact to rounding for a float32 tensor `t` too, where plain powers lose digits."""
     if not isinstance(t, Tensor) or isinstance(beta, Tensor):
         return 1 - beta**t
@@ -46,17 +55,18 @@ def _one_minus_power(beta: Any, t: Any) -> Any:
 class Corrections(NamedTuple):
     """What depends on the step count `t` alone: numbers, or tensors of the shape of `t`."""
 
-    t: Any
-    bias1: Any  # divisor of m
-    bias2: Any  # divisor of v
-    bias_var: Any  # divisor of s
-    centre: Any  # divisor of the mean before this batch, on which the new gradient is centred
-    blend: Any  # weight of the new squared deviation, or of the given variance, in s
-    k: Any  # variance of m^ in units of the gradient's; 0 where nothing asks for it
-    open: Any  # true where the mask is held at 1: during warmup, and where an unbiased variance has no estimate yet
+    t: Number
+    bias1: Number  # divisor of m
+    bias2: Number  # divisor of v
+    bias_var: Number  # divisor of s
+    centre: Number  # divisor of the mean before this batch, on which the new gradient is centred
+    blend: Number  # weight of the new squared deviation, or of the given variance, in s
+    k: Number  # variance of m^ in units of the gradient's; 0 where nothing asks for it
+    # True where the mask is held at 1: in the warmup, and while an unbiased variance has no estimate.
+    open: bool | Tensor
 
 
-def corrections(t: Any, hyper: Hyperparameters) -> Corrections:
+def corrections(t: Number, hyper: Hyperparameters) -> Corrections:
     """Return the bias corrections and weights of step `t` (1 for the first one)."""
     warmup = t <= hyper.warmup_steps if hyper.warmup_steps > 0 else False
     if not hyper.bias_correction:
@@ -69,18 +79,22 @@ def corrections(t: Any, hyper: Hyperparameters) -> Corrections:
         return Corrections(t, bias1, bias2, _one_minus_power(hyper.rho, t), 1.0, 1 - hyper.rho, k, warmup)
     # The first step has a mean to start from but no deviation from one: s begins at the second. There, numbers
     # for t = 1 stand in for t = 0, whose divisors vanish; blend = 0 keeps s at 0 and open leaves the mask alone.
-    first = t <= 1
-    before = t.sub(1).clamp(min=1) if isinstance(t, Tensor) else max(t - 1, 1)
-    blend = (1 - hyper.rho) / (1 + variance_of_mean(hyper.beta1, before))
+    before: Number
+    blend: Number
+    if isinstance(t, Tensor):
+        before = t.sub(1).clamp(min=1)
+        later = (1 - hyper.rho) / (1 + variance_of_mean(hyper.beta1, before))
+        blend = torch.where(t <= 1, torch.zeros_like(later), later)
+    else:
+        before = max(t - 1, 1)
+        blend = 0.0 if t <= 1 else (1 - hyper.rho) / (1 + variance_of_mean(hyper.beta1, before))
     return Corrections(
         t=t,
         bias1=bias1,
         bias2=bias2,
         bias_var=_one_minus_power(hyper.rho, before),
         centre=_one_minus_power(hyper.beta1, before),
-        blend=torch.where(first, torch.zeros_like(blend), blend)
-        if isinstance(t, Tensor)
-        else (0.0 if first else blend),
+        blend=blend,
         k=k,
-        open=warmup | first,
+        open=warmup | (t <= 1),
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
+import torch
 from torch import Tensor
 
 from popriskmin.mask.masks import MASKS, is_of_mean
@@ -14,6 +14,45 @@ BOUNDARIES = ("batch", "empirical")
 REDUCTIONS = ("per_param", "per_tensor")
 VARIANCES = ("streaming", "given")
 ORIGINS = ("zero", "start")
+
+
+class Options(TypedDict, total=False):
+    """The options of a parameter group, which are the arguments of `PRM`."""
+
+    lr: float | Tensor
+    betas: tuple[float, float]
+    rho: float
+    eps: float
+    weight_decay: float
+    softness: float
+    batch_size: int | None
+    boundary: str
+    n_dataset: int | None
+    mask: str | MaskFunction
+    reduction: str
+    warmup_steps: int
+    amsgrad: bool
+    bias_correction: bool
+    decoupled_weight_decay: bool
+    mask_eps: float | None
+    debias: bool
+    mask_decay: bool
+    min_q: float
+    variance: str
+    state_dtype: torch.dtype | str | None
+    maximize: bool
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+    fused: bool | None
+    shrinkage: float
+    shrink_to: str
+
+
+class PRMGroup(Options):
+    """A parameter group of `PRM`."""
+
+    params: list[Tensor]
 
 
 class Hyperparameters(NamedTuple):
@@ -57,7 +96,7 @@ class Hyperparameters(NamedTuple):
         )
 
     @classmethod
-    def of_group(cls, group: Mapping[str, Any]) -> Hyperparameters:
+    def of_group(cls, group: Options) -> Hyperparameters:
         """Read a parameter group as it stands now, so that a schedule that writes to it takes effect.
 
         Raises
@@ -66,28 +105,49 @@ class Hyperparameters(NamedTuple):
             For an unknown mask, reduction, boundary, source of the variance or target of the shrinkage, and for an
             empirical boundary or shrinkage without fitting counts.
         """
-        choices = {"mask": MASKS, "reduction": REDUCTIONS, "variance": VARIANCES, "shrink_to": ORIGINS}
-        for name, known in choices.items():
-            if group[name] not in known and not (name == "mask" and callable(found_mask(group["mask"]))):
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {group[name]!r}")
+        mask = found_mask(group["mask"])
+        for name, value, known in (
+            ("mask", group["mask"], MASKS),
+            ("reduction", group["reduction"], REDUCTIONS),
+            ("variance", group["variance"], VARIANCES),
+            ("shrink_to", group["shrink_to"], ORIGINS),
+        ):
+            if value not in known and not (name == "mask" and callable(mask)):
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         beta1, beta2 = group["betas"]
-        resolved = {
-            "mask": found_mask(group["mask"]),
-            "beta1": beta1,
-            "beta2": beta2,
-            "coefficient": boundary_coefficient(group["boundary"], group["batch_size"], group["n_dataset"]),
-            "mean_coefficient": mean_coefficient(group["batch_size"], group["n_dataset"], group["variance"])
-            if group["shrinkage"]
-            else 0.0,
-        }
-        return cls.of(**resolved, **{name: group[name] for name in cls._fields if name not in resolved})
+        batch_size, n_dataset = group["batch_size"], group["n_dataset"]
+        return cls.of(
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            rho=group["rho"],
+            eps=group["eps"],
+            mask_eps=group["mask_eps"],
+            weight_decay=group["weight_decay"],
+            softness=group["softness"],
+            coefficient=boundary_coefficient(group["boundary"], batch_size, n_dataset),
+            mask=mask,
+            reduction=group["reduction"],
+            warmup_steps=group["warmup_steps"],
+            amsgrad=group["amsgrad"],
+            bias_correction=group["bias_correction"],
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            maximize=group["maximize"],
+            debias=group["debias"],
+            mask_decay=group["mask_decay"],
+            min_q=group["min_q"],
+            variance=group["variance"],
+            shrinkage=group["shrinkage"],
+            mean_coefficient=mean_coefficient(batch_size, n_dataset, group["variance"]) if group["shrinkage"] else 0.0,
+            shrink_to=group["shrink_to"],
+        )
 
     def plain(self) -> Hyperparameters:
         """Return them with numbers for tensors, but for `lr`: what the statistics read, without a graph behind it."""
-        held: dict[str, Any] = {
+        numbers: dict[str, Any] = {
             name: x.item() for name, x in self._asdict().items() if isinstance(x, Tensor) and name != "lr"
         }
-        return self._replace(**held) if held else self
+        return self._replace(**numbers) if numbers else self
 
     @property
     def given(self) -> bool:

@@ -6,7 +6,7 @@ A new mask is one function of a tensor, one of lists where speed matters, and it
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,7 +131,7 @@ class Mask(NamedTuple):
     of_mean: bool = False
 
 
-def is_of_mean(mask: Any) -> bool:
+def is_of_mean(mask: object) -> bool:
     """Return whether a mask's noise is the variance of the mean; that of a mask of one's own is the gradient's."""
     return isinstance(mask, str) and MASKS[mask].of_mean
 

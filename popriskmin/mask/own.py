@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import overload
 
 from torch import Tensor
 
-# Of the signal, the noise and the group's `Hyperparameters`; returns `q`.
-MaskFunction = Callable[[Tensor, Tensor, Any], Tensor]
+# Of the signal, the noise and the group's `Hyperparameters`, or in JAX `MaskNumbers`; returns `q`.
+MaskFunction = Callable[..., Tensor]
 
 
 def mask_name(mask: str | MaskFunction) -> str:
@@ -26,7 +26,11 @@ def mask_name(mask: str | MaskFunction) -> str:
     return f"{getattr(mask, '__module__', '?')}:{getattr(mask, '__qualname__', type(mask).__qualname__)}"
 
 
-def found_mask(mask: Any) -> Any:
+@overload
+def found_mask(mask: str | MaskFunction) -> str | MaskFunction: ...
+@overload
+def found_mask(mask: object) -> object: ...
+def found_mask(mask: object) -> object:
     """Return the function at an import path such as "my_module:my_mask"; anything else as it is.
 
     Raises
@@ -58,7 +62,7 @@ def found_mask(mask: Any) -> Any:
     return found
 
 
-def checked_shape(mask: MaskFunction, q: Any, signal: Tensor) -> Tensor:
+def checked_shape(mask: MaskFunction, q: object, signal: Tensor) -> Tensor:
     """Return `q` if it is a tensor of the signal's shape; raise ValueError otherwise."""
     if not isinstance(q, Tensor) or q.shape != signal.shape:
         given = f"shape {tuple(q.shape)}" if isinstance(q, Tensor) else repr(q)

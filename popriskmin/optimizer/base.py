@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from popriskmin.mask import Hyperparameters
+from popriskmin.mask import Hyperparameters, PRMGroup
 from popriskmin.optimizer.checkpoint import (
-    Prepared,
+    Uncast,
     ids_match,
     portable,
     prepare_groups,
@@ -20,26 +20,23 @@ from popriskmin.optimizer.checkpoint import (
     without_start,
 )
 from popriskmin.optimizer.coded_state import readable
-from popriskmin.optimizer.groups import pair_names, with_plain_names
+from popriskmin.optimizer.groups import AnyGroup, pair_names, with_plain_names
 from popriskmin.optimizer.mask_state import forget_applied
-from popriskmin.optimizer.options import (
-    check_keep,
-    check_options,
-    check_spelling,
-    plain,
-    warn_of_sam,
-    with_numbers,
-)
+from popriskmin.optimizer.options import check_keep, check_options, check_spelling, plain, warn_of_sam, with_numbers
 from popriskmin.step.compat import split_names
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import StateDict
 
 
 class CheckedOptimizer(Optimizer):
     """The base of `PRM`: its groups and checkpoints, of which a bad one is refused before anything is changed."""
 
+    param_groups: list[PRMGroup]  # type: ignore[assignment]  # torch's own are of any keys
     _applied: list[Hyperparameters]
     _applied_to: list[int]
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: dict[str, object]) -> None:
         """Add a group of parameters with its own options; its tensors start at step 1.
 
         Parameters
@@ -62,20 +59,20 @@ class CheckedOptimizer(Optimizer):
         param_group.update(with_numbers(given, {**self.defaults, **given}["differentiable"]))
         check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        pair_names(self.param_groups[-1])
+        pair_names(cast("AnyGroup", self.param_groups[-1]))
         forget_applied(self, self.param_groups[-1])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the state and the options of each group, as torch's optimizers do; `state_dtype` by its name."""
         state_dict = super().state_dict()
         return portable({**state_dict, "param_groups": with_plain_names(state_dict["param_groups"], self.param_groups)})
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         """Return what a pickle holds, with each name at its parameter's place."""
-        state: dict[str, Any] = super().__getstate__()
+        state: StateDict = super().__getstate__()
         return {**state, "param_groups": with_plain_names(self.param_groups, self.param_groups)}
 
-    def load_state_dict(self, state_dict: dict[str, Any], *, keep: Iterable[str] | None = None) -> None:
+    def load_state_dict(self, state_dict: StateDict, *, keep: Iterable[str] | None = None) -> None:
         """Go on from a checkpoint of PRM, or take over one of `torch.optim.AdamW` or `Adam`.
 
         Hyperparameters come from the checkpoint, as in torch; `foreach`, `fused`, `capturable`, `differentiable`
@@ -102,7 +99,7 @@ class CheckedOptimizer(Optimizer):
         names = () if keep is None else check_keep(keep, self.defaults)
         said: list[str | None] = []
 
-        def prepare(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
+        def prepare(_: object, loaded: StateDict) -> StateDict:
             prepared = self._prepare(loaded, names)
             said.append(replaced_lr(loaded["param_groups"], self.param_groups) if keep is None else None)
             said.append(without_start(loaded, prepared["param_groups"]))
@@ -120,16 +117,16 @@ class CheckedOptimizer(Optimizer):
         for text in filter(None, said):
             warnings.warn(text, UserWarning, stacklevel=2)
 
-    def mask_state_of(self, param: Tensor) -> Mapping[str, Any]:
+    def mask_state_of(self, param: Tensor) -> Mapping[str, Tensor]:
         """Return the state of a parameter that the mask is made of; empty before its first step."""
-        state: Mapping[str, Any] = self.state.get(param, {})
+        state: Mapping[str, Tensor] = self.state.get(param, {})
         return readable(state, param) if "step" in state else {}  # else it is the user's alone
 
     def hyperparameters_of(self, group: int) -> Hyperparameters:
         """Return the numbers of a group as it stands now."""
         return Hyperparameters.of_group(self.param_groups[group])
 
-    def _prepare(self, state_dict: Mapping[str, Any], keep: tuple[str, ...]) -> dict[str, Any]:
+    def _prepare(self, state_dict: StateDict, keep: tuple[str, ...]) -> StateDict:
         saved_groups = state_dict["param_groups"]
         if not ids_match(saved_groups, self.param_groups):
             return dict(state_dict)  # the base class says what is wrong
@@ -141,15 +138,15 @@ class CheckedOptimizer(Optimizer):
         state = prepare_state(state_dict["state"], groups, self.param_groups, of_adam)
         return {**state_dict, "param_groups": groups, "state": state}
 
-    def _restore(self, state: dict[str, Any], newest: Mapping[str, Any]) -> None:
+    def _restore(self, state: StateDict, newest: Mapping[str, object]) -> None:
         """Take over what was pickled or prepared; options that an older pickle lacks are as `newest` has them."""
         super().__setstate__(state)
         for param_state in filter(lambda value: isinstance(value, dict), self.state.values()):
             for name, value in param_state.items():
-                if isinstance(value, Prepared):
+                if isinstance(value, Uncast):
                     param_state[name] = value.value
         self.defaults = {**newest, **self.defaults}
-        for group in self.param_groups:
+        for group in cast("list[AnyGroup]", self.param_groups):
             pair_names(group)
             for name, value in self.defaults.items():
                 group.setdefault(name, value)

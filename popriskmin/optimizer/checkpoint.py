@@ -8,14 +8,18 @@ prepared beforehand, completely, so that a checkpoint which does not fit changes
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from popriskmin.mask import Hyperparameters, MaskFunction, corrections, found_mask, mask_name
+from popriskmin.mask import Hyperparameters, MaskFunction, Options, corrections, found_mask, mask_name
 from popriskmin.optimizer.coded_state import CODED, encoded, has_codes, new_codes, uncoded
+from popriskmin.optimizer.groups import Group
 from popriskmin.optimizer.options import FOLLOWED, with_numbers
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import StateDict
 
 # Raised when a checkpoint's state can no longer be read by older versions.
 STATE_FORMAT = 1
@@ -28,7 +32,7 @@ IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable", "state_dty
 OWN = {"step", "exp_avg", "exp_avg_sq", "exp_avg_var", "max_exp_avg_sq", "start", "codes"}
 
 
-class Prepared:
+class Uncast:
     """A value that is ready to use: the base class casts tensors and makes generators of a user's lists and texts."""
 
     def __init__(self, value: object) -> None:
@@ -53,7 +57,7 @@ def dtype_of_state(name: str, param: Tensor, state_dtype: torch.dtype | str | No
     return state_dtype
 
 
-def new_step(param: Tensor, group: Mapping[str, Any], value: float = 0.0) -> Tensor:
+def new_step(param: Tensor, group: Options, value: float = 0.0) -> Tensor:
     """Return a step counter: on the host, where reading it costs nothing, or beside a capturable parameter."""
     device = param.device if group["capturable"] else "cpu"
     # As torch's optimizers do, which count in float32 where a kernel counts: that is here unless one is ruled out.
@@ -63,7 +67,7 @@ def new_step(param: Tensor, group: Mapping[str, Any], value: float = 0.0) -> Ten
     return torch.full((), value, dtype=torch.float64 if double else torch.float32, device=device)
 
 
-def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+def new_state(param: Tensor, group: Options) -> dict[str, Tensor]:
     """Return the state of a parameter that has taken no step."""
     names = ["exp_avg", "exp_avg_sq", "exp_avg_var", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
     state = {"step": new_step(param, group)}
@@ -80,7 +84,7 @@ def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
+def portable(state_dict: StateDict) -> StateDict:
     """Replace `state_dtype` by its name and a mask of one's own by its path, for `weights_only=True` to load them."""
     for group in state_dict["param_groups"]:
         if callable(group["mask"]):
@@ -90,9 +94,7 @@ def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
     return state_dict
 
 
-def prepare_groups(
-    saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]], keep: Sequence[str] = ()
-) -> list[dict[str, Any]]:
+def prepare_groups(saved_groups: Sequence[Group], groups: Sequence[Group], keep: Sequence[str] = ()) -> list[Group]:
     """Complete saved parameter groups, of this or of torch's optimizers, with what only the present ones know.
 
     Of what both know, `keep` names what stays.
@@ -132,7 +134,7 @@ def saved_mask(saved: str | MaskFunction, present: str | MaskFunction) -> str | 
     return found
 
 
-def replaced_lr(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> str | None:
+def replaced_lr(saved_groups: Sequence[Group], groups: Sequence[Group]) -> str | None:
     """Say where a checkpoint of another optimizer than PRM brings a learning rate that PRM was not given."""
     for i, (saved, group) in enumerate(zip(saved_groups, groups)):
         if "rho" not in saved and "lr" in saved and float(saved["lr"]) != float(group["lr"]):
@@ -144,7 +146,7 @@ def replaced_lr(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]
     return None
 
 
-def without_start(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> str | None:
+def without_start(saved: StateDict, groups: Sequence[Group]) -> str | None:
     """Say where a checkpoint lacks the first weights that its group shrinks to."""
     states = [
         saved["state"].get(key) for group in groups if group.get("shrink_to") == "start" for key in group["params"]
@@ -158,11 +160,11 @@ def without_start(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]])
 
 
 def prepare_state(
-    saved_state: Mapping[Any, Any],
-    prepared_groups: list[dict[str, Any]],
-    groups: list[dict[str, Any]],
+    saved_state: Mapping[int, StateDict],
+    prepared_groups: Sequence[Group],
+    groups: Sequence[Group],
     of_adam: bool,
-) -> dict[Any, Any]:
+) -> dict[int, StateDict]:
     """Return the saved state with every tensor in its final dtype and place, and what is missing filled in.
 
     With `of_adam` a parameter's state without any of the optimizer's entries is a user's own, and is left as it is.
@@ -173,24 +175,24 @@ def prepare_state(
             known = state.get(key)
             if known:
                 is_own = of_adam and OWN.isdisjoint(known)
-                made = known if is_own else _prepare_one(key, known, param, saved)
+                made = known if is_own else _prepare_one(key, known, param, cast("Options", saved))
                 state[key] = {
-                    name: value if isinstance(value, Tensor) and name not in OWN else Prepared(value)
+                    name: value if isinstance(value, Tensor) and name not in OWN else Uncast(value)
                     for name, value in made.items()
                 }
     return state
 
 
-def _prepare_one(key: Any, saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+def _prepare_one(key: int, saved: StateDict, param: Tensor, group: Options) -> StateDict:
     codes = saved.get("codes")
-    saved = uncoded(key, saved, param)
+    saved = dict(uncoded(key, saved, param))
     missing = {"step", "exp_avg", "exp_avg_sq"} - set(saved)
     if missing:
         raise ValueError(
             f"the state of parameter {key} has no {', '.join(sorted(missing))}, only "
             f"{', '.join(map(str, saved))}: load_state_dict takes the state of PRM, AdamW or Adam"
         )
-    state: dict[str, Any] = {}
+    state: StateDict = {}
     for name, value in saved.items():
         if name == "step":
             state[name] = new_step(param, group, float(value))
@@ -219,7 +221,7 @@ def _prepare_one(key: Any, saved: Mapping[str, Any], param: Tensor, group: Mappi
 
 
 @torch.no_grad()
-def implied_variance(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+def implied_variance(state: Mapping[str, Tensor], group: Options) -> Tensor:
     """Return the `s` that Adam's own moments imply, `max(v^ - m^**2, 0)` times its bias correction.
 
     It is where `s` starts when an AdamW checkpoint is taken over: at zero, the mask would be fully open at the
@@ -236,6 +238,6 @@ def implied_variance(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tens
     return torch.view_as_complex(s) if complex_ else s
 
 
-def ids_match(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> bool:
+def ids_match(saved_groups: Sequence[Group], groups: Sequence[Group]) -> bool:
     """Return whether the groups have the same numbers of parameters, which the base class insists on."""
     return [len(g["params"]) for g in saved_groups] == [len(g["params"]) for g in groups]

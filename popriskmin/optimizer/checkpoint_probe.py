@@ -7,8 +7,6 @@ such a step decayed the weights; that is not told from a step of the training.)
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -46,7 +44,7 @@ def _at_rest(optimizer: Optimizer) -> bool:
     return not is_compiling() and all(_is_zero(group.get("lr")) for group in optimizer.param_groups)
 
 
-def _is_zero(lr: Any) -> bool:
+def _is_zero(lr: object) -> bool:
     return bool(lr == 0) if not isinstance(lr, Tensor) or lr.is_cpu else False
 
 

@@ -44,7 +44,7 @@ def with_gradients(args: tuple[Any, ...], kwargs: dict[str, Any], act: Callable[
         act()
         return None
 
-    def observed() -> Any:
+    def observed() -> object:
         loss = closure()
         act()
         return loss

@@ -6,7 +6,7 @@ import difflib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 # A parameter group of an optimizer: "params", and options by their names.
 Group = Mapping[str, Any]
+AnyGroup = dict[str, Any]  # one that is written to
+# What torch's optimizers are built of.
+Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[AnyGroup]
 
 _NORMS: tuple[type[nn.Module], ...] = tuple(
     kind
@@ -35,12 +38,12 @@ _EMBEDDING = re.compile(r"(.*_)?embed(ding)?s?")
 
 def param_groups(
     model: nn.Module,
-    patterns: Mapping[str, Mapping[str, Any]] | None = None,
+    patterns: Mapping[str, Group] | None = None,
     *,
     weight_decay: float = 0.01,
     named: bool = True,
     shrinkage: float | None = None,
-) -> list[dict[str, Any]]:
+) -> list[AnyGroup]:
     """Sort a model's parameters into groups for an optimizer, by patterns of their names.
 
     Biases and the parameters of normalization layers get no weight decay, whatever the patterns say. A bias is known
@@ -114,19 +117,19 @@ def param_groups(
     for pattern in patterns:
         if pattern not in chosen:
             raise ValueError(_unmatched(pattern, list(patterns), [one.names for one in parameters]))
-    defaults: dict[str, Any] = {"weight_decay": weight_decay}
+    defaults: dict[str, object] = {"weight_decay": weight_decay}
     if shrinkage is not None:
         defaults["shrinkage"] = shrinkage
     groups = []
     for candidate in (*patterns, None):
-        own: Mapping[str, Any] = {} if candidate is None else patterns[candidate]
+        own: Group = {} if candidate is None else patterns[candidate]
         options = {**defaults, **own}
-        off: dict[str, Any] = {name: 0.0 for name in ("weight_decay", "shrinkage") if name in options}
+        off: dict[str, object] = {name: 0.0 for name in ("weight_decay", "shrinkage") if name in options}
         spares_embeddings = shrinkage is not None and "shrinkage" not in own
         kinds = {"weight": options, "embedding": options, "bias or norm": {**options, **off}}
         if spares_embeddings:
             kinds["embedding"] = {**options, "shrinkage": 0.0}
-        members: dict[str, list[Any]] = {kind: [] for kind in kinds}
+        members: dict[str, list[object]] = {kind: [] for kind in kinds}
         for one, its_pattern in zip(parameters, chosen):
             if its_pattern == candidate:
                 like = "weight" if one.kind == "embedding" and not spares_embeddings else one.kind
@@ -212,7 +215,7 @@ def parameter_names(groups: Sequence[Group]) -> list[list[str | int]]:
     ]
 
 
-def _checked(model: Any, patterns: Any) -> Mapping[str, Mapping[str, Any]]:
+def _checked(model: object, patterns: object) -> Mapping[str, Group]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if next(model.parameters(), None) is None:

@@ -7,14 +7,14 @@ read through here. Nothing is written.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from popriskmin.mask import Corrections, Hyperparameters, corrections, evaluate, signal_and_noise
-from popriskmin.optimizer.groups import parameter_names
+from popriskmin.optimizer.groups import Group, parameter_names
 from popriskmin.step.lists import are_plain, as_real, is_compiling
 
 # What `Masked` calls its own state, which lies beside that of the optimizer inside.
@@ -30,10 +30,10 @@ class HasMask(Protocol):
     _applied_to: list[int]  # the groups, by `id`; fewer where the steps are compiled
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> Sequence[Group]:
         """The parameter groups."""
 
-    def mask_state_of(self, param: Tensor) -> Mapping[str, Any]:
+    def mask_state_of(self, param: Tensor) -> Mapping[str, Tensor]:
         """Return the state that a parameter's mask is made of, as PRM calls it; empty before its first step."""
 
     def hyperparameters_of(self, group: int) -> Hyperparameters:
@@ -46,7 +46,7 @@ class Held(NamedTuple):
     group: int
     name: str | int
     param: Tensor
-    state: Mapping[str, Any]  # empty where it has taken no step
+    state: Mapping[str, Tensor]  # empty where it has taken no step
     step: int  # 0 there
     hyper: Hyperparameters
 
@@ -87,7 +87,7 @@ def joined(several: Sequence[Held]) -> list[Held]:
     tensors that are sharded over ranks.
     """
     kept: list[Held] = []
-    alike: dict[Any, list[Held]] = {}
+    alike: dict[tuple[object, ...], list[Held]] = {}
     for one in several:
         m, s = one.state["exp_avg"], one.state["exp_avg_var"]
         small = one.param.numel() <= SMALL and one.hyper.reduction == "per_param"
@@ -128,13 +128,13 @@ def remember_applied(optimizer: HasMask, hypers: Sequence[Hyperparameters]) -> N
         optimizer._applied_to[:] = [id(group) for group in optimizer.param_groups]
 
 
-def forget_applied(optimizer: HasMask, group: Mapping[str, Any]) -> None:
+def forget_applied(optimizer: HasMask, group: Group) -> None:
     """Know nothing of a new group, which may have the `id` of one that is gone."""
     optimizer._applied_to[:] = [0 if known == id(group) else known for known in optimizer._applied_to]
 
 
 @torch.no_grad()
-def recompute(state: Mapping[str, Any], step: int, hyper: Hyperparameters, stride: int = 1) -> Recomputed:
+def recompute(state: Mapping[str, Tensor], step: int, hyper: Hyperparameters, stride: int = 1) -> Recomputed:
     """Recompute the mask of a tensor's last step.
 
     Parameters

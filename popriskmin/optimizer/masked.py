@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer, SparseAdam
 
-from popriskmin.mask import Corrections, Hyperparameters, MaskFunction, corrections, mask_name
-from popriskmin.optimizer.checkpoint import Prepared, dtype_of_state, ids_match, saved_mask
+from popriskmin.mask import Corrections, Hyperparameters, MaskFunction, Number, Options, corrections, mask_name
+from popriskmin.optimizer.checkpoint import Uncast, dtype_of_state, ids_match, saved_mask
 from popriskmin.optimizer.checkpoint_probe import makes_state_alone
-from popriskmin.optimizer.groups import pair_names, with_plain_names
+from popriskmin.optimizer.groups import AnyGroup, Group, pair_names, with_plain_names
 from popriskmin.optimizer.mask_state import MASKED_STATE, forget_applied, remember_applied
 from popriskmin.optimizer.options import check_options, plain, with_numbers
 from popriskmin.optimizer.prm import PRM
@@ -23,6 +23,11 @@ from popriskmin.step.compat import split_names
 from popriskmin.step.foreach import Block, advance_variance, cohorts, copy, mask_of, pooled_mask, widen, write_back
 from popriskmin.step.lists import Lists, are_plain, compute_dtype, count_up, is_compiling, local_parts
 
+if TYPE_CHECKING:
+    from collections import defaultdict
+
+    from torch.optim.optimizer import StateDict
+
 # The options of PRM that Masked has no use for, as the checks and the formulas of the mask ask for them.
 _OF_PRM = {
     name: option.default
@@ -30,8 +35,7 @@ _OF_PRM = {
     if option.default is not option.empty
 } | {"lr": 0.0, "eps": 0.0, "weight_decay": 0.0}
 
-# Of torch those that have no other decay than the decoupled one; others say it by "decoupled_weight_decay". Adafactor
-# came with torch 2.5, Muon with 2.9.
+# Of torch, with decoupled decay alone; others say so by "decoupled_weight_decay".
 _DECOUPLED = tuple(getattr(torch.optim, name) for name in ("AdamW", "Adafactor", "Muon") if hasattr(torch.optim, name))
 
 
@@ -57,9 +61,8 @@ class Masked(CountsShrunk, Optimizer):
     optimizer
         The inner one: any that steps without a closure and whose gradients are dense.
     mask, softness, rho, batch_size, boundary, n_dataset, reduction, warmup_steps, debias, min_q
-        As in `PRM`. Each can be given per parameter group: as a key of the groups that the inner optimizer is built
-        with, or of `add_param_group`. Where the inner optimizer has an option of the same name, as Adadelta has `rho`,
-        the key is `mask_rho`.
+        As in `PRM`, for all groups or as keys of one. Where the inner optimizer has an option of the same name, as
+        Adadelta has `rho`, the key is `mask_rho`.
     beta1
         Decay rate of `m`, in [0, 1). It has nothing to do with the momentum of the inner optimizer.
     mask_eps
@@ -74,8 +77,7 @@ class Masked(CountsShrunk, Optimizer):
     Raises
     ------
     TypeError
-        For what cannot be wrapped: `PRM` and `Masked`, which mask already; those whose step needs a closure, as LBFGS;
-        `SparseAdam`; a framework's wrapper, which belongs around `Masked`.
+        For what cannot be wrapped: `PRM`, `Masked`, `SparseAdam`, what needs a closure, as LBFGS, and wrappers.
     ValueError
         For an option out of range, and `differentiable=True` of the inner optimizer.
     RuntimeError
@@ -83,10 +85,9 @@ class Masked(CountsShrunk, Optimizer):
 
     Notes
     -----
-    Schedule-free optimizers train one sequence of weights and average another. `Masked` scales the changes of both, the
-    parameters and the `z` of their state; call `train()` and `eval()` of `Masked` as of theirs. An optimizer that keeps
-    other weights beside the parameters, such as Lookahead or one with float32 copies of half-precision weights, moves
-    those without a mask: put Lookahead around `Masked`.
+    Of schedule-free optimizers `Masked` scales the changes of both sequences, the parameters and the `z` of their state;
+    call its `train()` and `eval()` as theirs. An optimizer that keeps other weights beside the parameters, such as
+    Lookahead or one with float32 copies, moves those without a mask: put Lookahead around `Masked`.
 
     References
     ----------
@@ -125,7 +126,7 @@ class Masked(CountsShrunk, Optimizer):
         min_q: float = 0.0,
     ) -> None:
         _check_inner(optimizer)
-        options = {
+        options: dict[str, object] = {
             "mask": mask,
             "softness": softness,
             "beta1": beta1,
@@ -151,15 +152,16 @@ class Masked(CountsShrunk, Optimizer):
 
     # Not copied: who writes to the one's writes to the other's.
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[AnyGroup]:  # type: ignore[override]
         """The parameter groups of the inner optimizer, with the options of the mask."""
-        groups: list[dict[str, Any]] = self.inner.param_groups
+        groups: list[AnyGroup] = self.inner.param_groups
         return groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, StateDict]:  # type: ignore[override]
         """The state of the inner optimizer, with `mask_step`, `mask_exp_avg` and `mask_exp_avg_var`."""
-        return self.inner.state
+        state: defaultdict[Tensor, StateDict] = self.inner.state
+        return state
 
     def __getattr__(self, name: str) -> Any:
         """Return what the inner optimizer has and this one has not, as `train` and `eval` of schedule-free ones."""
@@ -168,17 +170,17 @@ class Masked(CountsShrunk, Optimizer):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.inner, name)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         """Return what a pickle needs; hooks are left out, as torch does."""
         return {name: self.__dict__[name] for name in ("inner", "defaults", "_keys", "_applied")}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: StateDict) -> None:
         """Restore from a pickle."""
         super().__setstate__({"_warned_capturable_if_run_uncaptured": True, **state, "_applied_to": []})
         for group in self.param_groups:
             pair_names(group)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: AnyGroup) -> None:
         """Add a group of parameters to the inner optimizer, with options of both.
 
         Raises
@@ -194,7 +196,7 @@ class Masked(CountsShrunk, Optimizer):
         pair_names(self.param_groups[-1])
         forget_applied(self, self.param_groups[-1])
 
-    def _complete(self, group: dict[str, Any]) -> None:
+    def _complete(self, group: AnyGroup) -> None:
         """Check a group's own options of the mask, and fill in the others."""
         options = self._options(group)
         _check(options)
@@ -202,7 +204,7 @@ class Masked(CountsShrunk, Optimizer):
             raise ValueError("differentiable=True cannot be masked: build the inner optimizer without it")
         group.update({self._keys[name]: value for name, value in options.items()})
 
-    def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+    def _options(self, group: Group) -> dict[str, object]:
         # A group that was added to the inner optimizer alone has those of the whole.
         return {name: _plain(name, group.get(key, self.defaults[key])) for name, key in self._keys.items()}
 
@@ -251,7 +253,7 @@ class Masked(CountsShrunk, Optimizer):
                 _go_back(_alike(afters, step), weights, q, step)
         return loss
 
-    def _gather(self, group: Mapping[str, Any], started: dict[Tensor, dict[str, Tensor]]) -> tuple[Lists, list[Tensor]]:
+    def _gather(self, group: Group, started: dict[Tensor, dict[str, Tensor]]) -> tuple[Lists, list[Tensor]]:
         """Return the tensors of the parameters that have a gradient, with zeros in `started` for new ones."""
         lists, counts = Lists(*([] for _ in Lists._fields)), []
         for p in group["params"]:
@@ -269,19 +271,18 @@ class Masked(CountsShrunk, Optimizer):
             counts.append(state[MASKED_STATE["step"]])
         return lists, counts
 
-    def _decay(self, group: Mapping[str, Any]) -> Any:
+    def _decay(self, group: Group) -> Number:
         """Return what share of the weights the inner optimizer's step takes off them as decoupled decay."""
         package, name = type(self.inner).__module__.partition(".")[0], type(self.inner).__name__
-        decay = group.get("weight_decay", 0.0)
+        decay: Number = group.get("weight_decay", 0.0)
         if (package, name) == ("lion_pytorch", "Lion"):
             # With its decoupled_wd the decay follows the schedule of the learning rate, and not the rate itself.
-            return decay * group["lr"] / (self.inner._init_lr if self.inner.decoupled_wd else 1)
-        if (package, name) == ("pytorch_optimizer", "Lion"):
-            share = 1 if group["fixed_decay"] else group["lr"]
-            return decay * share if group["weight_decouple"] else 0.0
-        if isinstance(self.inner, _DECOUPLED) or group.get("decoupled_weight_decay"):
-            return decay * group["lr"]
-        return 0.0
+            rate: Number = group["lr"] / (self.inner._init_lr if self.inner.decoupled_wd else 1)
+        elif (package, name) == ("pytorch_optimizer", "Lion"):
+            rate = (1 if group["fixed_decay"] else group["lr"]) if group["weight_decouple"] else 0.0
+        else:
+            rate = group["lr"] if isinstance(self.inner, _DECOUPLED) or group.get("decoupled_weight_decay") else 0.0
+        return decay * rate
 
     def _other_weights(self, steps: list[_Step]) -> list[list[Tensor] | None]:
         """Return copies of the weights that a schedule-free optimizer trains beside the parameters it evaluates."""
@@ -299,11 +300,11 @@ class Masked(CountsShrunk, Optimizer):
     def get_mask_stats(self, by: Literal["group"], *, local: bool = False) -> dict[int, MaskStats]: ...
     @overload
     def get_mask_stats(self, by: Literal["parameter"], *, local: bool = False) -> dict[str | int, MaskStats]: ...
-    def get_mask_stats(self, by: Literal["group", "parameter"] | None = None, *, local: bool = False) -> Any:
+    def get_mask_stats(self, by: Literal["group", "parameter"] | None = None, *, local: bool = False) -> object:
         """Say how open the mask was at the last step; see `PRM.get_mask_stats`."""
         return mask_stats(self, by, local)
 
-    def mask_state_of(self, param: Tensor) -> Mapping[str, Any]:
+    def mask_state_of(self, param: Tensor) -> Mapping[str, Tensor]:
         """Return the state that the mask is made of, under the names that it has in `PRM`; empty before a step."""
         state = self.inner.state.get(param, {})
         if MASKED_STATE["step"] not in state:
@@ -314,7 +315,7 @@ class Masked(CountsShrunk, Optimizer):
         """Return the numbers of the mask of a group as it stands now."""
         return Hyperparameters.of_group(_as_of_prm(self._options(self.param_groups[group])))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the inner optimizer's, with the state and the options of the mask."""
         for hook in getattr(self, "_optimizer_state_dict_pre_hooks", {}).values():
             hook(self)
@@ -328,7 +329,7 @@ class Masked(CountsShrunk, Optimizer):
             state_dict = state_dict if changed is None else changed
         return state_dict
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Go on from a checkpoint of `Masked`, or take over one of the inner optimizer's kind.
 
         In a checkpoint without a mask the inner optimizer carries on, and the mask starts at its first step, with the
@@ -347,11 +348,11 @@ class Masked(CountsShrunk, Optimizer):
         for group in self.param_groups:
             pair_names(group)
         for state in filter(lambda value: isinstance(value, dict), self.inner.state.values()):
-            state.update({name: value.value for name, value in state.items() if isinstance(value, Prepared)})
+            state.update({name: value.value for name, value in state.items() if isinstance(value, Uncast)})
         for hook in getattr(self, "_optimizer_load_state_dict_post_hooks", {}).values():
             hook(self)
 
-    def _prepare(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _prepare(self, state_dict: StateDict) -> StateDict:
         """Return the checkpoint complete, and with tensors of the mask that torch does not cast."""
         if not ids_match(state_dict["param_groups"], self.param_groups):
             return state_dict  # torch says what is wrong
@@ -375,11 +376,11 @@ class _Step(NamedTuple):
     before: list[Tensor]
     c: Corrections
     hyper: Hyperparameters
-    decay: Any
+    decay: Number
     dtype: torch.dtype
 
 
-def _advance(lists: Lists, counts: list[Tensor], hyper: Hyperparameters, decay: Any, on_device: bool) -> list[_Step]:
+def _advance(lists: Lists, counts: list[Tensor], hyper: Hyperparameters, decay: Number, on_device: bool) -> list[_Step]:
     """Bring `m` and `s` to this step, and copy the parameters whose change is going to be masked."""
     steps = []
     if counts:
@@ -391,7 +392,7 @@ def _advance(lists: Lists, counts: list[Tensor], hyper: Hyperparameters, decay: 
         if local.params[0].is_complex():
             local = local._replace(grads=[grad.resolve_conj() for grad in local.grads]).real()
         dtype = compute_dtype(local.params[0], local.exp_avgs[0])
-        c = corrections(t.to(dtype) if on_device else t, hyper)
+        c = corrections(t.to(dtype) if isinstance(t, Tensor) else t, hyper)
         grads, exp_avgs = widen(local.grads, dtype), widen(local.exp_avgs, dtype)
         advance_variance(Block(local, list(range(len(indices)))), grads, exp_avgs, None, c, hyper, dtype)
         torch._foreach_lerp_(exp_avgs, grads, 1 - hyper.beta1)
@@ -442,7 +443,7 @@ def _new_state(param: Tensor, on_device: bool, count: float = 0.0) -> dict[str, 
     return state
 
 
-def _prepared(saved: Mapping[str, Any], number: Any, param: Tensor, group: Mapping[str, Any]) -> dict[str, Prepared]:
+def _prepared(saved: StateDict, number: int, param: Tensor, group: Group) -> dict[str, Uncast]:
     prepared = {}
     for name, key in MASKED_STATE.items():
         value = saved.get(key)
@@ -453,9 +454,9 @@ def _prepared(saved: Mapping[str, Any], number: Any, param: Tensor, group: Mappi
             )
         if name == "step":
             device = param.device if group.get("capturable") else torch.device("cpu")
-            prepared[key] = Prepared(value.to(device=device, dtype=torch.float32))
+            prepared[key] = Uncast(value.to(device=device, dtype=torch.float32))
         else:
-            prepared[key] = Prepared(value.to(device=param.device, dtype=dtype_of_state(name, param, None)))
+            prepared[key] = Uncast(value.to(device=param.device, dtype=dtype_of_state(name, param, None)))
     return prepared
 
 
@@ -482,16 +483,16 @@ def _check_inner(optimizer: Any) -> None:
         )
 
 
-def _plain(name: str, value: Any) -> Any:
+def _plain(name: str, value: object) -> object:
     return with_numbers({name: plain(value)}, differentiable=False)[name]
 
 
-def _as_of_prm(options: Mapping[str, Any]) -> dict[str, Any]:
+def _as_of_prm(options: Mapping[str, object]) -> Options:
     """Return the options as those of a group of PRM."""
-    return {**_OF_PRM, **options, "betas": (options["beta1"], 0.0)}
+    return cast("Options", {**_OF_PRM, **options, "betas": (options["beta1"], 0.0)})
 
 
-def _check(options: Mapping[str, Any]) -> None:
+def _check(options: Mapping[str, object]) -> None:
     beta1, mask_eps = options["beta1"], options["mask_eps"]
     if isinstance(beta1, bool) or not (isinstance(beta1, (int, float)) and 0 <= beta1 < 1):
         raise ValueError(f"beta1 must be a number in [0, 1), got {beta1!r}")

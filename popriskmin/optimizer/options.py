@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from popriskmin.mask import (
     REDUCTIONS,
     VARIANCES,
     Hyperparameters,
+    Options,
+    PRMGroup,
     boundary_coefficient,
     check_function,
     found_mask,
@@ -26,12 +28,12 @@ from popriskmin.mask import (
     mask_name,
     mean_coefficient,
 )
-from popriskmin.optimizer.groups import parameter_names
+from popriskmin.optimizer.groups import Group, parameter_names
 from popriskmin.step.functional import choose_implementation
 from popriskmin.step.shards import is_sharded
 
 
-def check_spelling(group: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+def check_spelling(group: Mapping[str, object], options: Mapping[str, object]) -> None:
     """Raise ValueError for a key of a parameter group that is nearly, but not quite, the name of an option."""
     for key in set(group) - set(options):
         similar = difflib.get_close_matches(str(key), options, n=1, cutoff=0.85)
@@ -39,10 +41,10 @@ def check_spelling(group: Mapping[str, Any], options: Mapping[str, Any]) -> None
             raise ValueError(f"unknown option {key} in a parameter group: did you mean {similar[0]}?")
 
 
-def warn_of_sam(group: Mapping[str, Any]) -> None:
+def warn_of_sam(group: Mapping[str, object]) -> None:
     """Warn of a `rho` that is the radius of a SAM wrapper, known by its `adaptive` beside it."""
     if "adaptive" in group and "rho" in group:
-        _warn_of_sam(float(group["rho"]))
+        _warn_of_sam(float(cast("float", group["rho"])))
 
 
 @functools.cache
@@ -55,7 +57,7 @@ def _warn_of_sam(rho: float) -> None:
     )
 
 
-def check_keep(keep: Any, options: Mapping[str, Any]) -> tuple[str, ...]:
+def check_keep(keep: Iterable[str], options: Mapping[str, object]) -> tuple[str, ...]:
     """Return the names of options that a checkpoint is to leave alone; raise for what is none."""
     if isinstance(keep, str):
         raise TypeError(f"keep must hold names of options, got the one name {keep!r}: write keep=({keep!r},)")
@@ -69,19 +71,19 @@ def check_keep(keep: Any, options: Mapping[str, Any]) -> tuple[str, ...]:
     return names
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """Turn numpy's numbers into Python's, so that checkpoints load with `weights_only=True`; leave others alone."""
     if isinstance(value, (tuple, list)):
         return type(value)(plain(item) for item in value)
-    is_numpy = type(value).__module__ == "numpy" and hasattr(value, "item")
-    return value.item() if is_numpy and getattr(value, "ndim", 0) == 0 else value
+    is_numpy = type(value).__module__ == "numpy" and getattr(value, "ndim", 0) == 0
+    return value.item() if is_numpy and hasattr(value, "item") else value
 
 
 # What torch's AdamW takes tensors for, beside lr, and through which gradients are asked for.
 FOLLOWED = ("betas", "eps", "weight_decay")
 
 
-def with_numbers(options: Mapping[str, Any], differentiable: bool) -> dict[str, Any]:
+def with_numbers(options: Mapping[str, object], differentiable: object) -> dict[str, object]:
     """Return the options with tensors of one element turned into numbers, but for lr, and a mask's path into the mask.
 
     Read once, so that no step waits for a device. With `differentiable` those of `FOLLOWED` stay tensors, for gradients
@@ -93,7 +95,7 @@ def with_numbers(options: Mapping[str, Any], differentiable: bool) -> dict[str, 
         For a tensor with more elements or none, and a path where there is no mask.
     """
 
-    def number(name: str, value: Any) -> Any:
+    def number(name: str, value: object) -> object:
         if isinstance(value, (tuple, list)):
             return type(value)(number(name, item) for item in value)
         if not isinstance(value, Tensor):
@@ -106,52 +108,58 @@ def with_numbers(options: Mapping[str, Any], differentiable: bool) -> dict[str, 
     return {name: found_mask(value) if name == "mask" else value for name, value in numbers.items()}
 
 
-def _number(value: Any) -> Any:
-    """Return the number that a tensor of one element holds; anything else as it is."""
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() else value
+def _number(value: object) -> float | None:
+    """Return a number, or the one that a tensor of one element holds; None for anything else."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    return float(value) if isinstance(value, Real) else None
 
 
-def check_options(options: Mapping[str, Any]) -> None:
+def check_options(options: Mapping[str, object]) -> None:
     """Raise ValueError for the first option of a group that is out of range, naming it and showing its value."""
     _check_lr(options["lr"])
     _check_numbers(options)
-    if options["shrinkage"] and options["batch_size"] == options["n_dataset"]:
-        mean_coefficient(options["batch_size"], options["n_dataset"], options["variance"])
+    known = cast("Options", options)  # which the checks make sure of
+    if known["shrinkage"] and known["batch_size"] == known["n_dataset"]:
+        mean_coefficient(known["batch_size"], known["n_dataset"], known["variance"])
     check_counts(options)
     _check_switches(options)
     _check_words(options)
-    _check_combinations(options)
-    choose_implementation([], options["foreach"], options["fused"], options["differentiable"])
-    if callable(options["mask"]):
-        if options["fused"]:
+    _check_combinations(known)
+    choose_implementation([], known["foreach"], known["fused"], known["differentiable"])
+    mask = known["mask"]
+    if callable(mask):
+        if known["fused"]:
             raise RuntimeError(
-                f"fused=True, but the kernels do not know the mask {mask_name(options['mask'])}: pass fused=None, and "
+                f"fused=True, but the kernels do not know the mask {mask_name(mask)}: pass fused=None, and "
                 "it steps by foreach"
             )
-        check_function(options["mask"], Hyperparameters.of_group(options))
+        check_function(mask, Hyperparameters.of_group(known))
 
 
-def _check_numbers(options: Mapping[str, Any]) -> None:
+def _check_numbers(options: Mapping[str, object]) -> None:
     betas = options["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
     for name, value in (("betas[0]", betas[0]), ("betas[1]", betas[1]), ("rho", options["rho"])):
-        if not (isinstance(_number(value), Real) and 0 <= float(_number(value)) < 1):
+        number = _number(value)
+        if number is None or not 0 <= number < 1:
             raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
     for name in ("eps", "mask_eps", "softness", "weight_decay", "shrinkage"):
         value = options[name]
         if name == "mask_eps" and value is None:
             continue
-        if not (isinstance(_number(value), Real) and 0 <= float(_number(value)) < float("inf")):
+        number = _number(value)
+        if number is None or not 0 <= number < float("inf"):
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
-    if not (isinstance(options["min_q"], Real) and 0 <= float(options["min_q"]) <= 1):
-        raise ValueError(f"min_q must be a number in [0, 1], got {options['min_q']!r}")
-    eps = float(_number(options["eps"]))
-    if options["mask_eps"] is None and eps * eps == float("inf"):
+    min_q, eps = options["min_q"], _number(options["eps"])
+    if not (isinstance(min_q, Real) and 0 <= float(min_q) <= 1):
+        raise ValueError(f"min_q must be a number in [0, 1], got {min_q!r}")
+    if options["mask_eps"] is None and eps is not None and eps * eps == float("inf"):
         raise ValueError(f"eps must be so small that its square is finite, or mask_eps be given, got eps={eps!r}")
 
 
-def _check_words(options: Mapping[str, Any]) -> None:
+def _check_words(options: Mapping[str, object]) -> None:
     known_values = {
         "mask": MASKS,
         "boundary": BOUNDARIES,
@@ -160,7 +168,8 @@ def _check_words(options: Mapping[str, Any]) -> None:
         "shrink_to": ORIGINS,
     }
     for name, known in known_values.items():
-        if name == "mask" and callable(options[name]):
+        value = options[name]
+        if name == "mask" and callable(value):
             continue
         if not isinstance(options[name], str) or options[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {options[name]!r}")
@@ -171,7 +180,7 @@ def _check_words(options: Mapping[str, Any]) -> None:
         )
 
 
-def _check_combinations(options: Mapping[str, Any]) -> None:
+def _check_combinations(options: Options) -> None:
     """Raise ValueError for options of which each by itself would be right."""
     if options["shrinkage"]:
         mean_coefficient(options["batch_size"], options["n_dataset"], options["variance"])
@@ -194,7 +203,7 @@ def _check_combinations(options: Mapping[str, Any]) -> None:
         )
 
 
-def _check_lr(lr: Any) -> None:
+def _check_lr(lr: object) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
@@ -207,7 +216,7 @@ def _check_lr(lr: Any) -> None:
         raise ValueError(f"lr must be finite and >= 0, got {lr!r}")
 
 
-def _check_switches(options: Mapping[str, Any]) -> None:
+def _check_switches(options: Mapping[str, object]) -> None:
     switches = ["amsgrad", "bias_correction", "decoupled_weight_decay", "debias", "mask_decay", "maximize"]
     for name in [*switches, "capturable", "differentiable"]:
         if not isinstance(options[name], bool):
@@ -217,21 +226,27 @@ def _check_switches(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be None, True or False, got {options[name]!r}")
 
 
-def check_counts(options: Mapping[str, Any]) -> None:
+def check_counts(options: Mapping[str, object]) -> None:
     """Raise ValueError for a number of steps or of examples that is none."""
-    warmup_steps, batch_size, n = (options[name] for name in ("warmup_steps", "batch_size", "n_dataset"))
+    warmup_steps = options["warmup_steps"]
     if not (isinstance(warmup_steps, Integral) and int(warmup_steps) >= 0):
         raise ValueError(f"warmup_steps must be a whole number >= 0, got {warmup_steps!r}")
-    for name, value in (("batch_size", batch_size), ("n_dataset", n)):
-        if value is not None and not (isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1):
-            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    batch_size, n = (_count(name, options[name]) for name in ("batch_size", "n_dataset"))
     # Batches of the whole data set have no variance between them, unless it is given.
     whole = options.get("variance") == "given" and n == batch_size
     if batch_size is not None and n is not None and n <= batch_size and not whole:
         raise ValueError(f"n_dataset must be larger than batch_size, got n_dataset={n} and batch_size={batch_size}")
 
 
-def check_variances(variances: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+def _count(name: str, value: object) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    return int(value)
+
+
+def check_variances(variances: object, groups: Sequence[PRMGroup]) -> None:
     """Raise for what is no mapping from parameters of `variance="given"` groups to fitting variances, and name it."""
     if not isinstance(variances, Mapping):
         raise TypeError(f"variances must be a mapping from parameters to tensors, got {type(variances).__name__}")
@@ -273,7 +288,7 @@ def _mismatch(variance: Tensor, param: Tensor) -> str | None:
     return None
 
 
-def name_of(param: Tensor, groups: Sequence[Mapping[str, Any]]) -> str:
+def name_of(param: Tensor, groups: Sequence[Group]) -> str:
     """Return how messages name a parameter: `parameter 0.weight`, or `parameter 3` by its place among all of them."""
     for names, group in zip(parameter_names(groups), groups):
         for name, candidate in zip(names, group["params"]):

@@ -170,7 +170,7 @@ def apply_patch(model: nn.Module, *patches: Mapping[str, Tensor]) -> dict[str, T
         raise ValueError("apply_patch needs at least one patch, got none")
     for module in model.modules():
         # After an evaluation FSDP2 keeps the outermost parameters whole; what is written into them would be lost.
-        reshard: Any = getattr(module, "reshard", None)
+        reshard = getattr(module, "reshard", None)
         if callable(reshard) and hasattr(module, "unshard"):
             reshard()
     own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
@@ -220,7 +220,7 @@ def patch_size(patch: Mapping[str, Tensor]) -> PatchSize:
     return PatchSize(changed, sum(sizes), total, total / one_rank if one_rank else 0.0)
 
 
-def _changes(patch: Any) -> dict[str, Change]:
+def _changes(patch: object) -> dict[str, Change]:
     """Return the parts of a patch by the parameters' names; raise for what is no patch."""
     if not isinstance(patch, Mapping):
         raise TypeError(f"a patch is a dict of tensors, as popriskmin.patch returns it, got {type(patch).__name__}")

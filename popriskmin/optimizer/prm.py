@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from popriskmin.mask import Hyperparameters, MaskFunction
+from popriskmin.mask import Hyperparameters, MaskFunction, PRMGroup
 from popriskmin.optimizer.base import CheckedOptimizer
 from popriskmin.optimizer.checkpoint import STATE_FORMAT, new_state
 from popriskmin.optimizer.checkpoint_probe import makes_state_alone
+from popriskmin.optimizer.groups import Parameters
 from popriskmin.optimizer.mask_state import remember_applied
 from popriskmin.optimizer.options import check_options, check_variances, name_of, plain, warn_of_sam, with_numbers
 from popriskmin.optimizer.shrunk import CountsShrunk
@@ -21,7 +22,11 @@ from popriskmin.optimizer.stats import MaskStats, mask_stats
 from popriskmin.step.coded import dispatch_coded
 from popriskmin.step.compat import check_graph_capture
 from popriskmin.step.functional import dispatch
+from popriskmin.step.kernels import Memory
 from popriskmin.step.lists import Lists, is_compiling
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import StateDict
 
 
 class PRM(CountsShrunk, CheckedOptimizer):
@@ -159,7 +164,7 @@ class PRM(CountsShrunk, CheckedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: Parameters,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         rho: float = 0.99,
@@ -190,7 +195,7 @@ class PRM(CountsShrunk, CheckedOptimizer):
         shrinkage: float = 0.0,
         shrink_to: str = "zero",
     ) -> None:
-        defaults = {
+        defaults: dict[str, object] = {
             "lr": lr,
             "betas": betas,
             "rho": rho,
@@ -227,14 +232,14 @@ class PRM(CountsShrunk, CheckedOptimizer):
         self._applied: list[Hyperparameters] = []
         self._applied_to: list[int] = []
         # What the kernels keep from step to step, for each group.
-        self._memories: list[dict[str, Any]] = []
+        self._memories: list[Memory] = []
         # What the next step takes for the variances of the gradients.
         self._variances: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
 
     def _init_group(
         self,
-        group: dict[str, Any],
+        group: PRMGroup,
         params: list[Tensor],
         grads: list[Tensor],
         exp_avgs: list[Tensor],
@@ -379,7 +384,7 @@ class PRM(CountsShrunk, CheckedOptimizer):
     def get_mask_stats(self, by: Literal["group"], *, local: bool = False) -> dict[int, MaskStats]: ...
     @overload
     def get_mask_stats(self, by: Literal["parameter"], *, local: bool = False) -> dict[str | int, MaskStats]: ...
-    def get_mask_stats(self, by: Literal["group", "parameter"] | None = None, *, local: bool = False) -> Any:
+    def get_mask_stats(self, by: Literal["group", "parameter"] | None = None, *, local: bool = False) -> object:
         """Say how open the mask was at the last step.
 
         Nothing is computed in `step`: the mask is recomputed here, from the state, for every parameter that has
@@ -424,7 +429,7 @@ class PRM(CountsShrunk, CheckedOptimizer):
         """
         return mask_stats(self, by, local)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: StateDict) -> None:
         """Restore from a pickle or a prepared checkpoint."""
         options = inspect.signature(PRM.__init__).parameters
         newest = {name: p.default for name, p in options.items() if p.default is not p.empty}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class CountsShrunk:
     @overload
     def shrunk(self: HasMask, by: Literal["parameter"]) -> dict[str | int, Shrunk]: ...
     @torch.no_grad()
-    def shrunk(self: HasMask, by: str | None = None) -> Any:
+    def shrunk(self: HasMask, by: str | None = None) -> object:
         """Say how many weights lie exactly where `shrinkage` pulls them to.
 
         That is zero, or with `shrink_to="start"` the first weight. Counted are the tensors
@@ -67,7 +67,7 @@ class CountsShrunk:
         if by not in BY:
             raise ValueError(f"by must be None, 'group' or 'parameter', got {by!r}")
         matrices = [one for one in held(self) if one.param.dim() > 1]
-        sums: dict[Any, list[float]] = {}
+        sums: dict[object, list[float]] = {}
         for one, at_origin in zip(matrices, to_host([_at_origin(one) for one in matrices])):
             key = {None: None, "group": one.group, "parameter": one.name}[by]
             counts = [*at_origin, one.scalars, one.param.shape[1], one.param.shape[0]]

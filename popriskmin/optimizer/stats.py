@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -32,13 +32,13 @@ def mask_stats(optimizer: HasMask, by: None = None, local: bool = False) -> Mask
 def mask_stats(optimizer: HasMask, by: Literal["group"], local: bool = False) -> dict[int, MaskStats]: ...
 @overload
 def mask_stats(optimizer: HasMask, by: Literal["parameter"], local: bool = False) -> dict[str | int, MaskStats]: ...
-def mask_stats(optimizer: HasMask, by: str | None = None, local: bool = False) -> Any:
+def mask_stats(optimizer: HasMask, by: str | None = None, local: bool = False) -> object:
     """Recompute the mask of the last step from the state of a `PRM` or a `Masked`; see `PRM.get_mask_stats`."""
     if by not in BY:
         raise ValueError(f"by must be None, 'group' or 'parameter', got {by!r}")
     if not local and of_one_rank(p for group in optimizer.param_groups for p in group["params"]):
         _warn_of_part()
-    gathered: dict[Any, list[tuple[int, list[float]]]] = {}
+    gathered: dict[object, list[tuple[int, list[float]]]] = {}
     for one, count, weight, values in _measured(optimizer, local, apart=by == "parameter"):
         key = {None: None, "group": one.group, "parameter": one.name}[by]
         gathered.setdefault(key, []).append((count, [*(weight * value for value in values[:4]), *values[4:]]))

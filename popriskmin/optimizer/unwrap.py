@@ -112,7 +112,7 @@ def described(inside: Unwrapped) -> str:
     return " around ".join([*inside.wrappers, type(inside.optimizer).__name__])
 
 
-def _wrapped_by(wrapper: object) -> Any:
+def _wrapped_by(wrapper: object) -> object:
     """Return the optimizer that a wrapper holds, or None.
 
     The type does not tell, as some wrappers are also of the wrapped class.

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from popriskmin.mask import Hyperparameters, corrections, evaluate, signal_and_noise
+from popriskmin.mask import Hyperparameters, Options, corrections, evaluate, signal_and_noise
 from popriskmin.optimizer.groups import Group
 from popriskmin.optimizer.prm import PRM
 from popriskmin.step.lists import PLAIN, are_plain, as_real, compute_dtype, sum_dtype
@@ -153,7 +153,7 @@ def compare(kept: Kept, optimizer: Optimizer, by: str | None) -> Tensor | None:
 def hyperparameters(optimizer: Optimizer, group: Group) -> Hyperparameters:
     """Return a group's numbers; those of Adam and AdamW as of a PRM without a mask."""
     if isinstance(optimizer, PRM):
-        return Hyperparameters.of_group(group)
+        return Hyperparameters.of_group(cast("Options", group))
     beta1, beta2 = group["betas"]
     return Hyperparameters.of(
         lr=group["lr"],

@@ -5,7 +5,7 @@ In the lists of a step `exp_avgs`, `exp_avg_sqs` and `exp_avg_vars` all hold the
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from popriskmin.mask import Corrections, Hyperparameters, corrections, evaluate,
 from popriskmin.step.codes import BLOCK, Moments, blocks_of, decode, encode
 from popriskmin.step.foreach import CPU_BLOCK, Block, advance, mask_of, move
 from popriskmin.step.functional import choose_implementation, dispatch
+from popriskmin.step.kernels import Memory
 from popriskmin.step.lists import Lists, compute_dtype, count_up, is_compiling, shrinks
 
 # Scalars that are decoded at a time on other devices; a multiple of BLOCK, as CPU_BLOCK is.
@@ -28,7 +29,7 @@ def dispatch_coded(
     capturable: bool,
     differentiable: bool,
     fused: bool | None,
-    memory: dict[str, Any],
+    memory: Memory,
 ) -> None:
     """Take one step of a parameter group of which some tensors' state is in blocks; see `dispatch`."""
     coded = [i for i, codes in enumerate(lists.exp_avgs) if codes.dtype == torch.uint8]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
@@ -36,10 +39,10 @@ def bump_versions(tensors: list[Tensor]) -> None:
             tensor.detach().as_strided((0,), (1,)).zero_()  # writing to an empty part of it counts
 
 
-def run_uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def run_uncompiled(function: Callable[P, R]) -> Callable[P, R]:
     """Return the function such that torch.compile, where it meets a call of it, calls it as it stands."""
-    dynamo: Any = importlib.import_module("torch._dynamo")  # about a second, which the first step would take anyway
-    disabled: Callable[..., Any] = dynamo.disable(function)
+    dynamo = importlib.import_module("torch._dynamo")  # about a second, which the first step would take anyway
+    disabled: Callable[P, R] = dynamo.disable(function)
     return disabled
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from popriskmin.mask import (
     Corrections,
     Hyperparameters,
+    Number,
     corrections,
     evaluate,
     evaluate_lists,
@@ -59,7 +60,7 @@ def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparame
             grads, grad_vars = ([x.resolve_conj() for x in given] for given in (cohort.grads, cohort.grad_vars))
             cohort = cohort._replace(grads=grads, grad_vars=grad_vars).real()
         dtype = compute_dtype(cohort.params[0], cohort.exp_avgs[0])
-        c = corrections(t.to(dtype) if tensor_steps else t, hyper)
+        c = corrections(t.to(dtype) if isinstance(t, Tensor) else t, hyper)
         # Under a captured graph the number of kernels counts; on the host, the cache and the cost of a call.
         on_host = cohort.params[0].device.type == "cpu" and not tensor_steps and are_plain(cohort.params)
         # The random bits go by the place in the whole tensor, so tensors that need them stay whole.
@@ -87,7 +88,7 @@ class Block(NamedTuple):
 
 def cohorts(
     lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor_steps: bool
-) -> Iterator[tuple[list[int], Any]]:
+) -> Iterator[tuple[list[int], Number]]:
     """Yield the places of tensors that agree in device, types, step count and shrinkage, and that count.
 
     With `tensor_steps` the count stays on the device, as one tensor with an entry for each place.
@@ -189,11 +190,15 @@ def _bits(block: Block, c: Corrections) -> list[Tensor] | None:
     """Return the random bits for `v` and `s` where these are stored in bfloat16."""
     if block.lists.exp_avg_vars[0].dtype != torch.bfloat16:
         return None
-    steps = [c.t[i] for i in block.owners] if isinstance(c.t, Tensor) else [c.t] * len(block.owners)
+    steps: Sequence[Number] = [c.t[i] for i in block.owners] if isinstance(c.t, Tensor) else [c.t] * len(block.owners)
     return [random_bits(s, t) for s, t in zip(block.lists.exp_avg_vars, steps)]
 
 
-def _each(c: Any, block: Block) -> Any:
+@overload
+def _each(c: Tensor, block: Block) -> list[Tensor]: ...
+@overload
+def _each(c: Number, block: Block) -> float | list[Tensor]: ...
+def _each(c: Number, block: Block) -> float | list[Tensor]:
     """Return a number as it is; a tensor as the list of its entries for the block's tensors, for `_foreach_*`."""
     if not isinstance(c, Tensor):
         return c
@@ -241,7 +246,7 @@ def advance_variance(
         exp_avg_vars = widen(block.lists.exp_avg_vars, dtype)
         torch._foreach_mul_(exp_avg_vars, hyper.rho)
         # Not by lerp: an infinite variance stays infinite here, and is not subtracted from itself.
-        torch._foreach_add_(exp_avg_vars, widen(block.lists.grad_vars, dtype), alpha=c.blend)
+        torch._foreach_add_(exp_avg_vars, widen(block.lists.grad_vars, dtype), alpha=1 - hyper.rho)
         write_back(block.lists.exp_avg_vars, exp_avg_vars, bits)
         return
     if not isinstance(c.blend, Tensor) and c.blend == 0:
@@ -314,7 +319,7 @@ def pooled_mask(
     if not are_plain(cohort.params):
         # These lie differently over the ranks than their gradients or state; the tensors themselves know how.
         places = range(len(cohort.params))
-        each = [Corrections(*[x[i] if isinstance(x, Tensor) else x for x in c]) for i in places]
+        each = [Corrections._make(x[i] if isinstance(x, Tensor) else x for x in c) for i in places]
         pairs = zip(widen(cohort.exp_avgs, dtype), widen(cohort.exp_avg_vars, dtype))
         return [evaluate(*signal_and_noise(m, s, ci, hyper), ci, hyper) for (m, s), ci in zip(pairs, each)]
     signals: list[list[Tensor]] = [[] for _ in cohort.params]

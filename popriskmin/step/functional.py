@@ -9,8 +9,6 @@ All compute in float32 or wider, whatever the type of the parameters, and round 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _foreach_supported_types
@@ -27,7 +25,7 @@ from popriskmin.mask import (
     signal_and_noise,
 )
 from popriskmin.step.foreach import multi_tensor_prm
-from popriskmin.step.kernels import fused_prm, unusable
+from popriskmin.step.kernels import Memory, fused_prm, unusable
 from popriskmin.step.lists import Lists, as_real, compute_dtype, is_compiling, local_parts, shrinks
 from popriskmin.step.rounding import random_bits, round_stochastically
 
@@ -187,7 +185,7 @@ def dispatch(
     capturable: bool,
     differentiable: bool,
     fused: bool | None,
-    memory: dict[str, Any],
+    memory: Memory,
 ) -> None:
     """Take one step of a parameter group with the implementation that fits; see `prm`.
 
@@ -260,7 +258,7 @@ def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperpara
             g = g + coupled * w if isinstance(coupled, Tensor) else g.add(w, alpha=coupled)
 
         if hyper.given:
-            s = s.mul(hyper.rho).add(as_real(lists.grad_vars[i].resolve_conj()).to(dtype), alpha=c.blend)
+            s = s.mul(hyper.rho).add(as_real(lists.grad_vars[i].resolve_conj()).to(dtype), alpha=1 - hyper.rho)
         else:
             s = _streaming_variance(s, g, m, c, hyper)
         m, v = _moments(m, v, g, hyper)

@@ -13,7 +13,7 @@ The kernels in `popriskmin/step/kernels` do the same in their languages.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,12 @@ from torch import Tensor
 from popriskmin.step.lists import is_dense
 from popriskmin.step.shards import is_sharded, local_part
 
+Integers = TypeVar("Integers", int, Tensor)
+
 _WORD = 0xFFFFFFFF
 
 
-def hash32(x: Any) -> Any:
+def hash32(x: Integers) -> Integers:
     """Return a well mixed 32-bit hash of a number, or of an int64 tensor, in [0, 2**32).
 
     Examples
@@ -37,7 +39,7 @@ def hash32(x: Any) -> Any:
     return x ^ (x >> 16)
 
 
-def random_bits(like: Tensor, t: Any) -> Tensor:
+def random_bits(like: Tensor, t: float | Tensor) -> Tensor:
     """Return 32 random bits for each element of `like`, as int64 of its shape.
 
     Parameters
@@ -48,7 +50,7 @@ def random_bits(like: Tensor, t: Any) -> Tensor:
         The step count, a number or a tensor of shape `()`.
     """
     like = local_part(like)
-    key = hash32(t.long() if isinstance(t, Tensor) else int(t))
+    key = hash32(t.long()) if isinstance(t, Tensor) else hash32(int(t))
     places = torch.arange(like.numel(), device=like.device)
     if is_dense(like):
         places = places.as_strided(like.shape, like.stride())

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -53,7 +56,7 @@ def over_ranks(
         "sum", or "max", which need not keep NaN.
     """
     reduced = list(numbers)
-    alike: dict[Any, list[int]] = {}
+    alike: dict[tuple[DeviceMesh, tuple[bool, ...]], list[int]] = {}
     for i, tensor in enumerate(tensors):
         if is_sharded(tensor):
             sharded: Any = tensor
@@ -66,7 +69,7 @@ def over_ranks(
     return reduced
 
 
-def _reduced(values: Tensor, mesh: Any, parted: tuple[bool, ...], how: str) -> Tensor:
+def _reduced(values: Tensor, mesh: DeviceMesh, parted: tuple[bool, ...], how: str) -> Tensor:
     # Imported when needed: not every build of torch has it, and it is public since torch 2.5.
     from torch.distributed.tensor import DTensor, Partial, Replicate
 

@@ -91,7 +91,7 @@ class Encoder:
 
     def _typed(self, inputs: pd.DataFrame) -> pd.DataFrame:
         """Return numbers as float64 and all else as text, under names by place, which are unique."""
-        made: dict[str, Any] = {}
+        made: dict[str, np.ndarray] = {}
         for i in self.numbers:
             column = inputs.iloc[:, i]
             try:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numbers
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,12 @@ from sklearn.utils.validation import _check_sample_weight, _check_y, check_is_fi
 
 from popriskmin.tabular.encoding import Encoder, check_column
 from popriskmin.tabular.networks import Data, Part, Setting, Trained, train
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike
+    from sklearn.model_selection import BaseCrossValidator
+    from sklearn.utils import Tags
 
 SHRINKAGES = (0.0, 1.0, 1.5, 2.0, 3.0)
 FOLDS, FEW_ROWS = 5, 1000  # up to so many rows are divided into folds, more into one part for training and one held out
@@ -40,12 +46,12 @@ class _PRMEstimator(BaseEstimator):  # type: ignore[misc]
         hidden: int = 64,
         max_steps: int = 1000,
         batch_size: int | str = "auto",
-        cv: Any = "auto",
+        cv: int | str | BaseCrossValidator = "auto",
         n_networks: int = 5,
         refit: bool = False,
         device: str = "auto",
         verbose: int = 0,
-        random_state: Any = None,
+        random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.shrinkage = shrinkage
         self.learning_rates = learning_rates
@@ -59,7 +65,7 @@ class _PRMEstimator(BaseEstimator):  # type: ignore[misc]
         self.verbose = verbose
         self.random_state = random_state
 
-    def __sklearn_tags__(self) -> Any:
+    def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.input_tags.allow_nan = True
         tags.non_deterministic = False
@@ -170,7 +176,7 @@ class _PRMEstimator(BaseEstimator):  # type: ignore[misc]
             return found
         return [Part(rows[training], rows[held_out]) for training, held_out in splitter.split(x[rows], y[rows])]
 
-    def _progress(self, name: str) -> Any:
+    def _progress(self, name: str) -> Callable[[float], None]:
         def show(share: float) -> None:
             if self.verbose:
                 bar = "#" * round(40 * share)
@@ -214,7 +220,7 @@ class _PRMEstimator(BaseEstimator):  # type: ignore[misc]
 
     # Data.
 
-    def _table(self, X: Any, reset: bool) -> pd.DataFrame:  # noqa: N803 - scikit-learn's name
+    def _table(self, X: ArrayLike, reset: bool) -> pd.DataFrame:  # noqa: N803 - scikit-learn's name
         """Return the inputs as a DataFrame of numbers and categories, checked."""
         if hasattr(X, "to_pandas") and not isinstance(X, pd.DataFrame):
             X = X.to_pandas()  # noqa: N806
@@ -236,7 +242,7 @@ class _PRMEstimator(BaseEstimator):  # type: ignore[misc]
             check_column(X.iloc[:, i])
         return X
 
-    def _answers(self, X: Any) -> np.ndarray:  # noqa: N803
+    def _answers(self, X: ArrayLike) -> np.ndarray:  # noqa: N803
         """Return the answers of each network, of shape (networks, rows, outputs)."""
         check_is_fitted(self)
         x = self._encoder.transform(self._table(X, reset=False)).astype(np.float32)
@@ -247,14 +253,14 @@ class _PRMEstimator(BaseEstimator):  # type: ignore[misc]
 
     # Pictures.
 
-    def plot_path(self, ax: Any = None) -> Any:
+    def plot_path(self, ax: Axes | None = None) -> Axes:
         """Draw the held-out loss and the number of columns by shrinkage; needs matplotlib. Returns the axes."""
         from popriskmin.tabular.plots import path
 
         check_is_fitted(self)
         return path(self.path_, self.shrinkage_, ax)
 
-    def plot_importances(self, most: int = 20, ax: Any = None) -> Any:
+    def plot_importances(self, most: int = 20, ax: Axes | None = None) -> Axes:
         """Draw the most important columns, the selected ones filled; needs matplotlib. Returns the axes."""
         from popriskmin.tabular.plots import importances
 
@@ -263,11 +269,11 @@ class _PRMEstimator(BaseEstimator):  # type: ignore[misc]
         return importances(self.feature_importances_, self.selected_, names, most, ax)
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
-def _numbers(name: str, given: Any, least: float, wanted: str) -> list[float]:
+def _numbers(name: str, given: ArrayLike, least: float, wanted: str) -> list[float]:
     """Return a number or several as a list, each once."""
     try:
         values = [float(value) for value in np.atleast_1d(given)]
@@ -356,13 +362,13 @@ class PRMClassifier(ClassifierMixin, _PRMEstimator):  # type: ignore[misc]
         hidden: int = 64,
         max_steps: int = 1000,
         batch_size: int | str = "auto",
-        cv: Any = "auto",
+        cv: int | str | BaseCrossValidator = "auto",
         n_networks: int = 5,
         refit: bool = False,
-        class_weight: Any = None,
+        class_weight: Mapping[object, float] | str | None = None,
         device: str = "auto",
         verbose: int = 0,
-        random_state: Any = None,
+        random_state: int | np.random.RandomState | None = None,
     ) -> None:
         super().__init__(
             shrinkage=shrinkage,
@@ -379,7 +385,7 @@ class PRMClassifier(ClassifierMixin, _PRMEstimator):  # type: ignore[misc]
         )
         self.class_weight = class_weight
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PRMClassifier:  # noqa: N803
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> PRMClassifier:  # noqa: N803
         """Search, and train; `X` is a DataFrame of numbers and categories or an array of numbers, `y` are classes.
 
         Raises
@@ -398,19 +404,19 @@ class PRMClassifier(ClassifierMixin, _PRMEstimator):  # type: ignore[misc]
         self._fit(frame, codes.astype(np.int64), weight, len(self.classes_))
         return self
 
-    def predict_proba(self, X: Any) -> np.ndarray:  # noqa: N803
+    def predict_proba(self, X: ArrayLike) -> np.ndarray:  # noqa: N803
         """Return the mean probability of each class over the networks, of shape (rows, classes)."""
         found = self._answers(X)
         found = np.exp(found - found.max(2, keepdims=True))
         probabilities: np.ndarray = (found / found.sum(2, keepdims=True)).mean(0)
         return probabilities
 
-    def predict_log_proba(self, X: Any) -> np.ndarray:  # noqa: N803
+    def predict_log_proba(self, X: ArrayLike) -> np.ndarray:  # noqa: N803
         """Return the logarithms of `predict_proba`."""
         logarithms: np.ndarray = np.log(self.predict_proba(X))
         return logarithms
 
-    def predict(self, X: Any) -> np.ndarray:  # noqa: N803
+    def predict(self, X: ArrayLike) -> np.ndarray:  # noqa: N803
         """Return the most probable class of each row."""
         places = self.predict_proba(X).argmax(1)
         predicted: np.ndarray = self.classes_[places]
@@ -436,7 +442,7 @@ class PRMRegressor(RegressorMixin, _PRMEstimator):  # type: ignore[misc]
     ((2,), True)
     """
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PRMRegressor:  # noqa: N803
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> PRMRegressor:  # noqa: N803
         """Search, and train; `X` is a DataFrame of numbers and categories or an array of numbers, `y` are numbers.
 
         Raises
@@ -457,13 +463,13 @@ class PRMRegressor(RegressorMixin, _PRMEstimator):  # type: ignore[misc]
         self._fit(frame, ((y - self._mean) / self._scale).astype(np.float32), weight, 1)
         return self
 
-    def predict(self, X: Any) -> np.ndarray:  # noqa: N803
+    def predict(self, X: ArrayLike) -> np.ndarray:  # noqa: N803
         """Return the mean answer of the networks for each row."""
         predicted = np.asarray(self._answers(X)[..., 0].mean(0), dtype=np.float64) * self._scale + self._mean
         return predicted
 
 
-def _column(y: Any, frame: pd.DataFrame, are_numbers: bool = False) -> np.ndarray:
+def _column(y: ArrayLike, frame: pd.DataFrame, are_numbers: bool = False) -> np.ndarray:
     """Return the target as an array with scikit-learn's checks."""
     if y is None:
         raise ValueError("This estimator requires y to be passed, but the target y is None.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import decimal
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -222,5 +222,5 @@ def _is_plain(text: str) -> bool:
     return re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text) is not None
 
 
-def _shown(values: Iterable[Any], most: int = 3) -> str:
+def _shown(values: Iterable[object], most: int = 3) -> str:
     return ", ".join(repr(value) for value, _ in zip(values, range(most)))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BLUE, GREY = "#2a6fbb", "#888888"
 
 
-def path(path: Mapping[str, np.ndarray], chosen: float, ax: Any) -> Any:
+def path(path: Mapping[str, np.ndarray], chosen: float, ax: Axes | None) -> Axes:
     """Draw the held-out loss and the number of columns by shrinkage, and mark the chosen one."""
     ax = _axes(ax)
     ax.plot(path["shrinkage"], path["loss"], "o-", color=BLUE)
@@ -24,7 +27,7 @@ def path(path: Mapping[str, np.ndarray], chosen: float, ax: Any) -> Any:
     return ax
 
 
-def importances(values: np.ndarray, selected: np.ndarray, names: Sequence[Any], most: int, ax: Any) -> Any:
+def importances(values: np.ndarray, selected: np.ndarray, names: Sequence[str], most: int, ax: Axes | None) -> Axes:
     """Draw the largest importances as bars, filled where the column is selected."""
     ax = _axes(ax)
     order = np.argsort(values)[::-1][:most][::-1]
@@ -38,11 +41,12 @@ def importances(values: np.ndarray, selected: np.ndarray, names: Sequence[Any], 
     return ax
 
 
-def _axes(ax: Any) -> Any:
+def _axes(ax: Axes | None) -> Axes:
     if ax is not None:
         return ax
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError("drawing needs the package matplotlib: pip install matplotlib") from error
-    return plt.subplots(layout="constrained")[1]
+    axes: Axes = plt.subplots(layout="constrained")[1]
+    return axes

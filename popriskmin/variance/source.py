@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from popriskmin.mask import PRMGroup
 from popriskmin.optimizer.checkpoint_probe import makes_state_alone
 from popriskmin.optimizer.closure import Arguments, with_gradients
 from popriskmin.optimizer.groups import parameter_names
@@ -27,7 +28,7 @@ Hook = Callable[..., Any]
 class TakesVariances(Protocol):
     """An optimizer that takes variances, as `PRM` does with `variance="given"`."""
 
-    param_groups: list[dict[str, Any]]
+    param_groups: list[PRMGroup]
 
     def set_variances(self, variances: Mapping[Tensor, Tensor]) -> None:
         """Take the variance of each parameter's gradient, for the next step."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from popriskmin.mask import Hyperparameters, mask_name
 from popriskmin.step.kernels import cpu, cuda
 from popriskmin.step.kernels.eligible import State, fits_as_usual, matched, misfit
 from popriskmin.step.lists import Lists, are_plain, sharing_memory, shrinks
+
+# What is known of the tensors of a group, from its step before: of all, or by device and types.
+Memory = dict[object, State]
 
 
 class Kernel(NamedTuple):
@@ -42,7 +45,7 @@ def unusable() -> str | None:
 
 
 def fused_prm(
-    lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, insist: bool, memory: dict[str, Any]
+    lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, insist: bool, memory: Memory
 ) -> list[int]:
     """Take one step of the tensors that fit a kernel, in place, and return the places of the others.
 
@@ -120,9 +123,7 @@ class _Part(NamedTuple):
     state: State
 
 
-def _usual_parts(
-    lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, memory: dict[Any, State]
-) -> list[_Part] | None:
+def _usual_parts(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, memory: Memory) -> list[_Part] | None:
     """Return the tensors, by device and types, in parts that lie as usual; None if some do not, which takes longer."""
     whole = _usual(lists, state_steps, hyper, memory, None)
     if whole is not None:
@@ -147,7 +148,7 @@ def _kind(lists: Lists, state_steps: list[Tensor], i: int) -> tuple[object, ...]
 
 
 def _usual(
-    lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, memory: dict[Any, State], key: object
+    lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, memory: Memory, key: object
 ) -> _Part | None:
     if _refusal(hyper, lists.params[0]) is not None:
         return None

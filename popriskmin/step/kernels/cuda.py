@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from os import environ
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 from popriskmin.mask import Corrections, Hyperparameters, corrections, floor, largest, loading, mask_name
 from popriskmin.step.compat import bump_versions
 from popriskmin.step.kernels.cuda_table import COLUMNS, Places, Tables, tables_of
-from popriskmin.step.kernels.eligible import State, origins, packed
+from popriskmin.step.kernels.eligible import KernelMemory, State, origins, packed
 from popriskmin.step.lists import Lists, count_up
 
 # Elements of one program: eight for each of its 128 threads, so that many loads are under way at once.
@@ -40,7 +41,7 @@ WARPS = 4
 CHUNK = 4096
 
 
-def _step_module() -> Any:
+def _step_module() -> ModuleType:
     return import_module("popriskmin.step.kernels.cuda_step")
 
 
@@ -121,7 +122,7 @@ def step(
     bump_versions(lists.params)
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -156,7 +157,7 @@ class _Launch(NamedTuple):
     lr: Tensor | None  # None where it is a number in `hyper`
     hyper: Hyperparameters
 
-    def run(self, device: torch.device, memory: dict[str, Any]) -> None:
+    def run(self, device: torch.device, memory: KernelMemory) -> None:
         """Launch the kernels that step these tensors."""
         known = None if self.t is None else corrections(self.t, self.hyper)
         # What is known to be open on the host needs no mask, and no means either.
@@ -204,7 +205,7 @@ class _Launch(NamedTuple):
             enable_fp_fusion=False,
         )
 
-    def _options(self, kernels: Any) -> dict[str, Any]:
+    def _options(self, kernels: ModuleType) -> dict[str, int | str]:
         """Return what the kernel is compiled for."""
         hyper = self.hyper
         decays = hyper.weight_decay != 0
@@ -287,7 +288,7 @@ def _numbers(known: Corrections | None, hyper: Hyperparameters, dtype: torch.dty
     known = corrections(2.0, hyper) if known is None else known
     factor = loading(hyper.shrinkage, hyper.mean_coefficient)
     return {
-        "t": known.t,
+        "t": float(known.t),
         "lr": float(hyper.lr),
         "weight_decay": hyper.weight_decay,
         "weight1": 1 - hyper.beta1,
@@ -302,12 +303,12 @@ def _numbers(known: Corrections | None, hyper: Hyperparameters, dtype: torch.dty
         "coefficient": hyper.coefficient,
         "loading": factor,
         "loading_sq": factor * factor,
-        "over_bias1": 1 / known.bias1,
-        "over_root2": known.bias2**-0.5,
-        "over_bias_var": 1 / known.bias_var,
-        "over_centre": 1 / known.centre,
-        "blend": known.blend,
-        "k": known.k,
+        "over_bias1": 1 / float(known.bias1),
+        "over_root2": float(known.bias2) ** -0.5,
+        "over_bias_var": 1 / float(known.bias_var),
+        "over_centre": 1 / float(known.centre),
+        "blend": float(known.blend),
+        "k": float(known.k),
         "log1": _log(hyper.beta1),
         "log2": _log(hyper.beta2),
         "log_rho": _log(hyper.rho),

@@ -8,10 +8,12 @@ in every step, and then those of their variances where they are given.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from popriskmin.step.kernels.eligible import KernelMemory
 
 # A tensor's row: its number of elements, its first block, whether its memory allows wide loads, the addresses of p, m,
 # v, s and of the maximum of v (or of v), that of its step count, and what shrinkage pulls it to, see
@@ -73,7 +75,7 @@ _MOST_RESERVED = 8
 
 
 def tables_of(
-    places: Places, gradients: bytes, block: int, device: torch.device, reserve: bool, memory: dict[str, Any]
+    places: Places, gradients: bytes, block: int, device: torch.device, reserve: bool, memory: KernelMemory
 ) -> Tables:
     """Return the tables on the device, from the memory of the parameter group where they are there already.
 
@@ -89,7 +91,7 @@ def tables_of(
         # used again only after the kernels that read it: both are work of the same stream.
         kept = memory.setdefault(kind, {})
         key = (device, torch.cuda.current_stream(device).cuda_stream, *key)
-        found: Tensor | None = kept.pop(key, None)
+        found = kept.pop(key, None)
         if found is None:
             found = _brought(build(), device, reserve)
             if len(kept) >= MOST_TABLES[kind]:

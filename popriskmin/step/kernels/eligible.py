@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from itertools import chain
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import ref
 
 import torch
@@ -23,6 +23,8 @@ _is_cpu, _is_cuda = attrgetter("is_cpu"), attrgetter("is_cuda")
 
 
 Layout = list[tuple[int, ...] | None] | None
+# Tables on the device, by their kind, and by what they were made of.
+KernelMemory = dict[str, dict[tuple[Hashable, ...], Tensor]]
 
 
 class State(NamedTuple):
@@ -40,13 +42,13 @@ class State(NamedTuple):
 
     ids: list[int]  # of all tensors, list by list
     watched: list[ref[Tensor]]
-    gone: list[Any]  # of those watched, the ones that no longer exist
+    gone: list[ref[Tensor]]  # of those watched, the ones that no longer exist
     addresses: list[bytes]
     shapes: list[torch.Size]
     layout: Layout
     sizes: bytes
     origins: bytes  # see `origins`
-    memory: dict[str, Any]  # what the kernel itself keeps of them
+    memory: KernelMemory  # what the kernel itself keeps of them
 
 
 def packed(numbers: Iterable[int], count: int) -> bytes:
@@ -91,7 +93,7 @@ def fits_as_usual(lists: Lists, state_steps: list[Tensor], known: State | None) 
             sizes = packed(map(Tensor.numel, params), len(params))
             # What a kernel keeps it finds by addresses, whatever objects stand for them.
             memory = {} if known is None else known.memory
-            gone: list[Any] = []
+            gone: list[ref[Tensor]] = []
             watched = [ref(tensor, gone.append) for tensor in chain.from_iterable(held[1:])]
             ids = list(map(id, chain.from_iterable(held)))
             found = State(ids, watched, gone, addresses, shapes, layout, sizes, origins(lists), memory)
@@ -187,7 +189,7 @@ def misfit(lists: Lists, state_steps: list[Tensor], i: int) -> str | None:
     return next(_misfit_of_types(lists, i), None)
 
 
-def _misfit_of_types(lists: Lists, i: int) -> Any:
+def _misfit_of_types(lists: Lists, i: int) -> Iterator[str]:
     """Yield what is wrong with the types at place `i`."""
     real = {torch.complex64: torch.float32, torch.complex128: torch.float64}
     param, grad, exp_avg, exp_avg_sq, exp_avg_var = (
