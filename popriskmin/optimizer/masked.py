@@ -85,9 +85,8 @@ class Masked(CountsShrunk, Optimizer):
 
     Notes
     -----
-    Of schedule-free optimizers `Masked` scales the changes of both sequences, the parameters and the `z` of their state;
-    call its `train()` and `eval()` as theirs. An optimizer that keeps other weights beside the parameters, such as
-    Lookahead or one with float32 copies, moves those without a mask: put Lookahead around `Masked`.
+    Of schedule-free optimizers `Masked` scales the changes of the parameters and of the `z` in their state;
+    call its `train()` and `eval()`. Put Lookahead, which moves other weights without a mask, around `Masked`.
 
     References
     ----------
