@@ -15,8 +15,6 @@ PACKAGE = pathlib.Path(popriskmin.__file__).parent
 
 # Lines of a function's body; a kernel of Triton, which cannot be cut up, may have more.
 SCREEN = 48
-# What is still being cut, and has 75.
-WIDER = ("cli", "compare")
 
 # The rooms, from the ground up. A room imports from itself and from floors below; no two
 # rooms of a floor know each other. What only a type checker reads counts too.
@@ -147,7 +145,7 @@ def lines_of(function):
 @pytest.mark.parametrize(("name", "path"), list(modules()))
 def test_a_function_fits_on_a_screen(name, path):
     """A file may be longer than a few screens, where splitting it would leave slivers."""
-    most = 64 if name.startswith("step.kernels.cuda") else 75 if room(name) in WIDER else SCREEN
+    most = 64 if name.startswith("step.kernels.cuda") else SCREEN
     long = {
         node.name: lines_of(node)
         for node in ast.walk(ast.parse(path.read_text()))
