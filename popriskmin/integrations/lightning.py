@@ -29,30 +29,31 @@ _logger = logging.getLogger("popriskmin")
 class PRMCallback(Callback):  # type: ignore[misc]
     """Log the mask's statistics, the risk monitor's verdict and the diagnosis.
 
-    They come every `log_every_n_steps` steps of the optimizer, to every logger and into
-    `trainer.callback_metrics`. The monitor's state goes into Lightning's checkpoints.
-    What the mask holds shut by a fault (`popriskmin.diagnose`) is said at the end of
-    training.
+    They go to every logger and into `trainer.callback_metrics`, every `log_every_n_steps`
+    steps of the optimizer. The monitor's state goes into Lightning's checkpoints. At the
+    end of training a warning lists the layers that the mask holds shut by a fault
+    (`popriskmin.diagnose`).
 
     Parameters
     ----------
     monitor
-        Makes the risk monitor for the module's PRM, as `RiskMonitor` itself does, or
-        `lambda optimizer: RiskMonitor(optimizer, held_out=losses)`. None makes none.
+        A function that makes the risk monitor of the module's optimizer: `RiskMonitor`
+        itself, or `lambda optimizer: RiskMonitor(optimizer, held_out=losses)`. With None
+        there is no monitor.
     stop
-        End training where the verdict is "overfitting" on any rank, looked at where it
-        is logged. With `keep_best` among the monitor's options
-        `callback.monitor.restore_best()` then brings the best weights back.
+        End training when the verdict is "overfitting" on any rank. The callback asks for it
+        whenever it logs. If the monitor has `keep_best`, `callback.monitor.restore_best()`
+        then restores the best weights.
     diagnosis
-        Log how many tensors `diagnose` finds in which condition.
+        Log how many tensors have each of the causes that `diagnose` finds.
 
     Raises
     ------
     ValueError
         For `stop` without `monitor`, or where nothing is logged.
     TypeError
-        When training begins, where the module's optimizers are not one PRM or `Masked`, beside
-        others if need be.
+        When training begins, unless exactly one of the module's optimizers is a `PRM` or a
+        `Masked`.
 
     Examples
     --------
@@ -106,7 +107,7 @@ class PRMCallback(Callback):  # type: ignore[misc]
             trainer.should_stop = trainer.should_stop or stops
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what the mask holds shut by a fault."""
+        """Warn of the layers that the mask holds shut by a fault."""
         if self.diagnosis and self._optimizer is not None:
             diagnosis = diagnose(self._optimizer)
             if diagnosis.problems and trainer.is_global_zero:

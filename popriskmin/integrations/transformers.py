@@ -29,17 +29,16 @@ _logger = logging.getLogger("popriskmin")
 def prm_cls_and_kwargs(args: TrainingArguments, **options: Any) -> tuple[Any, dict[str, Any]]:
     """Return a `Trainer`'s `optimizer_cls_and_kwargs`, so that it builds a `PRM` itself.
 
-    That is the way to hand over PRM where the trainer changes the model first
-    (`peft_config`, FSDP), or makes it (`model_init`). A trainer that does not take the
-    argument, as TRL's `DPOTrainer`, takes it as an attribute, before `train()`:
-    `trainer.optimizer_cls_and_kwargs = prm_cls_and_kwargs(args)`.
+    Use it where the trainer changes the model first (`peft_config`, FSDP) or makes it
+    (`model_init`). TRL's `DPOTrainer` does not take the argument. Set the attribute
+    before `train()` then: `trainer.optimizer_cls_and_kwargs = prm_cls_and_kwargs(args)`.
 
     Parameters
     ----------
     args
         Gives the learning rate, both betas, epsilon and the weight decay.
     options
-        Arguments of `PRM`, instead of these and beside them.
+        Arguments of `PRM`, which take precedence over these.
 
     Examples
     --------
@@ -53,14 +52,14 @@ def prm_cls_and_kwargs(args: TrainingArguments, **options: Any) -> tuple[Any, di
 def prm_optimizer(model: nn.Module, args: TrainingArguments, **options: Any) -> PRM:
     """Return a `PRM` for a `Trainer`'s `optimizers=(prm_optimizer(model, args), None)`.
 
-    Its groups are those of the Trainer's own optimizer, so that a checkpoint of its
-    AdamW goes on; its parameters have their names.
+    It has the parameter groups of the Trainer's own AdamW, so a checkpoint of that AdamW
+    loads. Its parameters have their names.
 
     Parameters
     ----------
     model
-        As it will be trained: what the trainer itself adds to it, as with
-        `peft_config`, this optimizer does not have. `prm_cls_and_kwargs` does.
+        As it will be trained. This optimizer does not see what the trainer itself adds, as
+        with `peft_config`. With `prm_cls_and_kwargs` it does.
     args, options
         As in `prm_cls_and_kwargs`.
     """
@@ -73,7 +72,7 @@ def _options(args: TrainingArguments, options: dict[str, Any]) -> dict[str, Any]
 
 
 class _Factory:
-    """The Trainer calls it with the model, since it is no optimizer class."""
+    """Makes a `PRM` of a model: the Trainer hands the model to what is no optimizer class."""
 
     def __call__(self, model: nn.Module, weight_decay: float, **options: Any) -> PRM:
         # The Trainer's rule has changed with its versions; the method needs no Trainer.
@@ -82,8 +81,7 @@ class _Factory:
         groups = []
         for decays, decay in ((True, weight_decay), (False, 0.0)):
             members = [(name, param) for name, param in named if (name in decaying) == decays]
-            # The Trainer keeps an empty group, too, of which torch has to be told that
-            # it has names.
+            # The Trainer keeps an empty group too, and torch asks whether that has names.
             groups.append({"params": members, "weight_decay": decay, **({} if members else {"param_names": []})})
         return PRM(groups, **options)
 
@@ -91,40 +89,39 @@ class _Factory:
 class PRMCallback(TrainerCallback):  # type: ignore[misc]
     """Log the mask's statistics, the risk monitor's verdict and the diagnosis.
 
-    They are then in `log_history` and wherever `report_to` leads; of the diagnosis those
-    causes that some tensor has. `prm/lr` is of the next step, the Trainer's
-    `learning_rate` of the last. The monitor's state
-    goes into the Trainer's checkpoints. What the mask holds shut by a fault
-    (`popriskmin.diagnose`) is said at the end of training.
+    They are in `log_history` and in every tracker of `report_to`. A cause of the diagnosis
+    is logged where some tensor has it. `prm/lr` is the rate of the next step, and the
+    Trainer's `learning_rate` that of the last. The monitor's state goes into the Trainer's
+    checkpoints. At the end of training a warning lists the layers that the mask holds shut
+    by a fault (`popriskmin.diagnose`).
 
     Parameters
     ----------
     trainer
-        Add the callback to it: `trainer.add_callback(PRMCallback(trainer))`. It has to
-        know the trainer, because transformers tells its trackers before the callbacks
-        of a user may add to the logs.
+        Add the callback to it: `trainer.add_callback(PRMCallback(trainer))`. The callback
+        needs the trainer, because transformers calls its trackers before a user's
+        callbacks can add to the logs.
     monitor
-        Makes the risk monitor for the optimizer that the trainer has when training
-        begins, as `RiskMonitor` itself does, or `lambda optimizer:
-        RiskMonitor(optimizer, held_out=losses)`. None makes none.
+        A function that makes the risk monitor of the trainer's optimizer when training
+        begins: `RiskMonitor` itself, or `lambda optimizer: RiskMonitor(optimizer,
+        held_out=losses)`. With None there is no monitor.
     stop
-        End training where the verdict is "overfitting", which is looked at whenever the
-        Trainer logs. On several ranks the first decides. With `keep_best` among the
-        monitor's options `callback.monitor.restore_best()` then brings the best weights
-        back.
+        End training when the verdict is "overfitting". The callback asks for it whenever
+        the Trainer logs. On several ranks the first rank decides. If the monitor has
+        `keep_best`, `callback.monitor.restore_best()` then restores the best weights.
     diagnosis
-        Log how many tensors `diagnose` finds in which condition.
+        Log how many tensors have each of the causes that `diagnose` finds.
     resume_from
-        The folder of the checkpoint that training goes on from, where that is not
-        `checkpoint-STEP` in `output_dir` nor `args.resume_from_checkpoint`.
+        The folder of the checkpoint to go on from. None takes `args.resume_from_checkpoint`,
+        or else `checkpoint-STEP` in `output_dir`.
 
     Raises
     ------
     ValueError
-        For `stop` without `monitor`, or where nothing is logged; when training begins,
-        where the optimizer holds nothing of what is trainable.
+        For `stop` without `monitor`, or where nothing is logged. When training begins, if
+        the optimizer holds no trainable parameter of the model.
     TypeError
-        When training begins, for another optimizer than `PRM`.
+        When training begins, if the optimizer is neither `PRM` nor `Masked`.
 
     Examples
     --------
@@ -210,7 +207,7 @@ class PRMCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say what the mask holds shut by a fault."""
+        """Warn of the layers that the mask holds shut by a fault."""
         if self.diagnosis:
             diagnosis = diagnose(self._optimizer)
             if diagnosis.problems and state.is_world_process_zero:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from popriskmin.mask import Options
 from popriskmin.step.codes import BLOCK, BYTES, Moments, blocks_of, decode, encode
 from popriskmin.step.shards import is_sharded
 
@@ -24,7 +25,7 @@ LEAST_CODED = 4096
 PART = 1 << 20
 
 
-def has_codes(param: Tensor, group: Mapping[str, Any]) -> bool:
+def has_codes(param: Tensor, group: Options) -> bool:
     """Return whether the state of a parameter is in 8-bit blocks.
 
     Raises
@@ -59,7 +60,7 @@ def decoded(codes: Tensor, param: Tensor, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def encoded(state: Mapping[str, Any], param: Tensor) -> Tensor:
+def encoded(state: Mapping[str, Tensor], param: Tensor) -> Tensor:
     """Return the blocks of a state with `exp_avg`, `exp_avg_sq` and `exp_avg_var`, rounded to nearest."""
     codes = new_codes(param)
     codes.view(torch.int32)[:, -1] = int(state["step"])
@@ -73,7 +74,7 @@ def encoded(state: Mapping[str, Any], param: Tensor) -> Tensor:
     return codes
 
 
-def check_codes(key: Any, codes: Any, param: Tensor) -> None:
+def check_codes(key: int, codes: object, param: Tensor) -> None:
     """Raise ValueError for blocks of a checkpoint that are not those of so many scalars."""
     expected = (blocks_of(param.numel()), BYTES)
     if not isinstance(codes, Tensor) or codes.dtype != torch.uint8 or tuple(codes.shape) != expected:
@@ -84,7 +85,7 @@ def check_codes(key: Any, codes: Any, param: Tensor) -> None:
         )
 
 
-def uncoded(key: Any, saved: Mapping[str, Any], param: Tensor) -> Mapping[str, Any]:
+def uncoded(key: int, saved: Mapping[str, Any], param: Tensor) -> Mapping[str, Any]:
     """Return the saved state of a parameter with `m`, `v` and `s` in float32, as every other state has them."""
     if "codes" not in saved:
         return saved
@@ -93,19 +94,19 @@ def uncoded(key: Any, saved: Mapping[str, Any], param: Tensor) -> Mapping[str, A
     return {**{name: decoded(saved["codes"], param, name) for name in CODED}, **others}
 
 
-def readable(state: Mapping[str, Any], param: Tensor) -> Mapping[str, Any]:
+def readable(state: Mapping[str, Tensor], param: Tensor) -> Mapping[str, Tensor]:
     """Return the state of a parameter such that `m`, `v` and `s` can be read from it, decoded when they are."""
     return DecodedState(state, param) if "codes" in state else state
 
 
-class DecodedState(Mapping[str, Any]):
+class DecodedState(Mapping[str, Tensor]):
     """The state of a parameter with `exp_avg`, `exp_avg_sq` and `exp_avg_var`, decoded anew whenever one is read."""
 
-    def __init__(self, state: Mapping[str, Any], param: Tensor) -> None:
+    def __init__(self, state: Mapping[str, Tensor], param: Tensor) -> None:
         self._state = state
         self._param = param
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Tensor:
         """Return a tensor of the state."""
         return decoded(self._state["codes"], self._param, name) if name in CODED else self._state[name]
 
