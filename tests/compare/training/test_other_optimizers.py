@@ -104,8 +104,8 @@ def test_one_without_weight_decay_is_tuned_over_learning_rates_alone(tmp_path):
     assert sorted(set(frame[frame["arm"] == "sgd"]["lr"])) == [0.01, 0.03, 0.3]
     assert sorted(set(frame[frame["arm"] == "adamw"]["lr"])) == [0.01, 0.1]
     assert len(frame) == 2 * (3 * 4 + 2 + 6)
-    assert results.selections["final"]["sgd"]["chosen"]["lr"] in (0.01, 0.03, 0.3)
-    assert [row["lr"] for row in results.by_learning_rate()["sgd"]] == [0.01, 0.03, 0.3]
+    assert results.selections["final"]["sgd"].chosen.lr in (0.01, 0.03, 0.3)
+    assert [row.lr for row in results.by_learning_rate()["sgd"]] == [0.01, 0.03, 0.3]
     page = (tmp_path / "report.html").read_text()
     assert "--arm sgd=torch.optim.sgd:SGD momentum=0.9 --arm-lr sgd 0.01 0.03 0.3" in page or "arms={" in page
     assert "sgd is torch.optim.sgd.SGD(momentum=0.9) with learning rates 0.01, 0.03, 0.3" in page

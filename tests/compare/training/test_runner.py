@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -173,38 +171,27 @@ def test_records_are_one_json_line_each(tmp_path):
         assert (lines[0]["kind"], lines[-1]["kind"]) == ("settings", "end")
 
 
-TASK = """
-from popriskmin.compare import Task
+RAISES = """from popriskmin.compare import Task
+
 
 class Mine(Task):
     metrics = {"loss": "min"}
+    learning_rates = weight_decays = (0.1,)
 
     def trial(self, seed):
-        def loss(model, batch):
-            raise ArithmeticError("in a function within a method")
-        return loss
+        raise ArithmeticError("too hot")
 """
 
 
-READ = """
-import pickle, sys
-
-task = pickle.load(sys.stdin.buffer)
-assert type(task).__module__ not in sys.modules
-try:
-    task.trial(0)(None, None)
-except ArithmeticError as error:
-    print(task.trial.__code__.co_filename, error.__traceback__.tb_next.tb_frame.f_code.co_filename, sep="\\n")
-"""
-
-
-def test_code_that_travels_keeps_the_name_of_its_file(tmp_path):
-    """Of methods and of functions within them, in a process that cannot import the module."""
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_error_names_the_users_file_and_line_from_a_worker_too(tmp_path, jobs):
     path = tmp_path / "mine.py"
-    path.write_text(TASK)
-    pickled = pickle_task(load_task_class(str(path))())
-    process = subprocess.run([sys.executable, "-c", READ], input=pickled, stdout=subprocess.PIPE, check=True)
-    assert process.stdout.decode().split() == [str(path)] * 2
+    path.write_text(RAISES)
+    task = load_task_class(str(path))()
+    jobs_to_do = make_jobs(make_arms()[:1], [0.1], [0.0], (0, 1))
+    made = make_runs(task, jobs_to_do, Store(tmp_path / "runs"), jobs, "loky", Progress(), keep_going=True)
+    for records in made.values():
+        assert f'File "{path}", line 9' in records[-1]["error"]
 
 
 def test_a_task_of_the_package_goes_by_its_name():
