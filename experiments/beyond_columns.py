@@ -175,8 +175,8 @@ def main() -> None:
         found[name] = {
             label: {
                 "arm": arm,
-                "chosen": best[arm]["chosen"],
-                **{metric: best[arm]["test"]["best"][metric]["values"] for metric in task.metrics},
+                "chosen": dataclasses.asdict(best[arm].chosen),
+                **{metric: best[arm].test["best"][metric].values for metric in task.metrics},
             }
             for label, arm in [*((arm, arm) for arm in FIGURES), (PENALTY, strength)]
         }

@@ -50,7 +50,7 @@ def test_help_of_compare_with_and_without_a_task(capsys):
     assert "--weight-decay" in out
     assert "--noise" not in out
     told = " ".join(out.split())
-    assert "Installed tasks: digits, " in told
+    assert "installed tasks; TASK --help shows a task's options: digits " in told
     assert "mask=snr|soft" in told
     assert "debias=on|off" in told
     assert "sequential, dask or ray" in told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -22,7 +23,7 @@ from sklearn.linear_model import Lasso, LogisticRegression
 from torch import Tensor, nn
 
 from popriskmin.compare.report.headline import GUESS
-from popriskmin.compare.task import Metrics, Task, Trial, check_least, option
+from popriskmin.compare.task import Metrics, Options, Task, Trial, check_least, option
 from popriskmin.tabular.encoding import encode
 from popriskmin.tasks.table_data import CLASSIFICATION, Columns, Frame, read_table, split
 
@@ -62,7 +63,6 @@ class Table(Task):
     # The usual choices on real tables are 3e-3 to 3e-2, and with many columns that say nothing a decay of 10.
     learning_rates = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     weight_decays = (0.0, 1.0, 10.0)
-    default_prm = ({"shrinkage": 2.0},)
     default_arms: ClassVar[dict[str, Any]] = {
         "adamw-l1-0.001": (L1, {"l1": 1e-3}),
         "adamw-l1-0.01": (L1, {"l1": 1e-2}),
@@ -92,6 +92,12 @@ class Table(Task):
     def about(self) -> list[str]:
         """One line on the data, and one for each thing about it that a reader should know."""
         return [self.columns.summary, *self.columns.notes]
+
+    @property
+    def default_prm(self) -> Sequence[Options]:  # type: ignore[override]
+        """An arm with shrinkage, which needs more training rows than a batch has."""
+        rows = len(self.columns.target)
+        return ({"shrinkage": 2.0},) if (min(rows, self.rows) if self.rows else rows) // 2 > self.batch_size else ()
 
     @property
     def metrics(self) -> dict[str, str]:  # type: ignore[override]

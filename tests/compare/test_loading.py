@@ -39,8 +39,12 @@ def _path(monkeypatch):
 def test_installed_tasks_are_found_by_name():
     assert "digits" in installed_tasks()
     assert load_task_class("digits").__name__ == "Digits"
-    with pytest.raises(ValueError, match="there is no task 'digit'; installed are .*digits.*ending in .py"):
+    with pytest.raises(ValueError, match=r"there is no task 'digit': did you mean digits\?"):
         load_task_class("digit")
+    with pytest.raises(
+        ValueError, match="there is no task 'q'; installed are .*digits.*a file of your own is given by"
+    ):
+        load_task_class("q")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 import torch
 from tiny import Tiny
 
@@ -50,40 +51,33 @@ class Typed(Task):
 GIVEN = {"scale": 1.0, "data": 3, "add": 1, "better": "max", "comment": ""}
 
 
-def typed(line=0, **changes):
-    """Return the digest of a task that has no file: its cell begins at a line, in a namespace of its own."""
+def typed_class(**changes):
+    """Return a task that has no file, in a namespace of its own."""
     namespace = {"Task": Task, "torch": torch, "__name__": "typed_at_a_prompt"}
-    exec(compile("\n" * line + TYPED.format(**{**GIVEN, **changes}), f"<cell {line}>", "exec"), namespace)
-    return source_digest(namespace["Typed"]())
+    exec(compile(TYPED.format(**{**GIVEN, **changes}), "<cell>", "exec"), namespace)
+    return namespace["Typed"]
 
 
-def test_a_task_without_a_file_is_known_by_its_code(monkeypatch):
+def test_a_task_without_a_file_stays_itself_within_a_session(monkeypatch):
     import types
 
     # dataclasses looks its module up.
     monkeypatch.setitem(sys.modules, "typed_at_a_prompt", types.ModuleType("typed_at_a_prompt"))
-    assert typed() == typed() == typed(line=7) == typed(comment="  # the same")
+    one = typed_class()
+    assert source_digest(one()) == source_digest(one())
 
 
-def test_a_task_without_a_file_changes_with_all_it_uses(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "value"), [("SCALE", 2.0), ("DATA", torch.arange(4)), ("helper", len), ("NAMES", {"x"})]
+)
+def test_a_task_without_a_file_changes_with_all_it_uses(monkeypatch, name, value):
     import types
 
     monkeypatch.setitem(sys.modules, "typed_at_a_prompt", types.ModuleType("typed_at_a_prompt"))
-    changes = [{}, {"scale": 2.0}, {"data": 4}, {"add": 2}, {"better": "min"}]
-    assert len({typed(**change) for change in changes}) == len(changes)
-
-
-def test_a_task_from_standard_input_has_the_same_digest_in_another_process():
-    import subprocess
-
-    text = "import torch\nfrom popriskmin.compare import Task\n"
-    text += "from popriskmin.compare.training.fingerprint import source_digest\n"
-    text += TYPED.format(**GIVEN) + "\nprint(source_digest(Typed()))"
-    found = [
-        subprocess.run([sys.executable, "-"], input=text, capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    ]
-    assert found[0] == found[1] != ""
+    one = typed_class()
+    before = source_digest(one())
+    one.trial.__globals__[name] = value
+    assert source_digest(one()) != before
 
 
 def test_the_content_of_data_files_belongs_to_the_source(tmp_path):
