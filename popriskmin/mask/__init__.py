@@ -33,7 +33,7 @@ from popriskmin.mask.hyperparameters import (
 )
 from popriskmin.mask.masks import MASKS, Mask, hard, is_of_mean, none, snr, soft, threshold
 from popriskmin.mask.own import MaskFunction, found_mask, mask_name
-from popriskmin.mask.shrink import loading, pulling_gradient, shrunk
+from popriskmin.mask.shrink import ever_pulls, loading, pulling_gradient, shrunk
 
 __all__ = [
     "BOUNDARIES",
@@ -53,6 +53,7 @@ __all__ = [
     "corrections",
     "evaluate",
     "evaluate_lists",
+    "ever_pulls",
     "finish_signal_and_noise",
     "floor",
     "found_mask",

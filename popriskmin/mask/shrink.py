@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from popriskmin.mask.corrections import Corrections
+from popriskmin.mask.corrections import Corrections, corrections
 from popriskmin.mask.evaluate import evaluate, finish_signal_and_noise, largest
 from popriskmin.mask.hyperparameters import Hyperparameters
 
@@ -58,6 +58,17 @@ def pulling_gradient(exp_avg_var: Tensor, q: Tensor, c: Corrections, hyper: Hype
         q = evaluate(*finish_signal_and_noise(signal, noise, c, hyper), c, hyper)
     pulling: Tensor = q * (noise.sqrt() * factor)
     return pulling
+
+
+def ever_pulls(hyper: Hyperparameters) -> bool:
+    """Return whether shrinkage pulls at all after many steps.
+
+    A mask that is 0 at a mean gradient of `shrinkage` standard errors holds every such weight
+    by itself, and then the pull is 0.
+    """
+    late = corrections(torch.tensor(1e9, dtype=torch.float64), hyper)
+    one = torch.ones((), dtype=torch.float64)
+    return bool(pulling_gradient(one, one, late, hyper) > 0)
 
 
 def shrunk(param: Tensor, pull: Tensor, start: Tensor | None) -> Tensor:

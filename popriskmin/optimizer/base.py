@@ -22,7 +22,15 @@ from popriskmin.optimizer.checkpoint import (
 from popriskmin.optimizer.coded_state import readable
 from popriskmin.optimizer.groups import AnyGroup, pair_names, with_plain_names
 from popriskmin.optimizer.mask_state import forget_applied
-from popriskmin.optimizer.options import check_keep, check_options, check_spelling, plain, warn_of_sam, with_numbers
+from popriskmin.optimizer.options import (
+    check_keep,
+    check_options,
+    check_spelling,
+    plain,
+    warn_of_no_pull,
+    warn_of_sam,
+    with_numbers,
+)
 from popriskmin.step.compat import split_names
 
 if TYPE_CHECKING:
@@ -59,6 +67,7 @@ class CheckedOptimizer(Optimizer):
         param_group.update(with_numbers(given, {**self.defaults, **given}["differentiable"]))
         check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        warn_of_no_pull({**self.defaults, **param_group})
         pair_names(cast("AnyGroup", self.param_groups[-1]))
         forget_applied(self, self.param_groups[-1])
 

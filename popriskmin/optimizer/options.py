@@ -23,6 +23,7 @@ from popriskmin.mask import (
     PRMGroup,
     boundary_coefficient,
     check_function,
+    ever_pulls,
     found_mask,
     is_of_mean,
     mask_name,
@@ -54,6 +55,24 @@ def _warn_of_sam(rho: float) -> None:
         "decay rate of its variance. Give SAM groups of its own, or rename its key",
         UserWarning,
         stacklevel=7,
+    )
+
+
+def warn_of_no_pull(options: Mapping[str, object]) -> None:
+    """Warn of a shrinkage that does nothing, for the mask is 0 at so small a mean gradient."""
+    known = cast("Options", options)
+    if known["shrinkage"] and not ever_pulls(Hyperparameters.of_group(known)):
+        _warn_of_no_pull(known["shrinkage"], mask_name(known["mask"]), known["boundary"])
+
+
+@functools.cache
+def _warn_of_no_pull(shrinkage: float, mask: str, boundary: str) -> None:
+    warnings.warn(
+        f"shrinkage={shrinkage:g} never pulls: with boundary={boundary!r} the mask {mask!r} is 0 at so many standard "
+        "errors of the mean gradient. mask='none' pulls at every shrinkage, and so does 'snr' without debias; others "
+        "need a larger one, or boundary='empirical'",
+        UserWarning,
+        stacklevel=6,
     )
 
 

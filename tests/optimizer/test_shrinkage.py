@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from conftest import HOW
 from sklearn.linear_model import Lasso
 
 from popriskmin import PRM
+from popriskmin.optimizer.options import _warn_of_no_pull
 
 COUNTS = {"batch_size": 8, "n_dataset": 200}
 
@@ -255,3 +257,38 @@ def test_a_linear_model_ends_where_the_lasso_with_these_loadings_ends():
     assert 0 < (expected == 0).sum() < d
     np.testing.assert_allclose(w.detach().numpy()[0], expected, atol=1e-2)
     assert math.isclose(float((w == 0).sum()), float((expected == 0).sum()))
+
+
+@pytest.mark.parametrize(
+    ("options", "pulls"),
+    [
+        ({"mask": "soft"}, False),
+        ({"mask": "hard"}, False),
+        ({"mask": "threshold", "softness": 4.0, "n_dataset": 2000}, False),
+        ({"mask": "threshold", "softness": 4.0}, False),
+        ({"mask": "threshold", "softness": 1.0, "shrinkage": 2.0}, True),
+        ({"mask": "soft", "shrinkage": 5.0}, True),
+        ({"mask": "soft", "boundary": "empirical", "shrinkage": 1.5}, True),
+        ({"mask": "soft", "min_q": 0.1}, True),
+        ({"mask": "snr"}, True),
+        ({"mask": "snr", "debias": True}, False),
+        ({"mask": "snr", "debias": True, "n_dataset": 20}, True),
+        ({"mask": "none"}, True),
+    ],
+)
+def test_a_pull_that_never_comes_is_warned_of(options, pulls):
+    weight = torch.nn.Parameter(torch.ones(6, 7))
+    options = {"shrinkage": 1.0, **COUNTS, **options}
+    _warn_of_no_pull.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        optimizer = PRM([weight], lr=1e-2, weight_decay=0.0, **options)
+    assert [one.filename for one in said] == [__file__] * (not pulls)
+    assert not said or "never pulls" in str(said[0].message)
+    # Without gradients every motion after the first step is the pull's.
+    noise(optimizer, [weight], 300)
+    optimizer.state[weight]["exp_avg"].zero_()
+    weight.data.fill_(1.0)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert (weight != 1).any() == pulls
