@@ -132,11 +132,11 @@ def append(folder: Path, row: dict[str, Any]) -> None:
         file.write(("" if text.endswith("\n") or not text else "\n") + json.dumps(row, separators=(",", ":")) + "\n")
 
 
-def run(tables: list[str], probes: list[int], folder: Path, cache: Path) -> None:
+def run(tables: list[str], probes: list[int], arms_wanted: list[str], folder: Path, cache: Path) -> None:
     """Make what is missing."""
     done = {(row["table"], row["probes"], row["arm"]) for row in read(folder)}
     for table, number, arms in wanted(tables, probes):
-        missing = [arm for arm in arms if (table, number, arm) not in done]
+        missing = [arm for arm in arms if arm in arms_wanted and (table, number, arm) not in done]
         if not missing:
             continue
         try:
@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("action", choices=("run", "report", "shrinkage", "pack"))
     parser.add_argument("--tables", nargs="+", choices=list(SOURCES), default=list(SOURCES))
     parser.add_argument("--probes", nargs="+", type=int, default=list(PROBES))
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, REFERENCES], default=[*ARMS, REFERENCES])
     parser.add_argument("--out", type=Path, default=Path("docs/results/tables"), help="folder of the results")
     parser.add_argument("--cache", type=Path, default=Path("runs/tables"), help="folder for tables that are made")
     parser.add_argument("--page", type=Path, help="of report: a page that the tables go into")
@@ -182,7 +183,7 @@ def main() -> None:
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.action == "run":
-        run(args.tables, args.probes, args.out, args.cache)
+        run(args.tables, args.probes, args.arms, args.out, args.cache)
     elif args.action == "shrinkage":
         tables_shrinkage.write(read(args.out), args.out.parent / "shrinkage")
     elif args.action == "pack":
