@@ -107,19 +107,24 @@ def sharing_memory(tensors: list[Tensor]) -> set[int]:
     Each must then be stepped when the one before it has been written, or the last one written is all that remains.
     Views that lie between each other's elements count too.
     """
-    extents = []
+    extents: dict[torch.device, list[tuple[int, int, int]]] = {}
     for i, tensor in enumerate(tensors):
-        if tensor.numel() > 0 and tensor.layout == torch.strided and not tensor.is_meta:
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-            begin = tensor.data_ptr()
-            extents.append((tensor.device, begin, begin + (last + 1) * tensor.element_size(), i))
+        if tensor.layout == torch.strided and not tensor.is_meta:
+            size = tensor.numel() * tensor.element_size()
+            if size > 0 and not tensor.is_contiguous():
+                last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride()))
+                size = (last + 1) * tensor.element_size()
+            if size > 0:
+                begin = tensor.data_ptr()
+                extents.setdefault(tensor.device, []).append((begin, begin + size, i))
     sharing: set[int] = set()
-    reached: tuple[torch.device | None, int, int] = None, 0, 0  # a device, the farthest end on it, and whose it is
-    for device, begin, end, i in sorted(extents, key=lambda extent: (str(extent[0]), *extent[1:])):
-        if device == reached[0] and begin < reached[1]:
-            sharing |= {i, reached[2]}
-        if device != reached[0] or end > reached[1]:
-            reached = device, end, i
+    for on_device in extents.values():
+        farthest, whose = 0, 0
+        for begin, end, i in sorted(on_device):
+            if begin < farthest:
+                sharing |= {i, whose}
+            if end > farthest:
+                farthest, whose = end, i
     return sharing
 
 
