@@ -86,14 +86,16 @@ SEVENTH = [
     _shrunk("snr, shrinkage of both layers", "shrinkage of all", SHRINKAGES),
     _shrunk("snr, L1 of five strengths", "l1", STRENGTHS),
 ]
-ARMS = {arm.name: arm for group in (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH) for arm in group}
+EIGHTH = [dataclasses.replace(FIFTH[0], name="snr, shrinkage that holds zeros", holds=True)]
+GROUPS = (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH, EIGHTH)
+ARMS = {arm.name: arm for group in GROUPS for arm in group}
 REFERENCES = "references"
 PACKED = "runs.jsonl.gz"
 
 
 def wanted(tables: list[str], probes: list[int]) -> Iterator[tuple[str, int, list[str]]]:
     """Yield what is to be done in its order: the arms that matter most, on all tables, before the others."""
-    for group in (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH):
+    for group in GROUPS:
         arms = [*([REFERENCES] if group is THIRD else []), *(arm.name for arm in group)]
         for table in tables:
             for number in probes:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from popriskmin import PRM
 from popriskmin.compare.training.train import seed_everything
-from popriskmin.mask import Hyperparameters
+from popriskmin.mask import Hyperparameters, corrections, variance_of_mean
 from popriskmin.optimizer.mask_state import recompute
 from popriskmin.tasks.table import Table
 
@@ -45,6 +45,9 @@ class Arm:
         drawn to zero after a step; "shrinkage", PRM's; "shrinkage of all", PRM's on both layers.
     average
         Whether an exponential average of the weights over about 50 steps is what is measured.
+    holds
+        Whether a weight at zero leaves it only where its running mean is beyond the shrinkage in standard errors of
+        what that mean can see: `z * sqrt((c + k) * s^)`, with `k` the variance of the running mean.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Arm:
     follows: str | None = None
     axis: str = "decay"
     average: bool = False
+    holds: bool = False
 
     @property
     def grid(self) -> list[tuple[float, float]]:
@@ -191,10 +195,13 @@ def train(
         for (s, c), part in zip(networks, parts):
             for parameter, gradient in zip(part, gradients):
                 parameter.grad = gradient[s, c]
+        was_zero = weights[0] == 0 if arm.holds else None
         if factors is None:
             optimizer.step()
         else:
             _step_matched(optimizer, factors[number - 1].flatten().tolist())
+        if was_zero is not None:
+            hold(optimizer, was_zero.flatten(0, 1), number)
         if drawn is not None:
             draw(weights[0], drawn[:, None, None])
         if arm.average:
@@ -231,6 +238,20 @@ def grouped(arm: Arm, part: Sequence[nn.Parameter], rate: float, value: float) -
 def draw(weight: Tensor, by: Tensor) -> None:
     """Draw each weight to zero by so much, and no further."""
     weight.copy_(weight.sign() * (weight.abs() - by).clamp(min=0))
+
+
+@torch.no_grad()
+def hold(optimizer: torch.optim.Optimizer, was_zero: Tensor, step: int) -> None:
+    """Put weights of the first layers back to zero that have left it on no more than the noise of the running mean."""
+    for group, zero in zip(optimizer.param_groups[::2], was_zero):  # each network has two groups, see `grouped`
+        if group["shrinkage"]:
+            hyper = Hyperparameters.of_group(group)
+            c = corrections(step, hyper)
+            seen = hyper.mean_coefficient + variance_of_mean(hyper.beta1, step)
+            state = optimizer.state[group["params"][0]]
+            mean, noise = state["exp_avg"] / c.bias1, state["exp_avg_var"] / c.bias_var
+            held = zero & (mean.square() <= hyper.shrinkage**2 * seen * noise)
+            group["params"][0].masked_fill_(held, 0.0)
 
 
 def zeros(stack: Stack, first: Tensor) -> dict[str, Any]:
