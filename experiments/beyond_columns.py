@@ -1,7 +1,7 @@
 """Whether masks also help where the noise is in words, patches or tokens.
 
-    python experiments/beyond_columns.py --out docs/results/tables      # some minutes
-    on one core; resumes after a kill
+    # Some minutes on one core; resumes after a kill.
+    python experiments/beyond_columns.py --out docs/results/tables
 
 Three small problems with 400 training examples, in each of which few of the words,
 patches or tokens matter. Every arm is tuned over learning rates and decays and stopped

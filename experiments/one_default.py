@@ -14,7 +14,6 @@ those of `popriskmin compare`, in the same form: what a comparison has left in
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -22,17 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
+from task_runs import TaskRuns, make_parser, present, task_named
 
 from popriskmin.compare import Task
-from popriskmin.compare.loading import load_task_class, make_task
-from popriskmin.compare.report.run_summary import Choice, Run, choose, chosen_runs, read_run
+from popriskmin.compare.report.run_summary import Choice, Run, choose, chosen_runs
 from popriskmin.compare.report.statistics import FEWEST_SEEDS, LEVEL, difference
 from popriskmin.compare.training.arms import ADAMW, Arm, make_arms
-from popriskmin.compare.training.fingerprint import source_digest
-from popriskmin.compare.training.progress import Display
-from popriskmin.compare.training.runner import Job, make_jobs, make_runs
-from popriskmin.compare.training.store import Store, write_whole
+from popriskmin.compare.training.runner import Job, make_jobs
+from popriskmin.compare.training.store import write_whole
 
 SEEDS = range(5)
 RATES = (1e-3, 3e-3, 1e-2)
@@ -74,10 +70,10 @@ SOURCES = {
 WIDE = ("sparse", "breast cancer, 500 probes", "wine, 500 probes")
 
 
-def task_of(name: str) -> Task:
-    """Return a task of the study."""
-    source = SOURCES[name]
-    return make_task(load_task_class(source.task), dict(source.options))
+def runs_of(name: str) -> TaskRuns:
+    """Return all runs of a task."""
+    task = task_named(SOURCES[name].task, SOURCES[name].options)
+    return TaskRuns(name, task, jobs_of(task))
 
 
 def candidates() -> list[Arm]:
@@ -92,32 +88,6 @@ def jobs_of(task: Task) -> list[Job]:
     return list(dict.fromkeys([*tuned, *plain, *make_jobs(candidates(), RATES, [DECAY], SEEDS)]))
 
 
-def run(names: Sequence[str], folder: Path, jobs: int) -> None:
-    """Make the runs that are missing."""
-    for name in names:
-        task = task_of(name)
-        print(f"{name}:", flush=True)
-        with Display(Console(stderr=True)) as display:
-            make_runs(task, jobs_of(task), store_of(folder, name), jobs, "loky", display, source_digest(task), False)
-
-
-def store_of(folder: Path, name: str) -> Store:
-    """Return where a task's runs are."""
-    return Store(folder / name.replace(", ", "-").replace(" ", "-") / "runs")
-
-
-def read(name: str, folder: Path) -> list[Run] | None:
-    """Return the runs of a task; None where one is missing."""
-    task, store = task_of(name), store_of(folder, name)
-    source, runs = source_digest(task), []
-    for job in jobs_of(task):
-        records = store.read(job.settings(task, source))
-        if records is None:
-            return None
-        runs.append(read_run(job, records, task.metrics))
-    return runs
-
-
 def values_of(runs: Sequence[Run], arm: str, lr: float, decay: float, metric: str) -> dict[int, float]:
     """Return the final test metric by seed; NaN where a run has none, because it diverged."""
     found = {}
@@ -129,9 +99,9 @@ def values_of(runs: Sequence[Run], arm: str, lr: float, decay: float, metric: st
 
 def judge(name: str, runs: Sequence[Run]) -> dict[str, Any]:
     """Return the results of AdamW and of each candidate on a task, with statements."""
-    task = task_of(name)
-    metric, direction = next(iter(task.metrics.items()))
-    tuned_at, _ = choose([one for one in runs if one.job.arm == ADAMW], "final", task.metrics)
+    metrics = runs_of(name).task.metrics
+    metric, direction = next(iter(metrics.items()))
+    tuned_at, _ = choose([one for one in runs if one.job.arm == ADAMW], "final", metrics)
     if tuned_at is None:
         raise SystemExit(f"{name}: AdamW diverged at every configuration")
     plain = values_of(runs, ADAMW.name, ADAMW_RATE, DECAY, metric)
@@ -192,13 +162,7 @@ def rank(found: Mapping[str, Any]) -> tuple[int, int]:
 
 def report(folder: Path, out: Path) -> None:
     """Write `results.json` for the tasks whose runs are all there, and print the tables."""
-    judged = []
-    for name in SOURCES:
-        runs = read(name, folder)
-        if runs is None:
-            print(f"{name}: runs are missing, so it is left out")
-        else:
-            judged.append(judge(name, runs))
+    judged = [judge(name, runs) for name, runs in present(map(runs_of, SOURCES), folder)]
     halves = {half: [one for one in judged if one["chosen on"] == half] for half in (True, False)}
     names = [f"{arm.name} at {lr:g}" for arm in candidates() for lr in RATES]
     scores = {name: {"chosen on": score(halves[True], name), "tested on": score(halves[False], name)} for name in names}
@@ -244,15 +208,10 @@ def task_table(judged: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
 
 def main() -> None:
     """Run what is missing, or report what is there."""
-    parser = argparse.ArgumentParser(description="Which PRM a newcomer should start from.")
-    parser.add_argument("action", choices=("run", "report"))
-    parser.add_argument("--tasks", nargs="+", choices=list(SOURCES), default=list(SOURCES), metavar="TASK")
-    parser.add_argument("--runs", type=Path, default=Path("runs/default"), help="folder of the runs")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/default"), help="folder of the results")
-    args = parser.parse_args()
+    args = make_parser("Which PRM a newcomer should start from.", list(SOURCES), "default").parse_args()
     if args.action == "run":
-        run(args.tasks, args.runs, args.jobs)
+        for name in args.tasks:
+            runs_of(name).make(args.runs, args.jobs)
     else:
         report(args.runs, args.out)
 

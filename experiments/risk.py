@@ -1,8 +1,8 @@
 """Compare the risk estimate with the held-out loss, on eight runs, for AdamW and PRM.
 
-    python experiments/risk.py --out docs/results/risk           # about half an hour on
-    one core; resumes after a kill python experiments/risk.py --runs digits diabetes
-    --seeds 1
+    # About half an hour on one core; resumes after a kill.
+    python experiments/risk.py --out docs/results/risk
+    python experiments/risk.py --runs digits diabetes --seeds 1
 
 Each run is cut into windows. For each, the fall of the held-out loss is measured, and
 the monitor's samples say what fall they expect, from the training gradients alone. The

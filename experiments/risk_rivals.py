@@ -1,8 +1,8 @@
 """Compare rules that stop a training, with equal numbers of held-out examples.
 
-    python experiments/risk_rivals.py --out docs/results/risk      # ten minutes or so
-    on one core; resumes after a kill python experiments/risk_rivals.py --trainings
-    moons* --seeds 1
+    # About ten minutes on one core; resumes after a kill.
+    python experiments/risk_rivals.py --out docs/results/risk
+    python experiments/risk_rivals.py --trainings 'moons*' --seeds 1
 
 Each training is observed once, with the loss of every held-out example at 81 points and
 the monitor attached. All rules are then replayed on the same points, each time with 20

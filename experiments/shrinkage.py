@@ -12,7 +12,6 @@ shows that the method repeats, not that the numbers were foreseen.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -20,16 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
+from task_runs import TaskRuns, make_parser, present, task_named
 
-from popriskmin.compare import Task
-from popriskmin.compare.loading import load_task_class, make_task
-from popriskmin.compare.report.run_summary import Run, choose, chosen_runs, read_run
+from popriskmin.compare.report.run_summary import Run, choose, chosen_runs
 from popriskmin.compare.training.arms import Arm
-from popriskmin.compare.training.fingerprint import source_digest
-from popriskmin.compare.training.progress import Display
-from popriskmin.compare.training.runner import Job, make_jobs, make_runs
-from popriskmin.compare.training.store import Store, write_whole
+from popriskmin.compare.training.runner import make_jobs
+from popriskmin.compare.training.store import write_whole
 
 SEEDS = range(3)
 DECAY = 0.01  # AdamW's in torch
@@ -75,40 +70,10 @@ SOURCES = {
 }
 
 
-def task_of(name: str) -> Task:
-    """Return a task of the study."""
-    return make_task(load_task_class(name), dict(SOURCES[name].options))
-
-
-def jobs_of(name: str) -> list[Job]:
+def runs_of(name: str) -> TaskRuns:
     """Return all runs of a task."""
-    return make_jobs(list(SOURCES[name].arms), SOURCES[name].rates, [DECAY], SEEDS)
-
-
-def run(names: Sequence[str], folder: Path, jobs: int) -> None:
-    """Make the runs that are missing."""
-    for name in names:
-        task = task_of(name)
-        print(f"{name}: {len(jobs_of(name))} runs", flush=True)
-        with Display(Console(stderr=True)) as display:
-            make_runs(task, jobs_of(name), store_of(folder, name), jobs, "loky", display, source_digest(task), False)
-
-
-def store_of(folder: Path, name: str) -> Store:
-    """Return where a task's runs are."""
-    return Store(folder / name / "runs")
-
-
-def read(name: str, folder: Path) -> list[Run] | None:
-    """Return the runs of a task; None where one is missing."""
-    task, store = task_of(name), store_of(folder, name)
-    source, runs = source_digest(task), []
-    for job in jobs_of(name):
-        records = store.read(job.settings(task, source))
-        if records is None:
-            return None
-        runs.append(read_run(job, records, task.metrics))
-    return runs
+    source = SOURCES[name]
+    return TaskRuns(name, task_named(name, source.options), make_jobs(list(source.arms), source.rates, [DECAY], SEEDS))
 
 
 def committed(name: str, metric: str, results: Path) -> dict[str, Any]:
@@ -130,13 +95,13 @@ def committed(name: str, metric: str, results: Path) -> dict[str, Any]:
 
 def judge(name: str, runs: Sequence[Run], results: Path) -> dict[str, Any]:
     """Return what each arm reached, by selection; None where it diverged at every rate."""
-    task = task_of(name)
-    metric, direction = next(iter(task.metrics.items()))
+    metrics = runs_of(name).task.metrics
+    metric, direction = next(iter(metrics.items()))
     arms = committed(name, metric, results)
     for arm in SOURCES[name].arms:
         arms[arm.name] = {}
         for selection in SELECTIONS:
-            chosen, _ = choose([one for one in runs if one.job.arm == arm], selection, task.metrics)
+            chosen, _ = choose([one for one in runs if one.job.arm == arm], selection, metrics)
             if chosen is None:
                 arms[arm.name][selection] = None
                 continue
@@ -149,13 +114,7 @@ def judge(name: str, runs: Sequence[Run], results: Path) -> dict[str, Any]:
 
 def report(folder: Path, out: Path, results: Path) -> None:
     """Write `results.json` for the tasks whose runs are all there, and print a table."""
-    found = []
-    for name in SOURCES:
-        runs = read(name, folder)
-        if runs is None:
-            print(f"{name}: runs are missing, so it is left out")
-        else:
-            found.append(judge(name, runs, results))
+    found = [judge(name, runs, results) for name, runs in present(map(runs_of, SOURCES), folder)]
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "results.json", json.dumps({"seeds": len(SEEDS), "tasks": found}, indent=1) + "\n")
     print("\n".join(table(found)))
@@ -182,16 +141,12 @@ def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def main() -> None:
     """Run what is missing, or report what is there."""
-    parser = argparse.ArgumentParser(description="Shrinkage on problems that are no tables.")
-    parser.add_argument("action", choices=("run", "report"))
-    parser.add_argument("--tasks", nargs="+", choices=list(SOURCES), default=list(SOURCES), metavar="TASK")
-    parser.add_argument("--runs", type=Path, default=Path("runs/shrinkage"), help="folder of the runs")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/shrinkage"), help="folder of the results")
+    parser = make_parser("Shrinkage on problems that are no tables.", list(SOURCES), "shrinkage")
     parser.add_argument("--committed", type=Path, default=Path("docs/results"), help="folder of the other results")
     args = parser.parse_args()
     if args.action == "run":
-        run(args.tasks, args.runs, args.jobs)
+        for name in args.tasks:
+            runs_of(name).make(args.runs, args.jobs)
     else:
         report(args.runs, args.out, args.committed)
 

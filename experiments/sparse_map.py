@@ -3,9 +3,10 @@
 The map has three axes: the share of informative inputs, the noise, and the examples per
 input.
 
-    python experiments/sparse_map.py                # some minutes on one core; resumes
-    after a kill python experiments/sparse_map.py --default      # the task as it is by
-    default, linear and a network
+    # Some minutes on one core; resumes after a kill.
+    python experiments/sparse_map.py
+    # The task as it is by default, linear and a network.
+    python experiments/sparse_map.py --default
 
 Linear models of the task `sparse` with 200 inputs, each arm tuned and stopped on
 validation data. The networks of a point's whole grid and seeds are trained side by

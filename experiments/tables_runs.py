@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from popriskmin import PRM
+from popriskmin.compare.training.drivers import step_matched
 from popriskmin.compare.training.train import seed_everything
 from popriskmin.mask import Hyperparameters, corrections, variance_of_mean
 from popriskmin.optimizer.mask_state import recompute
@@ -199,7 +200,7 @@ def train(
         if factors is None:
             optimizer.step()
         else:
-            _step_matched(optimizer, factors[number - 1].flatten().tolist())
+            step_matched(optimizer, factors[number - 1].flatten().tolist())
         if was_zero is not None:
             hold(optimizer, was_zero.flatten(0, 1), number)
         if drawn is not None:
@@ -269,18 +270,6 @@ def zeros(stack: Stack, first: Tensor) -> dict[str, Any]:
         probes.append(whole[:, columns - stack.probes :].float().mean(1))
     found = {"weights": weights, "columns": real} | ({"columns that say nothing": probes} if stack.probes else {})
     return {name: _rounded(torch.stack(shares).mean(0)) for name, shares in found.items()}
-
-
-def _step_matched(optimizer: torch.optim.Optimizer, factors: Sequence[float]) -> None:
-    """Take a step of AdamW, each network's multiplied by its factor, with the decay as it is."""
-    given = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    for group, (lr, decay), factor in zip(optimizer.param_groups, given, factors):
-        with torch.no_grad():
-            torch._foreach_mul_(group["params"], 1 - lr * decay)
-        group["weight_decay"], group["lr"] = 0.0, lr * factor
-    optimizer.step()
-    for group, (lr, decay) in zip(optimizer.param_groups, given):
-        group["lr"], group["weight_decay"] = lr, decay
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Measure the error of the sources of the gradient's variance, and their cost.
 
-    python experiments/variance.py                       # all tables of
-    docs/variance.md python experiments/variance.py --only cost --repeats 41
+    python experiments/variance.py                       # all tables of docs/variance.md
+    python experiments/variance.py --only cost --repeats 41
 
 The truth is known in the first table, where gradients are drawn, and measured in the
 second, from the gradients of single examples of the same batches. Costs are medians of

@@ -23,8 +23,8 @@ def study(monkeypatch):
     monkeypatch.setattr(one_default, "MASKS", [{"mask": "soft"}])
     monkeypatch.setattr(one_default, "RATES", (1e-2,))
     for name in small:
-        monkeypatch.setattr(type(one_default.task_of(name)), "learning_rates", (1e-3, 1e-2))
-        monkeypatch.setattr(type(one_default.task_of(name)), "weight_decays", (0.01,))
+        monkeypatch.setattr(type(one_default.runs_of(name).task), "learning_rates", (1e-3, 1e-2))
+        monkeypatch.setattr(type(one_default.runs_of(name).task), "weight_decays", (0.01,))
     return one_default
 
 
@@ -49,7 +49,7 @@ def test_runs_are_made_once_and_reported_by_halves(study, monkeypatch, tmp_path,
         assert one["adamw tuned"]["lr"] in (1e-3, 1e-2)
         for name in found["scores"]:
             assert f"{np.mean(one['candidates'][name]['values']):.3f}" in said
-    store = study.read("flow", runs)
+    store = study.runs_of("flow").read(runs)
     metric = "loss"
     mine = study.values_of(store, "prm", 1e-2, 0.01, metric)
     flow = next(one for one in found["tasks"] if one["task"] == "flow")
