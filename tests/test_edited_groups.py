@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from steps import noisy_steps as step
 
 from popriskmin import PRM, Masked, RiskMonitor, diagnose
 
@@ -15,14 +16,6 @@ BUILDS = {
 
 def parameter(*shape):
     return torch.nn.Parameter(torch.ones(shape or (3,)))
-
-
-def step(optimizer, times=1):
-    for _ in range(times):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = torch.randn_like(p)
-        optimizer.step()
 
 
 def sizes(optimizer):

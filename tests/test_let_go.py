@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from simulated import Rows, mean_loss
+from steps import noisy_steps as step
 
 from popriskmin import PRM, Masked, RiskMonitor, SoftnessController, diagnose
 from popriskmin.variance import Examples, Microbatches
@@ -27,14 +28,6 @@ BUILDS = {
 
 def parameter():
     return torch.nn.Parameter(torch.ones(5, 5))
-
-
-def step(optimizer, times=1):
-    for _ in range(times):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = torch.randn_like(p)
-        optimizer.step()
 
 
 def refs_of(optimizer, p):

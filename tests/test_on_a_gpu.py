@@ -1,7 +1,6 @@
 """The library on a CUDA device, where there is one: what a user's loop meets beyond the kernel's own tests."""
 
 import copy
-import io
 import os
 import re
 import subprocess
@@ -9,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from steps import through_a_file
 from torch import nn
 
 from popriskmin import PRM, Examples, Microbatches, RiskMonitor, SoftnessController, coherence, diagnose
@@ -185,10 +185,8 @@ def test_checkpoints_move_between_devices(before, after, start, end):
     first = network(start)
     optimizer = PRM(first.parameters(), lr=1e-2, **before)
     train(first, optimizer, [(x.to(start), y.to(start)) for x, y in data[:6]])
-    file = io.BytesIO()
-    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    file.seek(0)
-    loaded = torch.load(file, map_location=end, weights_only=True)
+    saved = {"model": first.state_dict(), "optimizer": optimizer.state_dict()}
+    loaded = through_a_file(saved, map_location=end)
     second = network(end)
     resumed = PRM(second.parameters(), lr=1e-2, **after)
     second.load_state_dict(loaded["model"])

@@ -1,7 +1,6 @@
 """The controller: it reaches its target where there is signal, follows no noise, and resumes bit for bit."""
 
 import copy
-import io
 import itertools
 import math
 
@@ -10,6 +9,7 @@ import torch
 from conftest import HOW
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steps import through_a_file
 from torch import nn
 
 from popriskmin import PRM
@@ -211,14 +211,11 @@ def test_resuming_is_bit_for_bit_the_uninterrupted_run(at):
     generator = torch.Generator().manual_seed(0)
     whole, controller = make()
     steps(whole, generator, at)
-    file = io.BytesIO()
     weights = [p.detach().clone() for p in whole.param_groups[0]["params"]]
-    torch.save({"optimizer": whole.state_dict(), "controller": controller.state_dict()}, file)
+    saved = through_a_file({"optimizer": whole.state_dict(), "controller": controller.state_dict()})
     drawn = generator.get_state()
     steps(whole, generator, 60)
 
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
     resumed, second = make()
     with torch.no_grad():
         for p, value in zip(resumed.param_groups[0]["params"], weights):

@@ -1,10 +1,10 @@
 import copy
-import io
 
 import pytest
 import torch
 from conftest import HOW
 from own_masks import twice
+from steps import through_a_file
 from torch import nn
 
 from popriskmin import PRM, Masked, diagnose
@@ -133,10 +133,7 @@ def test_a_checkpoint_holds_its_path(wrap):
     own = params()
     optimizer = made(own, twice)
     run(optimizer, own)
-    file = io.BytesIO()
-    torch.save([optimizer.state_dict(), [p.detach() for p in own]], file)
-    file.seek(0)
-    saved, weights = torch.load(file, weights_only=True)
+    saved, weights = through_a_file([optimizer.state_dict(), [p.detach() for p in own]])
     key = "mask_mask" if wrap == "masked around a mask" else "mask"
     assert saved["param_groups"][0][key] == PATH
     again = [nn.Parameter(w.clone()) for w in weights]

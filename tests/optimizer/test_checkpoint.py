@@ -1,13 +1,13 @@
 """Saving and loading: bit for bit, across dtypes and implementations, and from AdamW."""
 
 import copy
-import io
 
 import pytest
 import torch
 from conftest import HOW, TORCH
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steps import through_a_file
 from strategies import made_up_variances, options
 
 from popriskmin import PRM
@@ -31,14 +31,6 @@ def run(params, optimizer, steps, seed):
             variances = made_up_variances([p.grad.double() for p in params])
             optimizer.set_variances({p: torch.tensor(z) for p, z in zip(params, variances)})
         optimizer.step()
-
-
-def through_a_file(state_dict):
-    """Save and load as a checkpoint on disk would, with nothing but tensors and plain values allowed."""
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @settings(max_examples=60)

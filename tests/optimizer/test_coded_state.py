@@ -1,13 +1,13 @@
 """`state_dtype="8bit"`: it trains as float32's state does, resumes bit for bit, and everything reads it."""
 
 import copy
-import io
 import pickle
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steps import through_a_file
 from strategies import made_up_variances, options
 
 from popriskmin import PRM, diagnose
@@ -35,14 +35,6 @@ def run(params, optimizer, steps, seed=1):
             given_variances = made_up_variances([p.grad.double() for p in params])
             optimizer.set_variances({p: torch.tensor(z) for p, z in zip(params, given_variances)})
         optimizer.step()
-
-
-def through_a_file(state_dict):
-    """Save and load with nothing but tensors and plain values allowed."""
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @settings(max_examples=6)

@@ -1,5 +1,4 @@
 import copy
-import io
 import pickle
 
 import pytest
@@ -8,6 +7,7 @@ from conftest import TORCH
 from frameworks import framework
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steps import through_a_file
 from strategies import options
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -244,11 +244,8 @@ def test_a_checkpoint_goes_on_as_if_nothing_had_been(name):
     w = nn.Parameter(params(torch.float32)[0].detach().clone())
     masked = Masked(OPTIMIZERS[name]([w]), softness=0.5)
     run(w, masked, range(3))
-    file = io.BytesIO()
-    torch.save({"w": w.detach(), "optimizer": masked.state_dict()}, file)
+    saved = through_a_file({"w": w.detach(), "optimizer": masked.state_dict()})
     run(w, masked, range(3, 6))
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
     again = nn.Parameter(saved["w"].clone())
     other = Masked(OPTIMIZERS[name]([again]), softness=3.0)
     other.load_state_dict(saved["optimizer"])

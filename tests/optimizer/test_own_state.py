@@ -1,10 +1,10 @@
 """State is not the optimizer's alone: users keep notes and norms in it, before the first step and after it."""
 
 import copy
-import io
 
 import pytest
 import torch
+from steps import through_a_file
 
 from popriskmin import PRM, Masked, RiskMonitor, SoftnessController, diagnose
 from popriskmin.integrations import log
@@ -78,11 +78,8 @@ def test_checkpoints_take_notes_along_as_those_of_adamw(build):
     for p in own:
         note(optimizer, p)
     optimizer.state["of the whole"] = 5
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
     fresh_params, fresh = made(build)
-    fresh.load_state_dict(torch.load(file, weights_only=True))
+    fresh.load_state_dict(through_a_file(optimizer.state_dict()))
     for p in fresh_params[: len(own)]:
         if build != "Masked":  # the inner optimizer's loading makes a generator of a text
             assert fresh.state[p]["note"] == "mine"

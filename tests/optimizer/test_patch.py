@@ -1,7 +1,6 @@
 """Fine-tunings as patches: bit for bit, whatever the types and however sharded; refused elsewhere; several at once."""
 
 import copy
-import io
 import math
 import re
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from conftest import SHARDS
 from ranks import run_ranks
+from steps import through_a_file
 from torch import nn
 
 from popriskmin import PRM, Masked, apply_patch, param_groups, patch, patch_size
@@ -65,10 +65,7 @@ def test_it_restores_the_tuned_model_and_holds_what_changed_alone(dtype):
 
 def test_it_is_saved_by_torch_and_by_safetensors(tmp_path):
     model, optimizer = tuned()
-    file = io.BytesIO()
-    torch.save(patch(optimizer), file)
-    file.seek(0)
-    loaded = [torch.load(file, weights_only=True)]
+    loaded = [through_a_file(patch(optimizer))]
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file(patch(optimizer), tmp_path / "patch.safetensors")
     loaded.append(safetensors.load_file(tmp_path / "patch.safetensors"))

@@ -1,6 +1,5 @@
 """Shrinkage as an option of the optimizer: exact zeros, untouched weights, checkpoints, and the Lasso."""
 
-import io
 import math
 import warnings
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from conftest import HOW
 from sklearn.linear_model import Lasso
+from steps import through_a_file
 
 from popriskmin import PRM
 from popriskmin.optimizer.options import _warn_of_no_pull
@@ -68,10 +68,7 @@ def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(how):
 
     p, optimizer = made()
     noise(optimizer, [p], 10)
-    file = io.BytesIO()
-    torch.save({"p": p.detach(), "state": optimizer.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
+    saved = through_a_file({"p": p.detach(), "state": optimizer.state_dict()})
     q, other = made()
     with torch.no_grad():
         q.copy_(saved["p"])

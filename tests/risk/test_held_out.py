@@ -1,7 +1,6 @@
 """Held-out examples: the judgement example by example, the best point, and what is refused."""
 
 import copy
-import io
 import itertools
 import math
 import statistics
@@ -10,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from steps import through_a_file
 from torch import nn
 
 from popriskmin.risk import samples
@@ -213,12 +213,9 @@ def test_going_on_from_a_checkpoint():
         whole = HeldOut(lambda: next(rows), 0.7, every=1, model=model)  # noqa: B023
         for step in range(at):
             whole.look(step)
-        file = io.BytesIO()
-        torch.save(whole.state_dict(), file)
-        file.seek(0)
         rest = iter(table[at:])
         resumed = HeldOut(lambda: next(rest), 0.7, every=5, model=model)  # noqa: B023
-        resumed.load_state_dict(torch.load(file, weights_only=True))
+        resumed.load_state_dict(through_a_file(whole.state_dict()))
         for step in range(at, 20):
             whole.look(step)
             resumed.look(step)

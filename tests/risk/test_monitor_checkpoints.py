@@ -1,20 +1,16 @@
 """The risk monitor goes on from a checkpoint as if nothing had been."""
 
-import io
-
 import pytest
 import torch
 from monitored import BUILDS, Line, Memorizer
+from steps import through_a_file
 
 from popriskmin import PRM
 from popriskmin.risk.monitor import FIELDS, check_state
 
 
 def saved_and_loaded(parts):
-    file = io.BytesIO()
-    torch.save([part.state_dict() for part in parts], file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+    return through_a_file([part.state_dict() for part in parts])
 
 
 @pytest.mark.parametrize("at", [29, 30])  # between the two steps of a sample, and not
