@@ -3,14 +3,13 @@
 Each is held against one process that sees the whole batch.
 """
 
-import subprocess
-import sys
+import os
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import SHARDS
-from ranks import run_ranks
+from ranks import run_ranks, torchrun
 from torch import nn
 
 from popriskmin import PRM, RiskMonitor
@@ -225,60 +224,46 @@ def test_four_ranks_do_what_one_process_does_and_fewer_go_on_from_there(tmp_path
     run_ranks(tmp_path / "async", 1, load_and_go_on, tmp_path / "async")
 
 
-SCRIPT = """
-import os, sys
-import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
-from popriskmin import PRM
+def train_and_save_every_step(folder, fatal_step):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+    from torch.distributed.fsdp import fully_shard
 
-folder, fatal_step = sys.argv[1], int(sys.argv[2])
-torch.set_num_threads(1)
-# The agent's store outlives a restart, and gloo would find the addresses of dead processes in it.
-store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-store = dist.PrefixStore("attempt " + os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
-fully_shard(model)
-optimizer = PRM(model.named_parameters(), lr=0.03, debias=True, reduction="per_tensor")
-x = torch.randn(8, 2, 5, 6, generator=torch.Generator().manual_seed(1))
-first = 0
-while os.path.exists(f"{folder}/{first}/.metadata"):
-    first += 1
-if first > 0:
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
-    dcp.load(state, checkpoint_id=f"{folder}/{first - 1}")
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-for step in range(first, 8):
-    if step == fatal_step and rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), 9)
-    optimizer.zero_grad()
-    model(x[step, rank]).square().mean().backward()
-    optimizer.step()
-    dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=f"{folder}/{step}")
-weights = [p.full_tensor() for p in model.parameters()]
-if rank == 0:
-    torch.save({"weights": weights, "started at": first}, f"{folder}/end.pt")
-dist.barrier()
-os._exit(0)
-"""
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    # The agent's store outlives a restart, and gloo would find the addresses of dead processes in it.
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", store=dist.PrefixStore(attempt, store), rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    fully_shard(model)
+    optimizer = PRM(model.named_parameters(), lr=0.03, debias=True, reduction="per_tensor")
+    x = torch.randn(8, 2, 5, 6, generator=torch.Generator().manual_seed(1))
+    first = 0
+    while (folder / f"{first}/.metadata").exists():
+        first += 1
+    if first > 0:
+        state = parts(model, optimizer)
+        dcp.load(state, checkpoint_id=folder / str(first - 1))
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    for step in range(first, 8):
+        if step == fatal_step and rank == 1 and attempt == "0":
+            os.kill(os.getpid(), 9)
+        optimizer.zero_grad()
+        model(x[step, rank]).square().mean().backward()
+        optimizer.step()
+        dcp.save(parts(model, optimizer), checkpoint_id=folder / str(step))
+    weights = whole(model)
+    if rank == 0:
+        torch.save({"weights": weights, "started at": first}, folder / "end.pt")
+    dist.barrier()
 
 
 def test_a_killed_rank_that_torchrun_starts_again_ends_with_the_undisturbed_weights(tmp_path):
-    (tmp_path / "train.py").write_text(SCRIPT)
     ends = []
-    for name, fatal_step in (("undisturbed", 99), ("killed", 5)):
+    for name, fatal_step in (("undisturbed", None), ("killed", 5)):
         (tmp_path / name).mkdir()
-        command = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", tmp_path / "train.py", tmp_path / name]
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", *map(str, command), str(fatal_step)],
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+        torchrun(train_and_save_every_step, tmp_path / name, fatal_step, restarts=1)
         ends.append(torch.load(tmp_path / name / "end.pt", weights_only=True))
     assert [end["started at"] for end in ends] == [0, 5]
     for a, b in zip(ends[0]["weights"], ends[1]["weights"], strict=True):

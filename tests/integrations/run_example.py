@@ -1,8 +1,6 @@
-"""Run an example as a user would, and keep the weights it ends with.
+"""Run an example as a user would, and keep the weights it ends with."""
 
-python run_example.py WEIGHTS STEP EXAMPLE [ARGUMENT ...]: killed after so many steps of its optimizer, 0 for never.
-"""
-
+import contextlib
 import os
 import runpy
 import signal
@@ -15,7 +13,10 @@ from popriskmin import PRM
 
 
 def run(weights, after, path, *arguments):
-    """Run it and save what its PRM trained; under torchrun each rank saves its part, in a file with its number."""
+    """Run it and save what its PRM trained; under torchrun each rank saves its part, in a file with its number.
+
+    It is killed after so many steps of its optimizer, 0 for never.
+    """
     seen = []
 
     def watch(optimizer, args, kwargs):
@@ -37,9 +38,7 @@ def run(weights, after, path, *arguments):
     return len(seen)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
-    if "RANK" in os.environ:
-        sys.stdout.flush()
-        os._exit(0)  # gloo's threads can abort while the interpreter shuts down, a matter of torch's
+def run_rank(weights, after, path, *arguments):
+    """Run it on a rank of torchrun's, and keep what it says."""
+    with open(f"{weights}.{os.environ['RANK']}.txt", "w") as file, contextlib.redirect_stdout(file):
+        run(weights, after, path, *arguments)

@@ -1,7 +1,6 @@
-"""A small regression in Lightning, the same from the same seed; also a script that is killed in the middle.
+"""A small regression in Lightning, the same from the same seed; also one that is killed in the middle.
 
-python small_lightning.py FOLDER STEP: train into the folder until after STEP steps, and then be killed.
-python small_lightning.py FOLDER ranks: train on two ranks, with and without accumulation, and write down the ends.
+python small_lightning.py FOLDER: train on two ranks, with and without accumulation, and write down the ends.
 """
 
 import os
@@ -96,11 +95,14 @@ def on_two_ranks(folder):
     os._exit(0)  # gloo's threads can abort while the interpreter shuts down, a matter of torch's
 
 
+def train_until_killed(folder, after):
+    """Train into the folder until after so many steps, and then be killed."""
+    pl.seed_everything(3)
+    doomed = trainer(folder, PRMCallback(every_step), Killed(after))
+    doomed.fit(Regression(), loader())
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     pl.seed_everything(3)
-    folder = pathlib.Path(sys.argv[1])
-    if sys.argv[2] == "ranks":
-        on_two_ranks(folder)
-    doomed = trainer(folder, PRMCallback(every_step), Killed(int(sys.argv[2])))
-    doomed.fit(Regression(), loader())
+    on_two_ranks(pathlib.Path(sys.argv[1]))

@@ -1,12 +1,6 @@
-"""Trainer and Accelerate on the ranks that torchrun starts; each rank writes down what it ended with.
-
-small_ranks.py FOLDER [STEP]: without a step both, with and without accumulation. With one the Trainer alone, of which
-rank 1 is killed after so many steps; torchrun starts all ranks again, and they go on from the last checkpoint.
-"""
+"""Trainer and Accelerate on the ranks that torchrun starts; each rank writes down what it ended with."""
 
 import os
-import pathlib
-import sys
 
 import torch
 import torch.distributed as dist
@@ -40,21 +34,19 @@ def all_there_is(folder):
     }
 
 
-def main():
-    torch.set_num_threads(1)
+def run(folder, fatal_step=None):
+    """Write down what this rank ends with.
+
+    Without a step that is both, with and without accumulation. With one it is the Trainer alone, of which rank 1 is
+    killed after so many steps; torchrun starts all ranks again, and they go on from the last checkpoint.
+    """
     join()
-    folder, rank = pathlib.Path(sys.argv[1]), dist.get_rank()
-    if len(sys.argv) > 2:
-        again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
-        doomed = [] if again or rank != 1 else [Killed(int(sys.argv[2]))]
-        ended = {"trainer 1": train(folder / "trainer 1", 1, callbacks=doomed, resume=again or None)}
-        ended["attempt"] = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    else:
+    rank, attempt = dist.get_rank(), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if fatal_step is None:
         ended = all_there_is(folder)
+    else:
+        doomed = [Killed(fatal_step)] if rank == 1 and attempt == 0 else []
+        ended = {"trainer 1": train(folder / "trainer 1", 1, callbacks=doomed, resume=attempt > 0 or None)}
+        ended["attempt"] = attempt
     torch.save(ended, folder / f"{rank}.pt")
     dist.barrier()
-    os._exit(0)  # gloo's threads can abort while the interpreter shuts down, a matter of torch's
-
-
-if __name__ == "__main__":
-    main()

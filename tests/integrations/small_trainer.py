@@ -1,12 +1,7 @@
-"""A small language model in a Trainer, the same from the same seed; also a script that is killed in the middle.
-
-python small_trainer.py FOLDER STEP: train into the folder until after STEP steps, and then be killed.
-"""
+"""A small language model in a Trainer, the same from the same seed; also one that is killed in the middle."""
 
 import os
-import pathlib
 import signal
-import sys
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -66,8 +61,8 @@ class Killed(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    doomed = trainer(pathlib.Path(sys.argv[1]), [Killed(int(sys.argv[2]))])
+def train_until_killed(folder, after):
+    """Train into the folder until after so many steps, and then be killed."""
+    doomed = trainer(folder, [Killed(after)])
     doomed.add_callback(PRMCallback(doomed, monitor=every_step))
     doomed.train()

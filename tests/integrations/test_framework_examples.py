@@ -1,18 +1,20 @@
 """Each framework's example keeps its promise: it trains, logs the statistics, and goes on where it was killed."""
 
 import pathlib
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 from conftest import TORCH
 from frameworks import framework
-from integrations.run_example import run
+from integrations.run_example import run, run_rank
+from ranks import exit_code, import_first, torchrun
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 ROOT = pathlib.Path(__file__).parents[2]
-SCRIPT = pathlib.Path(__file__).parent / "run_example.py"
+
+import_first("torch.utils.tensorboard", "sklearn.datasets", "transformers.trainer", "accelerate", "lightning.pytorch")
+import_first("trl", "peft", "datasets")
 
 
 @dataclass
@@ -83,9 +85,8 @@ def test_killed_and_started_again_it_ends_with_the_weights_of_the_undisturbed_ru
     needs(name)
     example = EXAMPLES[name]
     assert run(tmp_path / "whole.pt", 0, *arguments(name, tmp_path / "whole")) == example.steps
-    command = [sys.executable, SCRIPT, tmp_path / "killed.pt", str(example.killed), *arguments(name, tmp_path / "run")]
-    killed = subprocess.run(command, capture_output=True, text=True)
-    assert killed.returncode == -9, killed.stderr
+    killed = exit_code(run, tmp_path / "killed.pt", example.killed, *arguments(name, tmp_path / "run"))
+    assert killed == -9
     left = run(tmp_path / "resumed.pt", 0, *arguments(name, tmp_path / "run"))
     assert left == example.steps - example.killed + example.lost
     assert_same(weights(tmp_path / "resumed.pt"), weights(tmp_path / "whole.pt"))
@@ -96,24 +97,15 @@ def test_killed_and_started_again_it_ends_with_the_weights_of_the_undisturbed_ru
     assert capsys.readouterr().out.strip()
 
 
-def torchrun(*command, ranks):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run([*launch, *command], capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
-
-
 def test_sharded_over_two_ranks(tmp_path):
     name = "with_fsdp2.py"
     needs(name)
     example = EXAMPLES[name]
-    code, out, error = torchrun(SCRIPT, tmp_path / "whole.pt", "0", *arguments(name, tmp_path / "whole"), ranks=2)
-    assert code == 0, error
-    assert "test accuracy" in out
-    killed = torchrun(SCRIPT, tmp_path / "killed.pt", str(example.killed), *arguments(name, tmp_path / "run"), ranks=2)
-    assert killed[0] != 0
-    assert "Signal 9" in killed[2] or "SIGKILL" in killed[2], killed[2]
-    code, _, error = torchrun(SCRIPT, tmp_path / "resumed.pt", "0", *arguments(name, tmp_path / "run"), ranks=2)
-    assert code == 0, error
+    torchrun(run_rank, tmp_path / "whole.pt", 0, *arguments(name, tmp_path / "whole"))
+    assert "test accuracy" in (tmp_path / "whole.pt.0.txt").read_text()
+    with pytest.raises(ChildFailedError, match="Signal 9|SIGKILL"):
+        torchrun(run_rank, tmp_path / "killed.pt", example.killed, *arguments(name, tmp_path / "run"))
+    torchrun(run_rank, tmp_path / "resumed.pt", 0, *arguments(name, tmp_path / "run"))
     assert_same(weights(tmp_path / "resumed.pt", 2), weights(tmp_path / "whole.pt", 2))
     undisturbed = logged(tmp_path / "whole", "")
     assert sorted(undisturbed) == [1, 2, 3, 4]

@@ -10,16 +10,19 @@ from functools import partial
 import pytest
 import torch
 from frameworks import framework
+from ranks import exit_code, import_first
 from torch import nn
 
 from popriskmin import PRM, RiskMonitor, unwrap
 
 pl = framework("lightning.pytorch")
 
-from integrations.small_lightning import Regression, every_step, loader, trainer  # noqa: E402
+from integrations.small_lightning import Regression, every_step, loader, train_until_killed, trainer  # noqa: E402
 
 from popriskmin.integrations import log  # noqa: E402
 from popriskmin.integrations.lightning import PRMCallback  # noqa: E402
+
+import_first("lightning.pytorch")
 
 
 def fit(folder, callback, module=None, resume=None, **options):
@@ -76,9 +79,7 @@ def test_killed_and_resumed_ends_with_the_same_weights_and_the_same_estimate(tmp
     """From the end of an epoch: within one, Lightning begins its batches anew."""
     of_whole, of_resumed = PRMCallback(every_step), PRMCallback(every_step)
     _, whole = fit(tmp_path / "whole", of_whole)
-    script = pathlib.Path(__file__).parent / "small_lightning.py"
-    killed = subprocess.run([sys.executable, script, tmp_path / "killed", str(after)], capture_output=True, text=True)
-    assert killed.returncode == -9, killed.stderr
+    assert exit_code(train_until_killed, tmp_path / "killed", after) == -9
     saved = after // 8 * 8
     last = tmp_path / f"killed/step={saved}.ckpt"
     assert not (tmp_path / f"killed/step={saved + 8}.ckpt").exists()
@@ -172,6 +173,7 @@ print(one.callback_metrics["prm/mean_q"].item())
     )
     path = tmp_path / "old_name.py"
     path.write_text(code)
+    # A new interpreter: no other process is without Lightning's own name for itself.
     done = subprocess.run([sys.executable, path, tmp_path / "out"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 0 < float(done.stdout.split()[-1]) < 1

@@ -1,14 +1,12 @@
 """PRM in a real Trainer: its optimizer, its logs, its checkpoints, and what goes wrong."""
 
 import logging
-import pathlib
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
 from frameworks import framework
+from ranks import exit_code, import_first
 from torch import nn
 
 from popriskmin import PRM, RiskMonitor
@@ -16,10 +14,12 @@ from popriskmin import PRM, RiskMonitor
 transformers = framework("transformers")
 framework("accelerate")
 
-from integrations.small_trainer import arguments, data, every_step, model, trainer  # noqa: E402
+from integrations.small_trainer import arguments, data, every_step, model, train_until_killed, trainer  # noqa: E402
 
 from popriskmin.integrations import log  # noqa: E402
 from popriskmin.integrations.transformers import FILE, PRMCallback, prm_cls_and_kwargs, prm_optimizer  # noqa: E402
+
+import_first("transformers.trainer", "accelerate")
 
 FIGURES = {"prm/mean_q", "prm/group0/lr", "prm/group1/softness", "prm/diagnosis/early", "prm/fresh_total"}
 
@@ -119,9 +119,7 @@ def test_the_callback_changes_nothing_of_the_training(tmp_path):
 @pytest.mark.parametrize("after", [6, 9])
 def test_killed_and_resumed_ends_with_the_same_weights_and_the_same_estimate(tmp_path, after):
     whole, of_whole = trained(tmp_path / "whole")
-    script = pathlib.Path(__file__).parent / "small_trainer.py"
-    killed = subprocess.run([sys.executable, script, tmp_path / "killed", str(after)], capture_output=True, text=True)
-    assert killed.returncode == -9, killed.stderr
+    assert exit_code(train_until_killed, tmp_path / "killed", after) == -9
     assert not (tmp_path / "killed/checkpoint-12").exists()
     resumed, of_resumed = trained(tmp_path / "killed", resume=True)
     assert resumed.state.global_step == 12

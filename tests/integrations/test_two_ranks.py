@@ -11,6 +11,9 @@ import sys
 import pytest
 import torch
 from frameworks import framework
+from ranks import import_first, torchrun
+
+import_first("transformers.trainer", "accelerate")
 
 HERE = pathlib.Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, sys.path)])}
@@ -19,10 +22,6 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *f
 def start(*command):
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-4000:]
-
-
-def torchrun(*arguments):
-    start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments)
 
 
 def of_ranks(folder):
@@ -51,8 +50,10 @@ def assert_logged_alike(rows, expected):
 def undisturbed(tmp_path_factory):
     framework("transformers")
     framework("accelerate")
+    from integrations import small_ranks
+
     folder = tmp_path_factory.mktemp("undisturbed")
-    torchrun(HERE / "small_ranks.py", folder)
+    torchrun(small_ranks.run, folder)
     return of_ranks(folder)
 
 
@@ -75,7 +76,9 @@ def test_two_ranks_do_what_one_process_does(undisturbed, what, tmp_path):
 
 
 def test_a_rank_of_a_trainer_is_killed_and_torchrun_starts_it_again(undisturbed, tmp_path):
-    torchrun("--max-restarts=1", HERE / "small_ranks.py", tmp_path, "6")
+    from integrations import small_ranks
+
+    torchrun(small_ranks.run, tmp_path, 6, restarts=1)
     for rank, expected in zip(of_ranks(tmp_path), undisturbed):
         assert rank["attempt"] == 1
         weights, rows = rank["trainer 1"]
@@ -87,7 +90,7 @@ def test_lightning_starts_its_second_rank_itself(tmp_path):
     pl = framework("lightning.pytorch")
     from integrations import small_lightning
 
-    start(HERE / "small_lightning.py", tmp_path, "ranks")
+    start(HERE / "small_lightning.py", tmp_path)
     for accumulate in (1, 2):
         first, second = (rank[accumulate] for rank in of_ranks(tmp_path))
         assert all(torch.equal(p, q) for p, q in zip(first[0], second[0], strict=True))

@@ -1,13 +1,13 @@
 """The public names of `popriskmin.variance`, its page of the documentation and its benchmark."""
 
-import os
 import pathlib
 import re
-import subprocess
+import runpy
 import sys
 
 import pytest
 import torch
+from ranks import torchrun
 from simulated import given, still
 from torch import nn
 
@@ -32,12 +32,8 @@ def test_the_page():
 
 def test_the_page_on_two_ranks(tmp_path):
     script = next(block for block in BLOCKS if block.startswith("# train.py"))
-    # Without the interpreter's shutdown, during which a thread of gloo that still frees its last message aborts.
-    (tmp_path / "train.py").write_text(script + "\n__import__('os')._exit(0)\n")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # whether installed or not
-    done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    (tmp_path / "train.py").write_text(script)
+    torchrun(runpy.run_path, tmp_path / "train.py", None, "__main__")
 
 
 @pytest.mark.parametrize("seed", range(3))

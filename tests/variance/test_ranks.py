@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TORCH
+from ranks import CONTEXT
 from simulated import Rows, given, mean_loss, still
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -353,10 +354,9 @@ def run(rank, rendezvous, results):
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
+    results = CONTEXT.SimpleQueue()
     rendezvous = tmp_path_factory.mktemp("ranks") / "rendezvous"
-    processes = [context.Process(target=run, args=(rank, rendezvous, results), daemon=True) for rank in range(R)]
+    processes = [CONTEXT.Process(target=run, args=(rank, rendezvous, results), daemon=True) for rank in range(R)]
     for process in processes:
         process.start()
     for process in processes:
