@@ -1,5 +1,6 @@
 """What is built for others to install: everything is in it, the licence too, and nothing else."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,14 @@ print(getattr(build_meta, "build_" + sys.argv[1])(sys.argv[2]))
 
 
 def build(kind, source, folder):
-    command = [sys.executable, "-c", BUILD, kind, str(folder)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=True)
+    command, environment = [sys.executable, "-c", BUILD, kind, str(folder)], dict(os.environ)
+    if os.name == "posix":
+        # Nothing is to run fast here, and optimizing takes most of a build's time.
+        compiler = folder / "cc"
+        compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CC", "cc")} "$@" -O0\n')
+        compiler.chmod(0o755)
+        environment["CC"] = str(compiler)
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=True)
     return folder / done.stdout.splitlines()[-1]
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from tiny import Tiny
 
+from popriskmin import cli
 from popriskmin.compare import Results, compare
 
 QUIET = {"progress": False}
@@ -160,10 +161,9 @@ def test_a_task_by_name_and_in_the_default_folder(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "tiny" / "report.html").exists()
 
 
-def command(out, *more):
+def words(out, jobs):
     task = os.path.join(os.path.dirname(__file__), "..", "tiny.py")
-    return [sys.executable, "-m", "popriskmin", "compare", task, "--sleep", "0.15", "--seeds", "3", "--jobs", "2",
-            "--out", str(out), *more]  # fmt: skip
+    return ["compare", task, "--sleep", "0.15", "--seeds", "3", "--jobs", jobs, "--out", str(out)]
 
 
 def finished_runs(folder):
@@ -173,15 +173,15 @@ def finished_runs(folder):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    subprocess.run(command(folder), check=True, capture_output=True)
+    assert cli.main(words(folder, jobs="1")) == 0
     return folder
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
-def test_killed_in_the_middle_and_started_again_gives_the_same_results(tmp_path, undisturbed, signal_number):
+def test_killed_in_the_middle_and_started_again_gives_the_same_results(tmp_path, undisturbed, signal_number, capsys):
     disturbed = tmp_path / "disturbed"
     process = subprocess.Popen(
-        command(disturbed),
+        [sys.executable, "-m", "popriskmin", *words(disturbed, jobs="2")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -204,8 +204,9 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_results(tmp_path,
     assert 4 <= kept < 18
     assert not (disturbed / "results.json").exists()
 
-    again = subprocess.run(command(disturbed), check=True, capture_output=True, text=True)
-    present = int(again.stderr.split(" runs, ")[1].split(" of them kept")[0])
+    capsys.readouterr()
+    assert cli.main(words(disturbed, jobs="1")) == 0
+    present = int(capsys.readouterr().err.split(" runs, ")[1].split(" of them kept")[0])
     # What ended between the last look and the kill may have been kept too, never less.
     assert kept <= present < 18
     assert (disturbed / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()

@@ -82,15 +82,19 @@ def no_copies_to_a_device(monkeypatch):
     monkeypatch.setattr(torch, "tensor", checked)
 
 
+FLAGS = [[False, True]] * 2
+
+
 @pytest.mark.usefixtures("no_copies_to_a_device")
 @pytest.mark.parametrize("foreach", [False, True])
 def test_no_value_is_read_back_to_the_host(foreach):
     """Meta tensors have no values: a step that asked for one would raise."""
     if foreach and TORCH < (2, 1):
         pytest.skip("torch 2.0 has no foreach operations on the meta device")
-    for mask, reduction, debias, amsgrad, decoupled, capturable in itertools.product(
-        ["snr", "soft", "hard", "threshold", "none"], ["per_param", "per_tensor"], *[[False, True]] * 4
-    ):
+    drawn = itertools.product(["snr", "soft", "hard", "threshold", "none"], ["per_param", "per_tensor"], *FLAGS)
+    for i, (mask, reduction, debias, capturable) in enumerate(drawn):
+        # So that any two options meet in all their values.
+        amsgrad, decoupled = bool((i + i // 4) % 2), bool((i // 2 + i // 8) % 2)
         params = [torch.nn.Parameter(torch.zeros(shape, device="meta")) for shape in [(3, 4), (5,), ()]]
         optimizer = PRM(params, lr=torch.tensor(1e-3), mask=mask, reduction=reduction, debias=debias, amsgrad=amsgrad,
                         decoupled_weight_decay=decoupled, foreach=foreach, capturable=capturable,
@@ -127,7 +131,7 @@ def test_joined_tensors_of_any_layout_are_written_back(dtype, monkeypatch):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "capturable"])
 def test_the_means_of_a_large_tensor_keep_their_digits(layout):
-    shape = (64, 256, 16, 16)
+    shape = (64, 64, 16, 16)
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(shape, generator=generator)
     if layout == "channels_last":

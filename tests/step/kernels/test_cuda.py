@@ -49,7 +49,7 @@ def _small_blocks(monkeypatch):
 
 
 @interpreted
-@settings(max_examples=45)
+@settings(max_examples=24)
 @given(
     drawn=options(),
     problem=problems,
@@ -73,7 +73,7 @@ def test_agrees_with_the_single_tensor_form(drawn, problem, types, shapes, how):
 
 
 @interpreted
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(drawn=options(), problem=problems, tensor_steps=st.booleans())
 def test_agrees_with_the_float64_reference(drawn, problem, tensor_steps):
     shapes = [(70,), (3, 5)]
@@ -97,8 +97,8 @@ def test_agrees_with_the_float64_reference(drawn, problem, tensor_steps):
 @pytest.mark.parametrize("types", [t for t in TYPES if t[3] == bf16] + [(f64, f64, f64, bf16)])
 def test_bfloat16_state_is_the_same_to_the_last_bit(types, tensor_steps):
     """`v` and `s` are sums of two products: where `m` is the same, nothing but the random bits could differ."""
-    shapes = [(70, 2), (130,)]
-    grads = gradients({"seed": 3, "scale": 1.0, "steps": 4}, shapes)
+    shapes = [(70,), (16, 2)]
+    grads = gradients({"seed": 3, "scale": 1.0, "steps": 3}, shapes)
     for drawn in ({"betas": (0.9, 0.999), "amsgrad": True}, {"betas": (0.0, 0.5), "rho": 0.5}):
         ours, theirs = both(drawn, grads, types, shapes, tensor_steps=tensor_steps, transposed=True)
         for mine, other in zip(ours[2:], theirs[2:]):
