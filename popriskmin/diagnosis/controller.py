@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from popriskmin.diagnosis.noise import enough_steps, mean_and_variance, weights
 from popriskmin.mask import corrections
 from popriskmin.optimizer.checkpoint_probe import made_state_alone
-from popriskmin.optimizer.mask_state import Held, held, recompute, to_host
+from popriskmin.optimizer.mask_state import ParamState, param_states, recompute, to_host
 from popriskmin.optimizer.unwrap import unwrapped_prm
 from popriskmin.step.lists import sum_dtype
 from popriskmin.step.shards import whole
@@ -234,7 +234,7 @@ class SoftnessController:
     def _read(self, numbers: list[int]) -> list[tuple[int, float, float]]:
         """Return number, measure and ratio of each group that can be judged."""
         tensors: list[tuple[int, Tensor]] = []
-        for one in held(self.optimizer):
+        for one in param_states(self.optimizer):
             least = max(enough_steps(one.hyper), one.hyper.warmup_steps + 1)
             if one.group in numbers and one.step >= least:
                 tensors.append((one.group, self._sums(one)))
@@ -250,7 +250,7 @@ class SoftnessController:
         return readings
 
     @torch.no_grad()
-    def _sums(self, one: Held) -> Tensor:
+    def _sums(self, one: ParamState) -> Tensor:
         """Return four sums of a tensor, on its device.
 
         They are the scalars, `q` or the open scalars, the squared mean and the

@@ -12,7 +12,7 @@ from torch import Tensor
 from popriskmin.diagnosis.noise import first_step, mean_and_variance, weights
 from popriskmin.mask import Hyperparameters, corrections, evaluate
 from popriskmin.optimizer.groups import parameter_names
-from popriskmin.optimizer.mask_state import Held, as_wide_reals, held, recompute, to_host
+from popriskmin.optimizer.mask_state import ParamState, as_wide_reals, param_states, recompute, to_host
 from popriskmin.optimizer.masked import Masked
 from popriskmin.optimizer.prm import PRM
 from popriskmin.step.lists import sum_dtype
@@ -122,14 +122,14 @@ def _names(optimizers: Sequence[PRM | Masked]) -> Iterator[tuple[int, dict[Tenso
 def _pairs(
     optimizer: PRM | Masked, first_group: int, names: Mapping[Tensor, str | int]
 ) -> Iterator[tuple[Evidence, Tensor | None]]:
-    for one in held(optimizer):
+    for one in param_states(optimizer):
         if one.step > 0 or one.param.requires_grad:
             name, group = names[one.param], first_group + one.group
             evidence = Evidence(name, group, tuple(one.param.shape), one.scalars, one.step, one.hyper, None)
             yield evidence, _sums(one) if one.step > 0 else None
 
 
-def _second_moments(one: Held, m: Tensor, implied: Tensor) -> tuple[Tensor, Tensor]:
+def _second_moments(one: ParamState, m: Tensor, implied: Tensor) -> tuple[Tensor, Tensor]:
     """Return `v`, and what divides the step; `implied` stands for both with Masked, which keeps none."""
     if "exp_avg_sq" not in one.state:
         return implied, implied
@@ -139,7 +139,7 @@ def _second_moments(one: Held, m: Tensor, implied: Tensor) -> tuple[Tensor, Tens
 
 
 @torch.no_grad()
-def _sums(one: Held) -> Tensor:
+def _sums(one: ParamState) -> Tensor:
     t, hyper = one.step, one.hyper
     m, s, c, signal, noise, q = recompute(one.state, t, hyper)
     dtype = m.dtype

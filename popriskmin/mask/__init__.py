@@ -18,6 +18,7 @@ from popriskmin.mask.evaluate import (
     finish_signal_and_noise,
     floor,
     largest,
+    shares_of_means,
     signal_and_noise,
 )
 from popriskmin.mask.hyperparameters import (
@@ -65,6 +66,7 @@ __all__ = [
     "mean_coefficient",
     "none",
     "pulling_gradient",
+    "shares_of_means",
     "shrunk",
     "signal_and_noise",
     "snr",

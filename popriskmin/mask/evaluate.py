@@ -45,9 +45,14 @@ def signal_and_noise(
     signal = (exp_avg / c.bias1).square()
     noise = exp_avg_var / c.bias_var
     if hyper.reduction == "per_tensor":
-        # Divided first, so that the sum of a large tensor does not overflow.
-        signal, noise = signal.div(signal.numel()).sum(), noise.div(noise.numel()).sum()
+        signal, noise = shares_of_means(signal, noise, signal.numel())
     return finish_signal_and_noise(signal, noise, c, hyper)
+
+
+def shares_of_means(signal: Tensor, noise: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return what these scalars add to the means of both over a tensor of `n`, of which they may be a part."""
+    # Divided first, so that the sum of a large tensor does not overflow.
+    return signal.div(n).sum(), noise.div(n).sum()
 
 
 def finish_signal_and_noise(

@@ -141,7 +141,7 @@ def param_groups(
 class Names(list[str]):
     """The "param_names" of a group, which know whose they are: users edit the list of parameters beside them.
 
-    Parameters are known by their `id`. They are not held, not even weakly, which `torch.utils.swap_tensors` refuses;
+    Parameters are known by their `id`. No reference to them is kept: `torch.utils.swap_tensors` refuses weak ones too,
     so what has left the group is forgotten when the names are next asked for.
     """
 
@@ -261,7 +261,7 @@ def _occurrences(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
         embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         embedding = embedding or _EMBEDDING_CLASS.search(type(module).__name__) is not None
         for name, param in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
-            # A parametrized bias is held under parametrizations.bias.original, or original0 and so on.
+            # A parametrized bias stands under parametrizations.bias.original, or original0 and so on.
             *_, last = re.sub(r"(^|\.)parametrizations\.(\w+)\.original\d*$", r"\1\2", name).split(".")
             if norm or _BIAS.fullmatch(last):
                 yield name, param, "bias or norm"

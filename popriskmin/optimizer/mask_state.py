@@ -40,7 +40,7 @@ class HasMask(Protocol):
         """Return the numbers of a group as it stands now."""
 
 
-class Held(NamedTuple):
+class ParamState(NamedTuple):
     """One parameter tensor of an optimizer, and what its last step was taken with."""
 
     group: int
@@ -67,7 +67,7 @@ class Recomputed(NamedTuple):
     q: Tensor
 
 
-def held(optimizer: HasMask) -> Iterator[Held]:
+def param_states(optimizer: HasMask) -> Iterator[ParamState]:
     """Yield every parameter with elements, in the optimizer's order; the step counts come in one transfer.
 
     A lazy layer's have none before its first use, and no shape to ask for.
@@ -77,17 +77,17 @@ def held(optimizer: HasMask) -> Iterator[Held]:
         hyper = applied(optimizer, i)
         for param, name, t in zip(group["params"], names[i], steps[i]):
             if not is_lazy(param) and param.numel() > 0:
-                yield Held(i, name, param, optimizer.mask_state_of(param), t, hyper)
+                yield ParamState(i, name, param, optimizer.mask_state_of(param), t, hyper)
 
 
-def joined(several: Sequence[Held]) -> list[Held]:
+def joined(several: Sequence[ParamState]) -> list[ParamState]:
     """Put small tensors of one group, step and type together, to be read as one.
 
     Each costs as many launches as a large one. Left as they are: pooled masks, which are of one tensor each, and
     tensors that are sharded over ranks.
     """
-    kept: list[Held] = []
-    alike: dict[tuple[object, ...], list[Held]] = {}
+    kept: list[ParamState] = []
+    alike: dict[tuple[object, ...], list[ParamState]] = {}
     for one in several:
         m, s = one.state["exp_avg"], one.state["exp_avg_var"]
         small = one.param.numel() <= SMALL and one.hyper.reduction == "per_param"

@@ -294,9 +294,9 @@ def _differ(a: Tensor, b: Tensor) -> Tensor:
 
 def _fingerprint(flat: Tensor) -> Tensor:
     """Return the SHA-256 of the bytes of a flat tensor, as 32 numbers."""
-    held = flat.cpu().contiguous()
-    size = held.numel() * held.element_size()
-    digest = hashlib.sha256((ctypes.c_char * size).from_address(held.data_ptr()) if size else b"").digest()
+    here = flat.cpu().contiguous()
+    size = here.numel() * here.element_size()
+    digest = hashlib.sha256((ctypes.c_char * size).from_address(here.data_ptr()) if size else b"").digest()
     return torch.tensor(list(digest), dtype=torch.uint8)
 
 

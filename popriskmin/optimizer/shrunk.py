@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from popriskmin.optimizer.mask_state import HasMask, Held, held, to_host
+from popriskmin.optimizer.mask_state import HasMask, ParamState, param_states, to_host
 from popriskmin.optimizer.stats import BY
 from popriskmin.step.lists import as_real
 from popriskmin.step.shards import whole
@@ -66,7 +66,7 @@ class CountsShrunk:
         """
         if by not in BY:
             raise ValueError(f"by must be None, 'group' or 'parameter', got {by!r}")
-        matrices = [one for one in held(self) if one.param.dim() > 1]
+        matrices = [one for one in param_states(self) if one.param.dim() > 1]
         sums: dict[object, list[float]] = {}
         for one, at_origin in zip(matrices, to_host([_at_origin(one) for one in matrices])):
             key = {None: None, "group": one.group, "parameter": one.name}[by]
@@ -76,7 +76,7 @@ class CountsShrunk:
         return rows.get(None) if by is None else rows
 
 
-def _at_origin(one: Held) -> Tensor:
+def _at_origin(one: ParamState) -> Tensor:
     """Return how many scalars, columns and rows lie wholly at the origin; over all ranks."""
     param = as_real(one.param.detach())
     if one.hyper.shrink_to == "start":

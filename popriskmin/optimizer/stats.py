@@ -11,8 +11,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from popriskmin.mask import corrections, evaluate, finish_signal_and_noise
-from popriskmin.optimizer.mask_state import HasMask, Held, as_wide_reals, held, joined, recompute, to_host
+from popriskmin.mask import corrections, evaluate, finish_signal_and_noise, shares_of_means
+from popriskmin.optimizer.mask_state import HasMask, ParamState, as_wide_reals, joined, param_states, recompute, to_host
 from popriskmin.step.lists import sum_dtype
 from popriskmin.step.shards import local_part, of_one_rank, over_ranks
 
@@ -52,13 +52,13 @@ def _warn_of_part() -> None:
 
 
 @torch.no_grad()
-def _measured(optimizer: HasMask, local: bool, apart: bool) -> Iterator[tuple[Held, int, int, list[float]]]:
+def _measured(optimizer: HasMask, local: bool, apart: bool) -> Iterator[tuple[ParamState, int, int, list[float]]]:
     """Yield each tensor that has moved, its scalars, the weight of its sums, and six numbers; one transfer a device.
 
     Those are the sums of `q`, of active scalars, signal and noise, and the least and the largest `q`. Unless they are
     to be kept apart, small tensors of a group come together as one.
     """
-    stepped = [one for one in held(optimizer) if one.step > 0]
+    stepped = [one for one in param_states(optimizer) if one.step > 0]
     if not apart:
         stepped = joined(stepped)
     if local:
@@ -83,19 +83,18 @@ def _measured(optimizer: HasMask, local: bool, apart: bool) -> Iterator[tuple[He
         yield one, count, count if is_pooled else 1, [q, active, signal, noise, -negated_least, largest]
 
 
-def _pooled_means(pooled: list[Held], local: bool) -> Iterator[Tensor]:
+def _pooled_means(pooled: list[ParamState], local: bool) -> Iterator[Tensor]:
     """Yield for each tensor the means of the squared `m^` and of `s^`, over all ranks unless `local`."""
     means = []
     for one in pooled:
         m, s = _parts(one)
         c = corrections(one.step, one.hyper)
         n = m.numel() if local else one.scalars
-        # Divided first, so that the sum of a large tensor does not overflow.
-        means.append(torch.stack([(m / c.bias1).square().div(n).sum(), (s / c.bias_var).div(n).sum()]))
+        means.append(torch.stack(shares_of_means((m / c.bias1).square(), s / c.bias_var, n)))
     return iter(means if local else over_ranks(means, [one.param for one in pooled]))
 
 
-def _sums(one: Held, means: Tensor | None) -> Tensor:
+def _sums(one: ParamState, means: Tensor | None) -> Tensor:
     """Return four sums over this rank's part, less the least `q`, and the largest; for a pooled mask its numbers."""
     if means is None:
         m, s = _parts(one)
@@ -115,7 +114,7 @@ def _sums(one: Held, means: Tensor | None) -> Tensor:
     return torch.stack([*sums, *extremes])
 
 
-def _parts(one: Held) -> tuple[Tensor, Tensor]:
+def _parts(one: ParamState) -> tuple[Tensor, Tensor]:
     m, s = as_wide_reals(*(local_part(one.state[name]) for name in ("exp_avg", "exp_avg_var")))
     return m, s
 

@@ -43,7 +43,7 @@ def unwrap(optimizer: object) -> Optimizer:
     ----------
     optimizer
         A torch optimizer, or a wrapper that holds one as `optimizer`, `_optimizer` or
-        `optim`. The held one may be wrapped too.
+        `optim`. The inner one may be wrapped too.
 
     Returns
     -------

@@ -19,6 +19,7 @@ from popriskmin.mask import (
     is_of_mean,
     largest,
     loading,
+    shares_of_means,
     signal_and_noise,
 )
 from popriskmin.step.lists import (
@@ -322,15 +323,13 @@ def pooled_mask(
         each = [Corrections._make(x[i] if isinstance(x, Tensor) else x for x in c) for i in places]
         pairs = zip(widen(cohort.exp_avgs, dtype), widen(cohort.exp_avg_vars, dtype))
         return [evaluate(*signal_and_noise(m, s, ci, hyper), ci, hyper) for (m, s), ci in zip(pairs, each)]
-    signals: list[list[Tensor]] = [[] for _ in cohort.params]
-    noises: list[list[Tensor]] = [[] for _ in cohort.params]
+    shares: list[list[Tensor]] = [[] for _ in cohort.params]
     # Blocks are summed pairwise, and so are their sums; the running sum of a norm loses digits with the length.
     for block in blocks:
         for i, m, s in zip(block.owners, block.lists.exp_avgs, block.lists.exp_avg_vars):
             n = whole.params[i].numel() * (2 if whole.params[i].is_complex() else 1)
-            signals[i].append(m.to(dtype).square().div_(n).sum())
-            noises[i].append(s.to(dtype).div(n).sum())
-    means = [torch.stack([torch.stack(x).sum(), torch.stack(y).sum()]) for x, y in zip(signals, noises)]
+            shares[i].append(torch.stack(shares_of_means(m.to(dtype).square(), s.to(dtype), n)))
+    means = [torch.stack(of_blocks, 1).sum(1) for of_blocks in shares]
     signal, noise = torch.stack(over_ranks(means, whole.params), 1)
     signal, noise = finish_signal_and_noise(signal / c.bias1**2, noise / c.bias_var, c, hyper)
     return list(evaluate(signal, noise, c, hyper).unbind())

@@ -5,7 +5,7 @@ import torch
 
 from popriskmin import PRM, Masked, SoftnessController, diagnose
 from popriskmin.integrations import log
-from popriskmin.optimizer.mask_state import applied, held, recompute, steps_taken
+from popriskmin.optimizer.mask_state import applied, param_states, recompute, steps_taken
 
 
 def stepped(*params, steps=2, **options):
@@ -26,7 +26,8 @@ def test_steps_are_counted_for_every_parameter():
     optimizer.step()
     optimizer.step()
     assert steps_taken(optimizer) == [[2, 0, 0]]
-    assert [(one.name, one.step, bool(one.state)) for one in held(optimizer)] == [("p", 2, True), ("frozen", 0, False)]
+    seen = [(one.name, one.step, bool(one.state)) for one in param_states(optimizer)]
+    assert seen == [("p", 2, True), ("frozen", 0, False)]
 
 
 def test_what_a_step_was_taken_with_outlives_a_schedule():
@@ -49,21 +50,21 @@ def test_the_mask_is_that_of_the_step(reduction):
         w.grad, plain.grad = g.clone(), g.clone()
         optimizer.step()
         adamw.step()
-    (one,) = held(optimizer)
+    (one,) = param_states(optimizer)
     q = recompute(one.state, one.step, one.hyper).q
     torch.testing.assert_close((w - before[0]) / (plain - before[1]), q.expand(64), rtol=1e-4, atol=1e-5)
 
 
 def test_a_sample_is_of_single_scalars_alone():
-    (one,) = held(stepped(torch.nn.Parameter(torch.zeros(10))))
+    (one,) = param_states(stepped(torch.nn.Parameter(torch.zeros(10))))
     assert recompute(one.state, one.step, one.hyper, stride=3).q.shape == (4,)
-    (one,) = held(stepped(torch.nn.Parameter(torch.zeros(10)), reduction="per_tensor"))
+    (one,) = param_states(stepped(torch.nn.Parameter(torch.zeros(10)), reduction="per_tensor"))
     found = recompute(one.state, one.step, one.hyper, stride=3)
     assert (found.q.shape, found.exp_avg.shape) == ((), (10,))
 
 
 def test_complex_tensors_are_read_as_two_reals():
-    (one,) = held(stepped(torch.nn.Parameter(torch.zeros(5, dtype=torch.complex64))))
+    (one,) = param_states(stepped(torch.nn.Parameter(torch.zeros(5, dtype=torch.complex64))))
     assert one.scalars == 10
     assert recompute(one.state, one.step, one.hyper).q.shape == (5, 2)
 
