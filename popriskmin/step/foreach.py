@@ -196,8 +196,9 @@ def _bits(block: Block, c: Corrections) -> list[Tensor] | None:
 
 
 def _steps(block: Block, c: Corrections) -> Sequence[Number]:
-    one = not isinstance(c.t, Tensor) or c.t.dim() == 0
-    return [c.t if one else c.t[i] for i in block.owners]
+    if not isinstance(c.t, Tensor) or c.t.dim() == 0:
+        return [c.t] * len(block.owners)
+    return [c.t[i] for i in block.owners]
 
 
 @overload
