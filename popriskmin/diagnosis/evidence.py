@@ -197,6 +197,5 @@ def _sums(one: Held) -> Tensor:
         "live_ratio": total(ratio, live),
         "live_lost": total(_lost(one, w, q.square() * step_sq), live),
     }
-    numbers = [sums[name] for name in Sums._fields]
     # Those of a tensor that is sharded over ranks are gathered.
-    return torch.stack([whole(number) for number in numbers])
+    return torch.stack([whole(sums[name]) for name in Sums._fields])
