@@ -49,6 +49,7 @@ class Sums(NamedTuple):
     live_q_plain: float  # of the plain mask: snr, softness 1, batch boundary, no floor
     live_nonzero: float
     live_ratio: float  # m^**2 / z, each 1 at most
+    live_lost: float  # whose last step was less than half a unit in the weight's last place
 
 
 class Evidence(NamedTuple):
@@ -138,6 +139,16 @@ def _second_moments(one: ParamState, m: Tensor, implied: Tensor) -> tuple[Tensor
     return v, divisor
 
 
+def _lost(one: Held, w: Tensor, step_sq: Tensor) -> Tensor:
+    """Return which scalars of a 16-bit parameter a step, squared and without the learning rate, leaves as they are."""
+    dtype, lr = one.param.dtype, float(one.hyper.lr)
+    if dtype not in (torch.bfloat16, torch.float16) or one.hyper.stochastic_rounding or lr == 0:
+        return torch.zeros_like(w)
+    precision = torch.finfo(dtype)
+    half_a_unit = w.abs().clamp(min=precision.tiny).log2().floor().exp2() * (precision.eps / 2)
+    return (step_sq.sqrt() * lr < half_a_unit).to(w.dtype)
+
+
 @torch.no_grad()
 def _sums(one: ParamState) -> Tensor:
     t, hyper = one.step, one.hyper
@@ -184,7 +195,7 @@ def _sums(one: ParamState) -> Tensor:
         "live_q_plain": total(q_plain, live),
         "live_nonzero": total(w != 0, live),
         "live_ratio": total(ratio, live),
+        "live_lost": total(_lost(one, w, q.square() * step_sq), live),
     }
-    numbers = [sums[name] for name in Sums._fields]
     # Those of a tensor that is sharded over ranks are gathered.
-    return torch.stack([whole(number) for number in numbers])
+    return torch.stack([whole(sums[name]) for name in Sums._fields])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 # Causes that are no faults, and those that are.
 FINE = ("open", "warmup", "early", "noise", "slowed")
-FAULTS = ("weak", "epsilon", "strict", "decay", "closed", "dead", "not finite")
+FAULTS = ("rounded", "weak", "epsilon", "strict", "decay", "closed", "dead", "not finite")
 # Advice on causes that are no faults.
 SLOWED = "none is needed; a larger lr makes up for it, or a smaller softness"
 NOISE = (
@@ -59,8 +59,8 @@ class Row(NamedTuple):
         without weight decay.
     cause
         "open", "warmup", "early" (too few steps to say), "noise" and "slowed" are no
-        faults; "weak", "epsilon", "strict", "decay", "closed", "dead" and "not finite"
-        are.
+        faults; "rounded", "weak", "epsilon", "strict", "decay", "closed", "dead" and
+        "not finite" are.
     reason, advice
         In words. The advice may be empty.
     """

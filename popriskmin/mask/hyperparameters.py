@@ -47,6 +47,7 @@ class Options(TypedDict, total=False):
     fused: bool | None
     shrinkage: float
     shrink_to: str
+    stochastic_rounding: bool
 
 
 class PRMGroup(Options):
@@ -81,6 +82,7 @@ class Hyperparameters(NamedTuple):
     shrinkage: float = 0.0
     mean_coefficient: float = 0.0  # what turns s^ into the variance of the mean over the data set
     shrink_to: str = "zero"
+    stochastic_rounding: bool = False
 
     @classmethod
     def of(
@@ -140,6 +142,7 @@ class Hyperparameters(NamedTuple):
             shrinkage=group["shrinkage"],
             mean_coefficient=mean_coefficient(batch_size, n_dataset, group["variance"]) if group["shrinkage"] else 0.0,
             shrink_to=group["shrink_to"],
+            stochastic_rounding=group["stochastic_rounding"],
         )
 
     def plain(self) -> Hyperparameters:

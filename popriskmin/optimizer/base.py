@@ -84,8 +84,9 @@ class CheckedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: StateDict, *, keep: Iterable[str] | None = None) -> None:
         """Go on from a checkpoint of PRM, or take over one of `torch.optim.AdamW` or `Adam`.
 
-        Hyperparameters come from the checkpoint, as in torch; `foreach`, `fused`, `capturable`, `differentiable`
-        and `state_dtype` stay as this optimizer was built, and so do options that the checkpoint does not know.
+        Hyperparameters come from the checkpoint, as in torch; `foreach`, `fused`, `capturable`, `differentiable`,
+        `state_dtype` and `stochastic_rounding` stay as this optimizer was built, and so do options that the checkpoint
+        does not know.
         From AdamW the moments and the step carry on, and `s` starts at the noise that they imply,
         `max(v^ - m^**2, 0)`, so that no mask slams shut at the switch. Adam's checkpoints of torch before 2.7 do not
         say that its decay is coupled: build PRM with `decoupled_weight_decay=False` for them.

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 # Raised when a checkpoint's state can no longer be read by older versions.
 STATE_FORMAT = 1
 
-# How the step is computed, as against what: these stay as the optimizer was built.
-IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable", "state_dtype")
+# How the step is computed and stored, as against what: these stay as the optimizer was built.
+IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable", "state_dtype", "stochastic_rounding")
 
 
 # What the state of a parameter may hold of the optimizer's; torch says what becomes of a user's own entries.
@@ -60,11 +60,23 @@ def dtype_of_state(name: str, param: Tensor, state_dtype: torch.dtype | str | No
 def new_step(param: Tensor, group: Options, value: float = 0.0) -> Tensor:
     """Return a step counter: on the host, where reading it costs nothing, or beside a capturable parameter."""
     device = param.device if group["capturable"] else "cpu"
+    # Filled on the device: a tensor made of a Python number is copied there, and waited for.
+    return torch.full((), value, dtype=dtype_of_step(group, device), device=device)
+
+
+def dtype_of_step(group: Options, device: torch.device | str) -> torch.dtype:
+    """Return the dtype of a step counter: float64 where it seeds a rounding, for float32 stands still at 2**24."""
+    if rounds_at_random(group) and torch.device(device).type != "mps":  # which has no float64
+        return torch.float64
     # As torch's optimizers do, which count in float32 where a kernel counts: that is here unless one is ruled out.
     kernel = group["fused"] is not False and group["foreach"] is None and not group["differentiable"]
     double = torch.get_default_dtype() == torch.float64 and not kernel
-    # Filled on the device: a tensor made of a Python number is copied there, and waited for.
-    return torch.full((), value, dtype=torch.float64 if double else torch.float32, device=device)
+    return torch.float64 if double else torch.float32
+
+
+def rounds_at_random(group: Options) -> bool:
+    """Return whether something of the group is rounded by bits that the step count seeds."""
+    return group["stochastic_rounding"] or group["state_dtype"] == torch.bfloat16
 
 
 def new_state(param: Tensor, group: Options) -> dict[str, Tensor]:

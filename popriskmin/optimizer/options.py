@@ -216,6 +216,8 @@ def _check_combinations(options: Options) -> None:
         )
     if options["state_dtype"] == "8bit" and options["differentiable"]:
         raise ValueError("state_dtype='8bit' needs differentiable=False: no gradient passes through its rounding")
+    if options["stochastic_rounding"] and options["differentiable"]:
+        raise ValueError("stochastic_rounding=True needs differentiable=False: no gradient passes through its rounding")
     if options["state_dtype"] == "8bit" and options["fused"]:
         raise RuntimeError(
             "fused=True, but the kernels do not know state_dtype='8bit': pass fused=None, and it steps by foreach"
@@ -237,7 +239,7 @@ def _check_lr(lr: object) -> None:
 
 def _check_switches(options: Mapping[str, object]) -> None:
     switches = ["amsgrad", "bias_correction", "decoupled_weight_decay", "debias", "mask_decay", "maximize"]
-    for name in [*switches, "capturable", "differentiable"]:
+    for name in [*switches, "capturable", "differentiable", "stochastic_rounding"]:
         if not isinstance(options[name], bool):
             raise ValueError(f"{name} must be True or False, got {options[name]!r}")
     for name in ("foreach", "fused"):

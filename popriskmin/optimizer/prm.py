@@ -12,7 +12,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from popriskmin.mask import Hyperparameters, MaskFunction, PRMGroup
 from popriskmin.optimizer.base import CheckedOptimizer
-from popriskmin.optimizer.checkpoint import STATE_FORMAT, new_state
+from popriskmin.optimizer.checkpoint import STATE_FORMAT, dtype_of_step, new_state, rounds_at_random
 from popriskmin.optimizer.checkpoint_probe import makes_state_alone
 from popriskmin.optimizer.groups import Parameters
 from popriskmin.optimizer.mask_state import remember_applied
@@ -134,6 +134,12 @@ class PRM(CountsShrunk, CheckedOptimizer):
     shrink_to
         The origin: "zero", or "start", the weight that the optimizer was given first. The
         state then holds a copy, `start`, in the parameter's dtype.
+    stochastic_rounding
+        Write bfloat16 and float16 parameters rounded up or down at random, with the exact mean. Rounded to nearest, a
+        weight whose step is below half a unit in its last place (for bfloat16 a 256th to a 512th of the weight) stands
+        still, and the smaller `q`, the more of them do. The random bits are a hash of the step count and the place, so
+        runs repeat and resume bit for bit, and replicas stay equal. A weight that does not step is not rounded. Other
+        dtypes are not affected.
 
     Raises
     ------
@@ -194,6 +200,7 @@ class PRM(CountsShrunk, CheckedOptimizer):
         fused: bool | None = None,
         shrinkage: float = 0.0,
         shrink_to: str = "zero",
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults: dict[str, object] = {
             "lr": lr,
@@ -224,6 +231,7 @@ class PRM(CountsShrunk, CheckedOptimizer):
             "fused": fused,
             "shrinkage": shrinkage,
             "shrink_to": shrink_to,
+            "stochastic_rounding": stochastic_rounding,
             "state_format": STATE_FORMAT,
         }
         defaults = with_numbers({name: plain(value) for name, value in defaults.items()}, differentiable)
@@ -256,6 +264,7 @@ class PRM(CountsShrunk, CheckedOptimizer):
         """
         given = group["variance"] == "given"
         to_start = group["shrinkage"] and group["shrink_to"] == "start"
+        rounds = rounds_at_random(group)
         for p in group["params"]:
             grad = p.grad
             if grad is None:
@@ -290,6 +299,8 @@ class PRM(CountsShrunk, CheckedOptimizer):
                         "be set before the first step"
                     )
                 starts.append(state["start"])
+            if rounds and state["step"].dtype == torch.float32:  # switched on, or unpickled, after the first step
+                state["step"] = state["step"].to(dtype_of_step(group, state["step"].device))
             state_steps.append(state["step"])
 
     @overload

@@ -59,8 +59,8 @@ def coded_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, t
     for i, param in enumerate(lists.params):
         own = hyper if shrinks(hyper, param) else hyper._replace(shrinkage=0.0)
         dtype = compute_dtype(param)
-        t = state_steps[i].to(dtype) if tensor_steps else state_steps[i].item()
-        c = corrections(t, own)
+        t = state_steps[i] if tensor_steps else state_steps[i].item()
+        c = corrections(t.to(dtype) if isinstance(t, Tensor) else t, own)._replace(t=t)
         _step(lists.of([i]), c, own, dtype)
 
 
@@ -93,11 +93,11 @@ def _step(one: Lists, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype
         signal, noise = finish_signal_and_noise(means[0] / c.bias1**2, means[1] / c.bias_var, c, hyper)
         q = evaluate(signal, noise, c, hyper)
         for part in parts:
-            move(_block(flat, decode(_rows(codes, part)), part), [q], c, hyper, dtype)
+            move(_block(flat, decode(_rows(codes, part)), part), [q], c, hyper, dtype, part.start)
     else:
         for part in parts:
             block = _block(flat, _advanced(flat, codes, part, c, hyper, dtype), part)
-            move(block, mask_of(block, c, hyper, dtype), c, hyper, dtype)
+            move(block, mask_of(block, c, hyper, dtype), c, hyper, dtype, part.start)
     for held, values in ((param, flat.param), *((x, flat.maximum) for x in one.max_exp_avg_sqs)):
         if values is not None and values.data_ptr() != held.data_ptr():  # of a tensor that is not contiguous
             held.copy_(values.view(held.shape))

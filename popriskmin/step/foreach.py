@@ -32,7 +32,7 @@ from popriskmin.step.lists import (
     sharing_memory,
     shrinks,
 )
-from popriskmin.step.rounding import random_bits, round_stochastically
+from popriskmin.step.rounding import random_bits, round_stochastically, rounds_parameter
 from popriskmin.step.shards import over_ranks
 
 # On the CPU the foreach step walks its lists in blocks of this many scalars, so that a block's tensors stay in the
@@ -61,11 +61,13 @@ def multi_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparame
             grads, grad_vars = ([x.resolve_conj() for x in given] for given in (cohort.grads, cohort.grad_vars))
             cohort = cohort._replace(grads=grads, grad_vars=grad_vars).real()
         dtype = compute_dtype(cohort.params[0], cohort.exp_avgs[0])
-        c = corrections(t.to(dtype) if isinstance(t, Tensor) else t, hyper)
+        # The count itself stays as it is: what is drawn by it goes on where float32 would stand still.
+        c = corrections(t.to(dtype) if isinstance(t, Tensor) else t, hyper)._replace(t=t)
         # Under a captured graph the number of kernels counts; on the host, the cache and the cost of a call.
         on_host = cohort.params[0].device.type == "cpu" and not tensor_steps and are_plain(cohort.params)
         # The random bits go by the place in the whole tensor, so tensors that need them stay whole.
-        on_host = on_host and cohort.exp_avg_vars[0].dtype != torch.bfloat16
+        drawn = rounds_parameter(hyper.stochastic_rounding, cohort.params[0].dtype)
+        on_host = on_host and not drawn and cohort.exp_avg_vars[0].dtype != torch.bfloat16
         apart = set() if is_compiling() or not are_plain(cohort.params) else sharing_memory(cohort.params)
         if own.reduction == "per_tensor" and own.mask != "none" and c.open is not True:
             blocks = list(_blocks(cohort, cut=on_host, join=False, apart=apart))
@@ -191,8 +193,13 @@ def _bits(block: Block, c: Corrections) -> list[Tensor] | None:
     """Return the random bits for `v` and `s` where these are stored in bfloat16."""
     if block.lists.exp_avg_vars[0].dtype != torch.bfloat16:
         return None
-    steps: Sequence[Number] = [c.t[i] for i in block.owners] if isinstance(c.t, Tensor) else [c.t] * len(block.owners)
-    return [random_bits(s, t) for s, t in zip(block.lists.exp_avg_vars, steps)]
+    return [random_bits(s, t) for s, t in zip(block.lists.exp_avg_vars, _steps(block, c))]
+
+
+def _steps(block: Block, c: Corrections) -> Sequence[Number]:
+    if not isinstance(c.t, Tensor) or c.t.dim() == 0:
+        return [c.t] * len(block.owners)
+    return [c.t[i] for i in block.owners]
 
 
 @overload
@@ -341,8 +348,12 @@ def move(
     c: Corrections,
     hyper: Hyperparameters,
     dtype: torch.dtype,
+    place: int = 0,
 ) -> None:
-    """Decay the parameters, take the Adam step multiplied by `q` (of the parameter's shape, or `()`), and shrink."""
+    """Decay the parameters, take the Adam step multiplied by `q` (of the parameter's shape, or `()`), and shrink.
+
+    `place` is that of the block's first scalar where it is a part of a tensor and its parameters may be rounded.
+    """
     params = widen(block.lists.params, dtype)
     _decay(params, q if hyper.mask_decay else None, block, hyper)
     second_moments = block.lists.max_exp_avg_sqs if hyper.amsgrad else block.lists.exp_avg_sqs
@@ -368,7 +379,13 @@ def move(
         torch._foreach_addcdiv_(params, steps, roots, -step_size)
     if pulls is not None:
         _shrink(params, pulls, block, dtype)
-    write_back(block.lists.params, params)
+    if rounds_parameter(hyper.stochastic_rounding, block.lists.params[0].dtype):
+        # One after the other: random bits are 8 bytes a scalar.
+        for param, wide, t in zip(block.lists.params, params, _steps(block, c)):
+            bits = random_bits(param, t, of_state=False, place=place) >> 16
+            copy([param], [round_stochastically(wide, bits, param.dtype)])
+    else:
+        write_back(block.lists.params, params)
 
 
 def _pulls(

@@ -27,7 +27,7 @@ from popriskmin.mask import (
 from popriskmin.step.foreach import multi_tensor_prm
 from popriskmin.step.kernels import Memory, fused_prm, unusable
 from popriskmin.step.lists import Lists, as_real, compute_dtype, is_compiling, local_parts, shrinks
-from popriskmin.step.rounding import random_bits, round_stochastically
+from popriskmin.step.rounding import random_bits, round_stochastically, rounds_parameter
 
 
 def prm(
@@ -66,6 +66,7 @@ def prm(
     shrinkage: float = 0.0,
     mean_coefficient: float | None = None,
     starts: list[Tensor] | None = None,
+    stochastic_rounding: bool = False,
 ) -> None:
     """Take one PRM step, in place: the functional form of `popriskmin.PRM`, where every option is explained.
 
@@ -80,7 +81,9 @@ def prm(
         Running maxima of `v` with `amsgrad`, else empty.
     state_steps
         Tensors of shape `()` that count the steps taken; each is increased by 1. With `capturable` they lie on
-        the parameter's device and no value is read back to the host.
+        the parameter's device and no value is read back to the host. In float64 they go on where float32 stands
+        still, at 2**24: what is rounded at random, by bfloat16 state or `stochastic_rounding`, needs them so, or draws
+        the same bits from there on.
     foreach, fused
         Which implementation. With None for both, the fused kernel takes what fits it, and foreach the rest (not
         tensor subclasses that torch does not list as supported, and nothing with `differentiable`).
@@ -96,6 +99,8 @@ def prm(
         `popriskmin.mask.mean_coefficient`; `shrinkage` needs it.
     starts
         The weights that `shrinkage` pulls to, each of the shape of its parameter. None is zero.
+    stochastic_rounding
+        Round bfloat16 and float16 parameters up or down at random, with the exact mean.
 
     Raises
     ------
@@ -143,6 +148,7 @@ def prm(
         shrinkage=shrinkage,
         mean_coefficient=mean_coefficient or 0.0,
         shrink_to="zero" if starts is None else "start",
+        stochastic_rounding=stochastic_rounding,
     )
     _check_lists(params, max_exp_avg_sqs if amsgrad else None, grad_vars, starts)
     maxima = max_exp_avg_sqs if amsgrad else []
@@ -247,7 +253,8 @@ def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperpara
         held_g = as_real(lists.grads[i].resolve_conj())
         held = [as_real(tensors[i]) for tensors in lists.held if tensors]
         dtype = compute_dtype(held[0], held[1])
-        c = corrections(state_steps[i].to(dtype) if tensor_steps else state_steps[i].item(), hyper)
+        t = state_steps[i] if tensor_steps else state_steps[i].item()
+        c = corrections(t.to(dtype) if isinstance(t, Tensor) else t, hyper)
         # Autograd may keep the old values, which are overwritten at the end.
         w, m, v, s, *maximum = (tensor.to(dtype, copy=torch.is_grad_enabled()) for tensor in held)
 
@@ -264,7 +271,7 @@ def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperpara
         m, v = _moments(m, v, g, hyper)
         # The mask and the step use the moments as they are stored, rounded where the state is narrower.
         if held[3].dtype == torch.bfloat16:
-            bits = random_bits(held[3], c.t)
+            bits = random_bits(held[3], t)
             v, s = round_stochastically(v, bits >> 16), round_stochastically(s, bits & 0xFFFF)
         new = [value.to(tensor.dtype) for value, tensor in zip((m, v, s), held[1:])]
         new += [torch.maximum(old.to(new[1].dtype), new[1]) for old in maximum]
@@ -281,13 +288,17 @@ def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperpara
         else:
             w = w.addcdiv(q * m, denominator, value=-step_size)
         if shrinks(hyper, param) and (tensor_steps or c.t > 1):
-            pull = hyper.lr * (pulling_gradient(s, q, c, hyper) / denominator)
-            if isinstance(c.t, Tensor):
-                pull = torch.where(c.t > 1, pull, torch.zeros_like(pull))
             start = as_real(lists.starts[i]).to(dtype) if lists.starts else None
-            w = shrunk(w, pull, start)
+            w = _pulled(w, start, hyper.lr * (pulling_gradient(s, q, c, hyper) / denominator), c)
+        if rounds_parameter(hyper.stochastic_rounding, held[0].dtype):
+            w = round_stochastically(w, random_bits(held[0], t, of_state=False) >> 16, held[0].dtype)
         for tensor, value in zip(held, [w, *new]):
             tensor.copy_(value)
+
+
+def _pulled(w: Tensor, start: Tensor | None, pull: Tensor, c: Corrections) -> Tensor:
+    """Return the weights after shrinkage, which begins at the second step."""
+    return shrunk(w, torch.where(c.t > 1, pull, torch.zeros_like(pull)) if isinstance(c.t, Tensor) else pull, start)
 
 
 def _moments(m: Tensor, v: Tensor, g: Tensor, hyper: Hyperparameters) -> tuple[Tensor, Tensor]:

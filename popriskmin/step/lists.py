@@ -61,7 +61,7 @@ def count_up(state_steps: list[Tensor]) -> None:
     on_host = [] if is_compiling() else [t for t in state_steps if t.is_cpu]
     if on_host:
         # The number is wrapped once; the slow path would wrap it for every tensor.
-        torch._foreach_add_(on_host, [torch.tensor(1.0, device="cpu")] * len(on_host))
+        torch._foreach_add_(on_host, [torch.ones((), dtype=on_host[0].dtype, device="cpu")] * len(on_host))
     if len(on_host) < len(state_steps):
         torch._foreach_add_([t for t in state_steps if not (on_host and t.is_cpu)], 1)
 

@@ -1,12 +1,16 @@
-"""Stochastic rounding to bfloat16, for `v` and `s` where they are stored in it.
+"""Stochastic rounding to 16 bits: of `v` and `s` where they are stored in bfloat16, and of parameters on request.
 
 An exponential average with decay 0.999 changes by a thousandth of the difference a step, bfloat16 has steps of 1/256:
 rounded to nearest, such an average stands still. Rounded up with the probability that makes the mean exact, it moves.
+So does a weight whose steps are below half a unit in its last place. A number of the narrow type is never moved.
 
 The random bits are a hash of the step count and the element's place in memory, so that all implementations round
-alike, a resumed run goes on bit for bit, and torch's generators are left alone. `v` takes the upper 16 bits, `s` the
-lower ones. The hash is Knuth's multiplication by the golden ratio, which over neighbouring places is an addition, and
-the second half of Chris Wellons' lowbias32 (https://nullprogram.com/blog/2018/07/31/).
+alike, a resumed run goes on bit for bit, replicas stay equal, and torch's generators are left alone. `v` takes the
+upper 16 bits, `s` the lower ones; the parameter has bits of its own. A step count that stood still, as one in float32
+does at 2**24, would draw the same bits for ever: `PRM` counts in float64 wherever it rounds so.
+
+The hash is Knuth's multiplication by the golden ratio, which over neighbouring places is an addition, and the second
+half of Chris Wellons' lowbias32 (https://nullprogram.com/blog/2018/07/31/).
 
 The kernels in `popriskmin/step/kernels` do the same in their languages.
 """
@@ -39,7 +43,7 @@ def hash32(x: Integers) -> Integers:
     return x ^ (x >> 16)
 
 
-def random_bits(like: Tensor, t: float | Tensor) -> Tensor:
+def random_bits(like: Tensor, t: float | Tensor, of_state: bool = True, place: int = 0) -> Tensor:
     """Return 32 random bits for each element of `like`, as int64 of its shape.
 
     Parameters
@@ -48,10 +52,15 @@ def random_bits(like: Tensor, t: float | Tensor) -> Tensor:
         A tensor; its strides tell each element's place in memory, so that a transposed tensor rounds as its base does.
     t
         The step count, a number or a tensor of shape `()`.
+    of_state
+        Whether these are the bits of the state, or those of the parameter.
+    place
+        That of the first element, where `like` is a part of a tensor.
     """
     like = local_part(like)
-    key = hash32(t.long()) if isinstance(t, Tensor) else hash32(int(t))
-    places = torch.arange(like.numel(), device=like.device)
+    key: Any = hash32(t.long()) if isinstance(t, Tensor) else hash32(int(t))
+    key = key if of_state else hash32(key)
+    places = torch.arange(place, place + like.numel(), device=like.device)
     if is_dense(like):
         places = places.as_strided(like.shape, like.stride())
     else:
@@ -59,8 +68,8 @@ def random_bits(like: Tensor, t: float | Tensor) -> Tensor:
     return torch.as_tensor(hash32(places + key))
 
 
-def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
-    """Return `x` in bfloat16, one of the two numbers around it, such that the mean over `bits` is `x`.
+def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Return `x` in `dtype`, one of the two numbers around it, such that the mean over `bits` is `x`.
 
     Parameters
     ----------
@@ -68,6 +77,8 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
         Float32 or float64; infinities and NaN stay what they are.
     bits
         Integers of the shape of `x`, or of this rank's part of it, uniform in [0, 2**16).
+    dtype
+        `torch.bfloat16` or `torch.float16`.
 
     Examples
     --------
@@ -76,7 +87,7 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     [1.0, 1.0, 1.0, 1.0078125]
     """
     if is_sharded(x):
-        rounded = round_stochastically(local_part(x), bits)
+        rounded = round_stochastically(local_part(x), bits, dtype)
         # `x` is of a tensor type that ordinary processes do not have.
         sharded: Any = x
         return torch.as_tensor(
@@ -85,5 +96,22 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
             )
         )
     x = x.float()
+    if dtype == torch.float16:
+        return torch.where(x.isfinite(), _raised_to_float16(x.abs(), bits).copysign(x), x).to(dtype)
     raised = (x.view(torch.int32) + bits.to(torch.int32)) & ~0xFFFF
-    return torch.where(x.isfinite(), raised.view(torch.float32), x).to(torch.bfloat16)
+    return torch.where(x.isfinite(), raised.view(torch.float32), x).to(dtype)
+
+
+def rounds_parameter(stochastic: bool, dtype: torch.dtype) -> bool:
+    """Return whether parameters of this type are written rounded at random, by the option `stochastic_rounding`."""
+    return stochastic and dtype in (torch.bfloat16, torch.float16)
+
+
+def _raised_to_float16(size: Tensor, bits: Tensor) -> Tensor:
+    """Return absolute values rounded up or down to numbers of float16, as float32."""
+    raised = (size.view(torch.int32) + (bits >> 3).to(torch.int32)) & ~0x1FFF
+    # Below the smallest normal number there are multiples of 2**-24.
+    units = size * 2**24
+    whole = units.floor()
+    tiny = (whole + ((units - whole) * 2**16 > bits)) * 2**-24
+    return torch.where(size < 2**-14, tiny, raised.view(torch.float32))

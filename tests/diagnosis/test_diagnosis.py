@@ -9,6 +9,7 @@ from torch import nn
 
 from popriskmin import PRM, param_groups
 from popriskmin.diagnosis.diagnosis import FINE, diagnose
+from popriskmin.integrations import log
 
 
 def test_noise_is_no_fault():
@@ -290,3 +291,33 @@ def test_the_advice_names_nothing_that_is_set_already():
     weak = diagnose(optimizer).rows[1]
     assert weak.cause == "weak"
     assert "variance='given'" not in weak.advice
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_steps_that_are_rounded_away(dtype, stochastic):
+    """Weights near 1, where bfloat16 has 128 numbers to the next power of two, and float16 1,024."""
+    p = nn.Parameter(torch.full((40, 50), 1.5, dtype=dtype))
+    optimizer = PRM([("weight", p)], lr=1e-5, weight_decay=0.0, stochastic_rounding=stochastic)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        p.grad = (1 + 0.1 * torch.randn(p.shape, generator=generator)).to(dtype)
+        optimizer.step()
+    rounded = dtype != torch.float32 and not stochastic
+    assert bool((p == 1.5).all()) == rounded
+    [row] = diagnose(optimizer).rows
+    assert row.cause == ("rounded" if rounded else "open")
+    if rounded:
+        assert "the last step of 100% of it is rounded away" in row.reason
+        assert "Try stochastic_rounding=True, or float32 parameters" in str(diagnose(optimizer))
+        assert log(optimizer, diagnosis=True)["prm/diagnosis/rounded"] == 1
+
+
+def test_the_share_that_is_rounded_away_is_counted():
+    """At a step of 1e-3: half a unit is 2**-8 of 1, which loses it, and 2**-12 of 1/16, which does not."""
+    p = nn.Parameter(torch.tensor([1.0, 0.9375, 0.0625, 0.0, 2.0, 1.5]).repeat(50).bfloat16())
+    optimizer = PRM([("weight", p)], lr=1e-3, weight_decay=0.0, mask="none")
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    [row] = diagnose(optimizer).rows
+    assert (row.cause, row.reason) == ("rounded", "the last step of 67% of it is rounded away")

@@ -23,7 +23,7 @@ def test_arguments_and_defaults_of_the_readme():
                  "decoupled_weight_decay": True}  # fmt: skip
     ours = {"mask_eps": None, "debias": False, "mask_decay": False, "state_dtype": None, "maximize": False,
             "foreach": None, "capturable": False, "differentiable": False, "fused": None, "min_q": 0.0,
-            "variance": "streaming", "shrinkage": 0.0, "shrink_to": "zero"}  # fmt: skip
+            "variance": "streaming", "shrinkage": 0.0, "shrink_to": "zero", "stochastic_rounding": False}  # fmt: skip
     defaults = {name: p.default for name, p in signature.parameters.items() if name != "params"}
     assert defaults == published | ours
     assert list(defaults)[:15] == list(published)
@@ -68,6 +68,8 @@ BAD = [
     ({"shrinkage": 1.0, "batch_size": 8}, "shrinkage needs batch_size and n_dataset"),
     ({"shrinkage": 1.0, "batch_size": 8, "n_dataset": 8}, "shrinkage needs minibatches, or variance='given'"),
     ({"shrink_to": "origin"}, "shrink_to must be one of zero, start, got 'origin'"),
+    ({"stochastic_rounding": 1}, "stochastic_rounding must be True or False, got 1"),
+    ({"stochastic_rounding": True, "differentiable": True}, "stochastic_rounding=True needs differentiable=False"),
     ({"variance": None}, "variance must be one of streaming, given, got None"),
     ({"state_dtype": torch.float16}, "torch.float32 or torch.float64, got torch.float16"),
     ({"debias": "off"}, "debias must be True or False, got 'off'"),

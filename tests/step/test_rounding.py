@@ -1,8 +1,10 @@
-"""Stochastic rounding: unbiased, deterministic, alike for every layout; and state kept in bfloat16."""
+"""Stochastic rounding: unbiased, deterministic, alike for every layout; of bfloat16 state, and of parameters."""
+
+import copy
 
 import pytest
 import torch
-from conftest import HOW
+from conftest import HOW, IMPLEMENTATIONS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -123,3 +125,197 @@ def test_complex_parameters_keep_float32():
     p.grad = torch.ones_like(p)
     optimizer.step()
     assert optimizer.state[p]["exp_avg_sq"].dtype == torch.cfloat
+
+
+NARROW = [torch.bfloat16, torch.float16]
+
+
+@given(st.floats(-(2.0**15), 2.0**15, width=32), st.integers(0, 2**16 - 1))
+def test_float16_rounds_to_a_neighbour_and_its_own_numbers_stay(x, bits):
+    x, bits = torch.tensor([x], dtype=torch.float32), torch.tensor([bits])
+    rounded = round_stochastically(x, bits, torch.float16)
+    near = torch.nextafter(rounded, torch.tensor([float("inf")], dtype=torch.float16))
+    before = torch.nextafter(rounded, torch.tensor([-float("inf")], dtype=torch.float16))
+    assert before.float() < x < near.float()
+    assert torch.equal(round_stochastically(rounded.float(), bits, torch.float16), rounded)
+
+
+def test_the_mean_over_all_bits_is_exact_in_float16():
+    x = torch.tensor([0.3, -1.7, 12345.678, 2.0**-14, 7.3e-5, -6.2e-6, 3e-8])  # the last three are subnormal
+    every = torch.arange(2**16)
+    for value in x:
+        rounded = round_stochastically(value.expand(2**16), every, torch.float16).double()
+        assert rounded.mean().item() == pytest.approx(value.item(), rel=1e-6, abs=2.0**-39)
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e30])
+    rounded = round_stochastically(special, torch.full((5,), 0xFFFF), torch.float16)
+    assert rounded[0].isnan()
+    assert rounded[1:].tolist() == [float("inf"), -float("inf"), 0.0, float("inf")]
+    assert rounded[3].signbit()
+
+
+def test_parameters_have_bits_of_their_own():
+    of_state = random_bits(torch.empty(200_000), 7)
+    of_params = (random_bits(torch.empty(200_000), 7, of_state=False) >> 16).double()
+    for other in ((of_state >> 16).double(), (of_state & 0xFFFF).double()):
+        assert abs(torch.corrcoef(torch.stack([of_params, other]))[0, 1]) < 0.01
+    part = random_bits(torch.empty(50), 7, of_state=False, place=100)
+    assert torch.equal(part, random_bits(torch.empty(150), 7, of_state=False)[100:])
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_weight_moves_by_the_mean_of_its_steps(how, dtype):
+    """Each step is a 50th of half a unit in the last place, and its direction certain."""
+    ulp = torch.finfo(dtype).eps
+    moved = []
+    for stochastic in (False, True):
+        p = torch.nn.Parameter(torch.full((4000,), 1.25, dtype=dtype))
+        optimizer = PRM([p], lr=0.01 * ulp, weight_decay=0.0, mask="none", stochastic_rounding=stochastic, **how)
+        for _ in range(50):
+            p.grad = -torch.ones_like(p)
+            optimizer.step()
+        moved.append((p.double() - 1.25).mean().item())
+    # The standard error of a mean over 4000 of them is 0.008 units.
+    assert moved == [0.0, pytest.approx(0.5 * ulp, abs=0.03 * ulp)]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("options", [{}, {"state_dtype": torch.bfloat16}, {"state_dtype": "8bit", "fused": None}])
+def test_what_does_not_step_is_not_rounded_and_float32_is_not_touched(how, options):
+    results = []
+    for stochastic in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        still, narrow, wide = (
+            torch.nn.Parameter(torch.randn(80, 60, generator=generator).to(dtype))
+            for dtype in (torch.bfloat16, torch.bfloat16, torch.float32)
+        )
+        # The first is pulled to where it is, the weights that it started from.
+        optimizer = PRM(
+            [still, narrow, wide], weight_decay=0.0, stochastic_rounding=stochastic, shrinkage=1.0, shrink_to="start",
+            batch_size=8, n_dataset=80, **{**how, **options}
+        )  # fmt: skip
+        start = still.detach().clone()
+        for _ in range(5):
+            for p in (narrow, wide):
+                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            still.grad = torch.zeros_like(still)
+            optimizer.step()
+        assert torch.equal(still, start)
+        results.append((narrow.detach(), wide.detach()))
+    assert torch.equal(results[0][1], results[1][1])
+    assert not torch.equal(results[0][0], results[1][0])
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("reduction", ["per_param", "per_tensor"])
+@pytest.mark.parametrize("options", [{}, {"debias": True, "state_dtype": torch.bfloat16}, {"capturable": True},
+                                     {"state_dtype": torch.float64}])  # fmt: skip
+def test_all_round_parameters_alike(dtype, reduction, options):
+    results = []
+    for how in HOW:
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(3, 5), (4,), (), (40, 50)]
+        params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+        params.append(torch.nn.Parameter(torch.randn(7, 5, generator=generator).to(dtype).t()))
+        optimizer = PRM(params, stochastic_rounding=True, reduction=reduction, **how, **options)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+            optimizer.step()
+        results.append(torch.cat([p.detach().flatten() for p in params]))
+    loop, foreach, *fused = results
+    assert (loop != foreach).double().mean() < 0.01
+    for other in fused:
+        assert (loop != other).double().mean() < 0.01
+        torch.testing.assert_close(loop, other, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16, "8bit"])
+@pytest.mark.parametrize("step", [3, 2**24 - 2])
+def test_a_resumed_run_rounds_alike_and_goes_on_drawing(how, state_dtype, step):
+    """Before and behind 2**24, where a float32 step count stands still."""
+    if state_dtype == "8bit":
+        how = {**how, "fused": None}
+
+    def made():
+        p = torch.nn.Parameter(torch.linspace(0.5, 1.5, 4096).bfloat16())
+        return p, PRM([p], lr=1e-4, state_dtype=state_dtype, stochastic_rounding=True, **how)
+
+    def run(p, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(3):
+            p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+            optimizer.step()
+
+    p, optimizer = made()
+    run(p, optimizer, 0)
+    optimizer.state[p]["step"].fill_(step)
+    run(p, optimizer, 1)
+    q, resumed = made()
+    with torch.no_grad():
+        q.copy_(p)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.state[p]["step"] == resumed.state[q]["step"] == step + 3
+    for pair in ((p, optimizer), (q, resumed)):
+        run(*pair, 2)
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("how", IMPLEMENTATIONS)
+def test_what_is_drawn_does_not_stand_still(how):
+    """An average with decay 0.999 that only rounding moves: the same bits for ever would hold some scalars fast."""
+    p = torch.nn.Parameter(torch.zeros(2000, dtype=torch.bfloat16))
+    optimizer = PRM([p], lr=1e-3, weight_decay=0.0, state_dtype=torch.bfloat16, stochastic_rounding=True, **how)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[p]["step"].fill_(2.0**24)
+    optimizer.state[p]["exp_avg_sq"].fill_(0.5)
+    for _ in range(400):
+        optimizer.step()
+    expected = 1 - 0.5 * 0.999**400
+    assert optimizer.state[p]["exp_avg_sq"].double().mean().item() == pytest.approx(expected, rel=1e-2)
+    assert optimizer.state[p]["step"].item() == 2**24 + 400
+
+
+def test_a_count_in_float32_is_widened_where_something_is_rounded():
+    p = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = PRM([p])
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.state[p]["step"].dtype == torch.float32
+    old = copy.deepcopy(optimizer.state_dict())
+    optimizer.param_groups[0]["stochastic_rounding"] = True
+    optimizer.step()
+    assert (optimizer.state[p]["step"].dtype, optimizer.state[p]["step"].item()) == (torch.float64, 2.0)
+    # The checkpoint of a run without goes on with it, where the optimizer was built so.
+    fresh = PRM([torch.nn.Parameter(p.detach().clone())], stochastic_rounding=True)
+    fresh.load_state_dict(old)
+    assert fresh.param_groups[0]["stochastic_rounding"] is True
+    assert next(iter(fresh.state.values()))["step"].dtype == torch.float64
+
+
+def test_a_compiled_step_rounds_alike_and_is_not_compiled_anew():
+    if not hasattr(torch, "compiler") or not hasattr(torch.compiler, "is_compiling"):
+        pytest.skip("torch before 2.1 has no torch.compiler.is_compiling")
+    torch._dynamo.reset()
+    results, compiled = [], []
+
+    def counting(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    for wrap in (lambda f: f, lambda f: torch.compile(f, backend=counting)):
+        generator = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(40, 30, generator=generator).bfloat16())
+        optimizer = PRM([p], state_dtype=torch.bfloat16, stochastic_rounding=True, foreach=True)
+        p.grad = torch.zeros_like(p)
+        step = wrap(optimizer.step)
+        counts = []
+        for _ in range(5):
+            p.grad.copy_(torch.randn(p.shape, generator=generator))
+            step()
+            counts.append(len(compiled))
+        results.append(p.detach())
+    assert (results[0] != results[1]).double().mean() < 0.01
+    assert counts[2:] == [counts[2]] * 3

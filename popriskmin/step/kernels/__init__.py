@@ -144,7 +144,8 @@ def _usual_parts(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters
 
 def _kind(lists: Lists, state_steps: list[Tensor], i: int) -> tuple[object, ...]:
     """Return devices and types at a place: what agrees in them can go into one call of a kernel."""
-    return (lists.params[i].device, state_steps[i].device, *(tensors[i].dtype for tensors in lists if tensors))
+    step = state_steps[i]
+    return (lists.params[i].device, step.device, step.dtype, *(tensors[i].dtype for tensors in lists if tensors))
 
 
 def _usual(

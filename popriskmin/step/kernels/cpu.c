@@ -14,7 +14,7 @@
 #include "cpu_types.h"
 
 /* To be raised, here and in cpu.py, whenever a structure or a meaning below changes. */
-#define ABI 7
+#define ABI 8
 
 #define MASK_NONE 0
 #define MASK_SNR 1
@@ -56,7 +56,8 @@ typedef struct {
     double lr, beta1, beta2, rho, eps, mask_eps, weight_decay, softness, coefficient, min_q, shrinkage,
         mean_coefficient;
     int64_t warmup_steps;
-    int32_t mask, pooled, bias_correction, decoupled_weight_decay, maximize, debias, mask_decay, variance_given;
+    int32_t mask, pooled, bias_correction, decoupled_weight_decay, maximize, debias, mask_decay, variance_given,
+        stochastic_rounding;
 } options;
 
 /* What follows from the options and a step count; see popriskmin.mask.corrections. */
@@ -67,7 +68,7 @@ typedef struct {
     double keep, masked_decay, step_size, inv_root_bias2, eps, lr, loading;
     int mask, coupled, pulls;
     int usual; /* whether neither maximize, nor coupled nor masked decay, makes the loop longer */
-    uint32_t key;
+    uint32_t key, param_key; /* of the random bits of v and s, and of the parameter */
 } numbers;
 
 typedef struct job job;
@@ -80,8 +81,8 @@ typedef struct {
 struct job {
     const int64_t *table; /* COLUMNS columns of `count` addresses and sizes */
     int64_t count;
-    int p_type, g_type, m_type, s_type, z_type;
-    int pooled;
+    int p_type, g_type, m_type, s_type, z_type, step_type;
+    int pooled, rounds_p;
     int64_t undivided; /* the most scalars that a tensor may have which is not divided among threads */
     const operations *operations;
     numbers *numbers;     /* one entry for every step count in turn */
@@ -277,6 +278,7 @@ static numbers numbers_of(const options *o, double t) {
     x.coupled = x.coupled_decay != 0;
     x.usual = !o->maximize && !x.coupled && !o->mask_decay;
     x.key = hash32((uint32_t)(int64_t)t);
+    x.param_key = hash32(x.key);
     return x;
 }
 
@@ -360,12 +362,24 @@ static const operations *operations_of(int is_double, int level) {
     return is_double ? &operations_double_baseline : &operations_float_baseline;
 }
 
+static double steps_taken(const job *job, int64_t i) {
+    const void *step = (const void *)(intptr_t)job->table[COLUMN_STEP * job->count + i];
+    return job->step_type == TYPE_FLOAT64 ? *(const double *)step : (double)*(const float *)step;
+}
+
+static void take_step(const job *job, int64_t i) {
+    void *step = (void *)(intptr_t)job->table[COLUMN_STEP * job->count + i];
+    if (job->step_type == TYPE_FLOAT64)
+        *(double *)step += 1;
+    else
+        *(float *)step += 1;
+}
+
 /* Count the steps up and work out the numbers of each count; returns 0 when memory is short. */
 static int count_up(job *job, const options *o) {
     int64_t room = 0, used = 0;
     for (int64_t i = 0; i < job->count; i++) {
-        float *step = (float *)(intptr_t)job->table[COLUMN_STEP * job->count + i];
-        double t = (double)*step + 1;
+        double t = steps_taken(job, i) + 1;
         if (used == 0 || job->numbers[used - 1].t != t) {
             if (used == room) {
                 room = 2 * room + 1;
@@ -436,7 +450,7 @@ static int step_with(job *job, const options *o, int threads) {
 
     /* From here on nothing can fail: a step is taken whole or not at all. */
     for (int64_t i = 0; i < job->count; i++)
-        *(float *)(intptr_t)job->table[COLUMN_STEP * job->count + i] += 1;
+        take_step(job, i);
     if (blocks == 0)
         run(job, threads, 0, job->count, first_pass);
     else
@@ -446,7 +460,7 @@ static int step_with(job *job, const options *o, int threads) {
 
 /* Take one step. Returns 0, or 1 when memory is short, and then nothing has changed. */
 int prm_step(const options *o, const int64_t *table, int64_t count, int p_type, int g_type, int m_type, int s_type,
-             int z_type, int threads, int level) {
+             int z_type, int step_type, int threads, int level) {
     int is_double = p_type == TYPE_FLOAT64 || m_type == TYPE_FLOAT64 || s_type == TYPE_FLOAT64;
     job job = {0};
     job.table = table;
@@ -456,7 +470,9 @@ int prm_step(const options *o, const int64_t *table, int64_t count, int p_type, 
     job.m_type = m_type;
     job.s_type = s_type;
     job.z_type = z_type;
+    job.step_type = step_type;
     job.pooled = o->pooled;
+    job.rounds_p = o->stochastic_rounding && (p_type == TYPE_BFLOAT16 || p_type == TYPE_FLOAT16);
     job.operations = operations_of(is_double, level);
     int done = count == 0 || step_with(&job, o, threads);
     free(job.which);

@@ -21,7 +21,7 @@ from popriskmin.step.kernels.eligible import State, origins, packed
 from popriskmin.step.lists import Lists
 
 # As in cpu.c.
-ABI = 7
+ABI = 8
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 MASK_CODES = {"none": 0, "snr": 1, "soft": 2, "hard": 3, "threshold": 4}
 LEVELS = ("baseline", "AVX2", "AVX-512")
@@ -38,7 +38,7 @@ class _Options(ctypes.Structure):
         ("warmup_steps", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in (
             "mask", "pooled", "bias_correction", "decoupled_weight_decay", "maximize", "debias",
-            "mask_decay", "variance_given",
+            "mask_decay", "variance_given", "stochastic_rounding",
         )),
     ]  # fmt: skip
 
@@ -72,7 +72,7 @@ def _load() -> ctypes.CDLL | str:
         library.prm_use_pool(_threads_of_torch())
         os.register_at_fork(after_in_child=lambda: library.prm_use_pool(None))
     library.prm_step.argtypes = [
-        ctypes.POINTER(_Options), ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_int] * 7,
+        ctypes.POINTER(_Options), ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_int] * 8,
     ]  # fmt: skip
     return library
 
@@ -128,7 +128,7 @@ def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, state:
     lists
         Tensors that `popriskmin.step.kernels.eligible` found to fit; those of one list are of one dtype.
     state_steps
-        Float32 counters on the CPU.
+        Counters on the CPU, all float32 or all float64.
     hyper
         The group's numbers; `lr` on the CPU if it is a tensor.
     state
@@ -157,6 +157,7 @@ def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, state:
     table = b"".join(columns)
     kinds = [TYPES[tensors[0].dtype] for tensors in (lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_vars)]
     kinds.append(TYPES[lists.grad_vars[0].dtype] if hyper.given else 0)
+    kinds.append(TYPES[state_steps[0].dtype])
     failed = library.prm_step(_options(hyper), table, count, *kinds, torch.get_num_threads(), level())
     if failed:
         raise MemoryError(f"no memory for the step of {count} tensors; nothing was changed")
@@ -186,4 +187,5 @@ def _options(hyper: Hyperparameters) -> _Options:
         debias=hyper.unbiased,
         mask_decay=hyper.mask_decay,
         variance_given=hyper.given,
+        stochastic_rounding=hyper.stochastic_rounding,
     )

@@ -401,6 +401,23 @@ TARGET static void NAME(store)(void *base, int type, int64_t start, int64_t n, c
     }
 }
 
+/* Write parameters of 16 bits back, rounded up or down at random. */
+TARGET static void NAME(store_rounded)(void *base, int type, int64_t start, int64_t n, uint32_t key,
+                                       const REAL *restrict buffer) {
+    uint16_t *x = (uint16_t *)base + start;
+    if (type == TYPE_BFLOAT16) {
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t bits = hash32((uint32_t)(start + i) + key) >> 16;
+            x[i] = (uint16_t)(bits_of(round_stochastically((float)buffer[i], bits)) >> 16);
+        }
+    } else {
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t bits = hash32((uint32_t)(start + i) + key) >> 16;
+            x[i] = to_float16(round_stochastically_to_float16((float)buffer[i], bits));
+        }
+    }
+}
+
 /* Round v and s to numbers of their bfloat16 storage; what is stored is what the mask and the step see. */
 TARGET static void NAME(round_state)(int64_t n, int64_t start, uint32_t key, REAL *restrict v, REAL *restrict s) {
     for (int64_t i = 0; i < n; i++) {
@@ -446,7 +463,10 @@ TARGET static void NAME(work_in_chunks)(const job *job, const tensor *t, const n
                 const REAL *to = t->start ? NAME(load)(t->start, job->p_type, start, n, buffers[7]) : NULL;
                 NAME(pull)(mask, n, p, maximum ? maximum : v, s, to, given, c);
             }
-            NAME(store)(t->p, job->p_type, start, n, p);
+            if (job->rounds_p)
+                NAME(store_rounded)(t->p, job->p_type, start, n, x->param_key, p);
+            else
+                NAME(store)(t->p, job->p_type, start, n, p);
         }
     }
 }

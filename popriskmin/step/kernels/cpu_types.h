@@ -63,3 +63,15 @@ INLINE uint32_t hash32(uint32_t x) {
 INLINE float round_stochastically(float x, uint32_t bits16) {
     return float_of((bits_of(x) + (x == x ? bits16 : 0)) & 0xFFFF0000);
 }
+
+/* A finite number rounded to one of float16, still a float; infinities and NaN as they are. */
+INLINE float round_stochastically_to_float16(float x, uint32_t bits16) {
+    uint32_t bits = bits_of(x), sign = bits & 0x80000000, rest = bits & 0x7FFFFFFF;
+    uint32_t raised = (rest + (bits16 >> 3)) & ~0x1FFFu;
+    /* Below the smallest normal number there are multiples of 2^-24. What is larger is not to overflow an integer. */
+    float units = float_of(rest < 0x38800000 ? rest : 0) * 0x1p24f;
+    int32_t whole = (int32_t)units;
+    float tiny = (float)(whole + ((units - (float)whole) * 0x1p16f > (float)(int32_t)bits16)) * 0x1p-24f;
+    uint32_t value = rest < 0x38800000 ? bits_of(tiny) : raised;
+    return float_of(rest >= 0x7F800000 ? bits : sign | value);
+}

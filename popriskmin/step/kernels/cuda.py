@@ -32,6 +32,7 @@ from popriskmin.step.compat import bump_versions
 from popriskmin.step.kernels.cuda_table import COLUMNS, Places, Tables, tables_of
 from popriskmin.step.kernels.eligible import KernelMemory, State, origins, packed
 from popriskmin.step.lists import Lists, count_up
+from popriskmin.step.rounding import rounds_parameter
 
 # Elements of one program: eight for each of its 128 threads, so that many loads are under way at once.
 BLOCK = 1024
@@ -102,8 +103,8 @@ def step(
         same dense strides. Parameters and gradients of floating types up to 64 bits, `m` float32 or float64, the
         others float32, float64 or bfloat16.
     state_steps
-        Tensors of shape `()`, float32, each increased by 1. Where they lie on the device they are read there, by
-        the kernel, and so is a learning rate that does; else on the host.
+        Tensors of shape `()`, float32 or float64, each increased by 1. Where they lie on the device they are read
+        there, by the kernel, and so is a learning rate that does; else on the host.
     state
         The addresses of parameters and state, where they are known already: then the tensors of one list are of one
         type, and the step counts all on the host or all on the device. The tables are kept with it.
@@ -140,6 +141,7 @@ class _Types(NamedTuple):
     max_exp_avg_sq: torch.dtype
     grad_var: torch.dtype
     start: torch.dtype
+    step: torch.dtype
 
     @property
     def wide(self) -> torch.dtype:
@@ -163,6 +165,7 @@ class _Launch(NamedTuple):
         # What is known to be open on the host needs no mask, and no means either.
         mask = "none" if known is not None and known.open is True else mask_name(self.hyper.mask)
         bits = _bits(_numbers(known, self.hyper, self.types.wide), self.types.wide)
+        bits["count"] = _low_word(self.t or 0)
         tables = tables_of(self.places, self.gradients, BLOCK, device, self.t is None, memory)
         if tables.blocks == 0:
             return
@@ -198,7 +201,7 @@ class _Launch(NamedTuple):
             partials,
             tables.blocks,
             **{name: bits[name] for name in given},
-            **{name: options[name] for name in ("C", "DEBIAS", "TENSOR_STEPS", "COLUMNS", "BLOCK")},
+            **{name: options[name] for name in ("T", "C", "DEBIAS", "TENSOR_STEPS", "COLUMNS", "BLOCK")},
             MASK=mask,
             CHUNK=CHUNK,
             num_warps=8,
@@ -210,7 +213,7 @@ class _Launch(NamedTuple):
         hyper = self.hyper
         decays = hyper.weight_decay != 0
         return {
-            **{name: kernels.TYPES[dtype] for name, dtype in zip("PGMVSXZW", self.types)},
+            **{name: kernels.TYPES[dtype] for name, dtype in zip("PGMVSXZWT", self.types)},
             "C": kernels.TYPES[self.types.wide],
             "AMSGRAD": hyper.amsgrad,
             "COUPLED": decays and not hyper.decoupled_weight_decay,
@@ -222,6 +225,7 @@ class _Launch(NamedTuple):
             "MASK_DECAY": hyper.mask_decay,
             "SHRINK": "none" if self.t == 1 or not hyper.shrinkage else hyper.shrink_to,
             "FROM_END": 1 - hyper.beta1 >= 0.5,
+            "ROUND": rounds_parameter(hyper.stochastic_rounding, self.types.param),
             "TENSOR_STEPS": self.t is None,
             "TENSOR_LR": self.lr is not None,
             "COLUMNS": COLUMNS,
@@ -255,11 +259,11 @@ def _launches(
             params, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, _, steps = state.addresses
             held = [params, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima or exp_avg_sqs, steps]
             places = Places._make([state.sizes, *held, state.origins])
-            types = _Types(*(tensors[0].dtype for tensors in lists if tensors))
+            types = _Types(*(tensors[0].dtype for tensors in (*lists, state_steps) if tensors))
             yield _Launch(places, _gradients(lists, hyper), types, counts.pop(), lr, hyper)
             return
     groups: dict[Any, list[int]] = {}
-    for i, tensors in enumerate(zip(*filter(None, lists))):
+    for i, tensors in enumerate(zip(*filter(None, lists), state_steps)):
         t = None if read_there or not state_steps[i].is_cpu else state_steps[i].item()
         groups.setdefault((t, *[tensor.dtype for tensor in tensors]), []).append(i)
     for (t, *dtypes), indices in groups.items():
@@ -316,6 +320,11 @@ def _numbers(known: Corrections | None, hyper: Hyperparameters, dtype: torch.dty
         "weight_rho": 1 - hyper.rho,
         "open_until": max(hyper.warmup_steps, 1 if hyper.unbiased and not hyper.given else 0),
     }
+
+
+def _low_word(count: float) -> int:
+    """Return the low 32 bits of a count, as a signed integer."""
+    return (int(count) + 2**31) % 2**32 - 2**31
 
 
 def _log(beta: float) -> float:

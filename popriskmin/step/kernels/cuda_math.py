@@ -115,6 +115,32 @@ def stochastic_bfloat16(x, random):
 
 
 @jit()
+def stochastic_float16(x, random):
+    """Round float32 to one of the float16 numbers around it, as `stochastic_bfloat16`; still of type float32."""
+    size = tl.abs(x)
+    raised = (((size.to(tl.uint32, bitcast=True) + (random >> 3)) >> 13) << 13).to(tl.float32, bitcast=True)
+    # Below the smallest normal number there are multiples of 2**-24.
+    units = tl.where(size < 0.00006103515625, size, 0.0) * 16777216.0
+    whole = units.to(tl.int32).to(tl.float32)
+    above = (units - whole) * 65536.0 > random.to(tl.float32)
+    tiny = (whole + above.to(tl.float32)) * 0.000000059604644775390625
+    rounded = tl.where(size < 0.00006103515625, tiny, raised).to(tl.uint32, bitcast=True)
+    rounded = rounded | ((x.to(tl.uint32, bitcast=True) >> 31) << 31)  # of -0, too
+    return tl.where(size < float("inf"), rounded.to(tl.float32, bitcast=True), x)
+
+
+@jit()
+def store_rounded(address, start, lanes, left, x, key, T: tl.constexpr, FULL: tl.constexpr):
+    """Write a block of a parameter of 16 bits, rounded up or down at random."""
+    random = hash32(start.to(tl.uint32) + lanes.to(tl.uint32) + hash32(key)) >> 16
+    if T == tl.bfloat16:
+        x = stochastic_bfloat16(x.to(tl.float32), random)
+    else:
+        x = stochastic_float16(x.to(tl.float32), random)
+    store(address, start, lanes, left, x, T, FULL)
+
+
+@jit()
 def hash32(x):
     """Return what `popriskmin.step.rounding.hash32` does, of a uint32."""
     x = x * 0x9E3779B1

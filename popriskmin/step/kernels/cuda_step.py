@@ -28,6 +28,7 @@ from popriskmin.step.kernels.cuda_math import (
     root,
     stochastic_bfloat16,
     store,
+    store_rounded,
     tl,
     triton,
 )
@@ -41,13 +42,14 @@ if triton:
     }
 
 # Every number of `update`; integers that Triton is not to compile anew for when they are 1 or divisible by 16. Those of
-# the third line are functions of the step count, where it is known on the host; those of the last are what to
+# the third line are functions of the step count, where it is known on the host; those of the fourth are what to
 # calculate them from, where it lies on the device.
 NUMBERS = [
     *["t", "lr", "weight_decay", "weight1", "beta2", "weight2", "rho", "eps", "mask_eps", "min_q", "bound", "softness"],
     *["coefficient", "loading", "loading_sq"],
     *["over_bias1", "over_root2", "over_bias_var", "over_centre", "blend", "k"],
     *["log1", "log2", "log_rho", "ratio", "weight_rho", "open_until"],
+    "count",  # the lower 32 bits of the step count itself, which seeds what is rounded at random
 ]
 
 
@@ -172,6 +174,7 @@ def _block(
     first,
     block,
     t,
+    key,
     lr,
     weight_decay,
     weight1,
@@ -213,6 +216,7 @@ def _block(
     MASK_DECAY: tl.constexpr,
     SHRINK: tl.constexpr,
     FROM_END: tl.constexpr,
+    ROUND: tl.constexpr,
     TENSOR_STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
@@ -246,7 +250,6 @@ def _block(
             COUPLED, MAXIMIZE, DEBIAS, GIVEN, FROM_END,
         )  # fmt: skip
         if S == tl.bfloat16:
-            key = hash32(t.to(tl.int64).to(tl.uint32))
             random = hash32(start.to(tl.uint32) + lanes.to(tl.uint32) + key)
             v = stochastic_bfloat16(v.to(tl.float32), random >> 16).to(C)
             s = stochastic_bfloat16(s.to(tl.float32), random & 0xFFFF).to(C)
@@ -278,7 +281,10 @@ def _block(
             softness, coefficient, loading, loading_sq, over_bias1, over_root2, k, open_until, W, C, PHASE, MASK,
             DECOUPLED, DEBIAS, MASK_DECAY, SHRINK, TENSOR_STEPS, FULL,
         )  # fmt: skip
-        store(at_w, start, lanes, left, w, P, FULL)
+        if ROUND:
+            store_rounded(at_w, start, lanes, left, w, key, P, FULL)
+        else:
+            store(at_w, start, lanes, left, w, P, FULL)
 
 
 @jit(do_not_specialize=[*NUMBERS, "tensors"])
@@ -315,6 +321,7 @@ def update(
     ratio,
     weight_rho,
     open_until,
+    count,
     P: tl.constexpr,
     G: tl.constexpr,
     M: tl.constexpr,
@@ -323,6 +330,7 @@ def update(
     X: tl.constexpr,
     Z: tl.constexpr,
     W: tl.constexpr,
+    T: tl.constexpr,
     C: tl.constexpr,
     PHASE: tl.constexpr,
     MASK: tl.constexpr,
@@ -336,6 +344,7 @@ def update(
     MASK_DECAY: tl.constexpr,
     SHRINK: tl.constexpr,
     FROM_END: tl.constexpr,
+    ROUND: tl.constexpr,
     TENSOR_STEPS: tl.constexpr,
     TENSOR_LR: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -358,8 +367,10 @@ def update(
     over_bias1, over_root2 = number(over_bias1, C), number(over_root2, C)
     over_bias_var, over_centre = number(over_bias_var, C), number(over_centre, C)
     t, blend, k = number(t, C), number(blend, C), number(k, C)
+    count = count.to(tl.uint32)
     if TENSOR_STEPS:
-        t = tl.load(tl.load(row + 8).to(tl.pointer_type(tl.float32))).to(C)
+        taken = tl.load(tl.load(row + 8).to(tl.pointer_type(T)))
+        t, count = taken.to(C), taken.to(tl.int64).to(tl.uint32)
         over_bias1, over_root2, over_bias_var, over_centre, blend, k = corrections(
             t, number(log1, C), number(log2, C), number(log_rho, C), number(ratio, C), number(weight_rho, C),
             BIAS, DEBIAS, GIVEN, C,
@@ -374,20 +385,23 @@ def update(
     open_until = number(open_until, C)
     softness, coefficient = number(softness, C), number(coefficient, C)
     loading, loading_sq = number(loading, C), number(loading_sq, C)
+    key = hash32(count)
     # Compiled twice: only where no element is left out are wide loads and stores possible.
     if aligned & (left == BLOCK):
         _block(
-            row, at_g, at_z, start, lanes, left, partials, first, block, t, lr, weight_decay, weight1, beta2, weight2,
-            rho, eps, mask_eps, min_q, bound, softness, coefficient, loading, loading_sq, over_bias1, over_root2,
-            over_bias_var, over_centre, blend, k, open_until, P, G, M, V, S, X, Z, W, C, PHASE, MASK, AMSGRAD, COUPLED,
-            DECOUPLED, MAXIMIZE, DEBIAS, GIVEN, MASK_DECAY, SHRINK, FROM_END, TENSOR_STEPS, BLOCK, True,
+            row, at_g, at_z, start, lanes, left, partials, first, block, t, key, lr, weight_decay, weight1, beta2,
+            weight2, rho, eps, mask_eps, min_q, bound, softness, coefficient, loading, loading_sq, over_bias1,
+            over_root2, over_bias_var, over_centre, blend, k, open_until, P, G, M, V, S, X, Z, W, C, PHASE, MASK,
+            AMSGRAD, COUPLED, DECOUPLED, MAXIMIZE, DEBIAS, GIVEN, MASK_DECAY, SHRINK, FROM_END, ROUND, TENSOR_STEPS,
+            BLOCK, True,
         )  # fmt: skip
     else:
         _block(
-            row, at_g, at_z, start, lanes, left, partials, first, block, t, lr, weight_decay, weight1, beta2, weight2,
-            rho, eps, mask_eps, min_q, bound, softness, coefficient, loading, loading_sq, over_bias1, over_root2,
-            over_bias_var, over_centre, blend, k, open_until, P, G, M, V, S, X, Z, W, C, PHASE, MASK, AMSGRAD, COUPLED,
-            DECOUPLED, MAXIMIZE, DEBIAS, GIVEN, MASK_DECAY, SHRINK, FROM_END, TENSOR_STEPS, BLOCK, False,
+            row, at_g, at_z, start, lanes, left, partials, first, block, t, key, lr, weight_decay, weight1, beta2,
+            weight2, rho, eps, mask_eps, min_q, bound, softness, coefficient, loading, loading_sq, over_bias1,
+            over_root2, over_bias_var, over_centre, blend, k, open_until, P, G, M, V, S, X, Z, W, C, PHASE, MASK,
+            AMSGRAD, COUPLED, DECOUPLED, MAXIMIZE, DEBIAS, GIVEN, MASK_DECAY, SHRINK, FROM_END, ROUND, TENSOR_STEPS,
+            BLOCK, False,
         )  # fmt: skip
 
 
@@ -411,6 +425,7 @@ def pool(
     open_until,
     MASK: tl.constexpr,
     DEBIAS: tl.constexpr,
+    T: tl.constexpr,
     TENSOR_STEPS: tl.constexpr,
     C: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -431,7 +446,7 @@ def pool(
     noise = (tl.sum(noises, axis=0) * BLOCK / n.to(tl.float64)).to(C)
     k = number(k, C)
     if TENSOR_STEPS:
-        t = tl.load(tl.load(row + 8).to(tl.pointer_type(tl.float32))).to(C)
+        t = tl.load(tl.load(row + 8).to(tl.pointer_type(T))).to(C)
         if DEBIAS:
             bias1 = one_minus_power(number(log1, C), t, C)
             k = number(ratio, C) * divide(2 - bias1, bias1, C)

@@ -17,6 +17,7 @@ from popriskmin.step.lists import PLAIN, Lists, are_plain, is_dense, sharing_mem
 GRADIENT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MEAN_TYPES = (torch.float32, torch.float64)
 STATE_TYPES = (torch.float32, torch.float64, torch.bfloat16)
+COUNTER_TYPES = (torch.float32, torch.float64)
 
 _dtype, _shape = attrgetter("dtype"), attrgetter("shape")
 _is_cpu, _is_cuda = attrgetter("is_cpu"), attrgetter("is_cuda")
@@ -103,6 +104,7 @@ def fits_as_usual(lists: Lists, state_steps: list[Tensor], known: State | None) 
                 and not any(map(Tensor.is_neg, params))
                 and not sharing_memory(params)
                 and all(map(_is_counter, state_steps))
+                and len(set(map(_dtype, state_steps))) == 1
                 and (_are_on(state_steps, -1) or _are_on(state_steps, device))
             )
         for given in (grads, lists.grad_vars) if lists.grad_vars else (grads,):
@@ -150,7 +152,7 @@ def _are_on(tensors: list[Tensor], device: int) -> bool:
 
 
 def _is_counter(step: Tensor) -> bool:
-    return type(step) is Tensor and step.dtype == torch.float32 and step.numel() == 1
+    return type(step) is Tensor and step.dtype in COUNTER_TYPES and step.numel() == 1
 
 
 def misfit(lists: Lists, state_steps: list[Tensor], i: int) -> str | None:
@@ -184,8 +186,8 @@ def misfit(lists: Lists, state_steps: list[Tensor], i: int) -> str | None:
         return f"the parameter's memory has gaps or overlaps: shape {tuple(param.shape)}, strides {param.stride()}"
     if state_steps[i].device.type != "cpu" and state_steps[i].device != param.device:
         return f"its step counter is on {state_steps[i].device}, the parameter on {param.device}"
-    if state_steps[i].dtype != torch.float32:
-        return f"its step counter has type {state_steps[i].dtype}, not torch.float32"
+    if state_steps[i].dtype not in COUNTER_TYPES:
+        return f"its step counter has type {state_steps[i].dtype}, not one of {', '.join(map(str, COUNTER_TYPES))}"
     return next(_misfit_of_types(lists, i), None)
 
 

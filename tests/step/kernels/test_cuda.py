@@ -32,6 +32,7 @@ from step.kernels.triton_problems import (
     hyperparameters,
     interpreted,
     needs_triton,
+    single,
     to_start,
 )
 from strategies import made_up_variances, options, problems
@@ -107,6 +108,32 @@ def test_bfloat16_state_is_the_same_to_the_last_bit(types, tensor_steps):
         exact, _ = both(drawn, grads, (*types[:3], f64), shapes, tensor_steps=tensor_steps, transposed=True)
         up = torch.cat([(a.double() > b.to(bf16).double()).flatten() for a, b in zip(ours[2], exact[2])])
         assert 0 < up.double().mean() < 1
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [f16, bf16])
+@pytest.mark.parametrize(("tensor_steps", "counter"), [(False, f32), (True, f32), (False, f64), (True, f64)])
+def test_parameters_are_rounded_at_random_to_the_last_bit(dtype, tensor_steps, counter):
+    """Over numbers of every size, subnormal ones too, before and behind 2**24: without a step only the bits differ."""
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.randn(70, generator=generator) * 2.0 ** torch.randint(-26, 3, (70,), generator=generator)).numpy()
+    start = [2**24 if counter == f64 else 7]
+    drawn = {"lr": 0.5, "weight_decay": 2.0**-8, "stochastic_rounding": True, "mask": "none"}
+    made = [Problem([(70,)], (dtype, f32, f32, f32), False, start=start) for _ in range(2)]
+    for problem in made:
+        problem.columns[0][0].tensor.copy_(torch.as_tensor(values))
+        problem.steps = [step.to(counter) for step in problem.steps]
+    # Weights decay, and that rounds them.
+    results = []
+    for _ in range(3):
+        cuda.step(made[0].lists([np.zeros(70)]), made[0].steps, hyperparameters(drawn), tensor_steps=tensor_steps)
+        single(made[1], [np.zeros(70)], drawn, tensor_steps)
+        ours, theirs = (problem.results()[0][0] for problem in made)
+        assert torch.equal(ours, theirs)
+        results.append(ours)
+    assert made[0].steps[0].item() == made[1].steps[0].item() == start[0] + 3
+    nearest = torch.as_tensor(values).to(dtype)
+    assert not torch.equal(results[0], (nearest.float() * (1 - 2.0**-9)).to(dtype))
 
 
 @interpreted

@@ -61,6 +61,7 @@ DEFAULTS = {
     "variance": "streaming",
     "shrinkage": 0.0,
     "shrink_to": "zero",
+    "stochastic_rounding": False,
 }
 NEEDED_BY_PRM = set(DEFAULTS) - {"betas", "variance", "shrink_to"}
 
