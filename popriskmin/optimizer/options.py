@@ -216,10 +216,6 @@ def _check_combinations(options: Options) -> None:
         )
     if options["state_dtype"] == "8bit" and options["differentiable"]:
         raise ValueError("state_dtype='8bit' needs differentiable=False: no gradient passes through its rounding")
-    if options["state_dtype"] == "8bit" and options["fused"]:
-        raise RuntimeError(
-            "fused=True, but the kernels do not know state_dtype='8bit': pass fused=None, and it steps by foreach"
-        )
 
 
 def _check_lr(lr: object) -> None:
