@@ -24,8 +24,8 @@ from popriskmin.mask import (
     shrunk,
     signal_and_noise,
 )
-from popriskmin.step.codes import are_codes
 from popriskmin.step.coded import coded_prm
+from popriskmin.step.codes import are_codes
 from popriskmin.step.foreach import multi_tensor_prm
 from popriskmin.step.kernels import Memory, fused_prm, unusable
 from popriskmin.step.lists import Lists, as_real, compute_dtype, is_compiling, local_parts, shrinks
