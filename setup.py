@@ -45,7 +45,7 @@ setup(
         Extension(
             NAME,
             sources=["popriskmin/step/kernels/cpu.c"],
-            depends=[f"popriskmin/step/kernels/cpu_{part}.h" for part in ("step", "threads", "types")],
+            depends=[f"popriskmin/step/kernels/cpu_{part}.h" for part in ("codes", "step", "threads", "types")],
             extra_compile_args=COMPILE,
             extra_link_args=["-pthread"],
             libraries=["m"],

@@ -29,6 +29,12 @@ def gpt2_shapes(width: int = 384, layers: int = 10, vocabulary: int = 50257, con
     return [(vocabulary, width), (context, width), *(layer * layers), (width,), (width,)]
 
 
+def smollm2_shapes() -> list[Any]:
+    """Return the shapes of SmolLM2-135M's parameters, whose embedding is its last layer too."""
+    layer = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536), (576,), (576,)]
+    return [(49152, 576), *(layer * 30), (576,)]
+
+
 def small_shapes() -> list[Any]:
     """Return 600 small shapes, as of a network of many thin layers; 317 thousand scalars."""
     return [(32, 32), (32,)] * 300
@@ -44,6 +50,7 @@ OPTIMIZERS: dict[str, Build] = {
     "PRM(debias=True)": lambda params: PRM(params, debias=True),
     "PRM(amsgrad=True)": lambda params: PRM(params, amsgrad=True),
     "PRM(state_dtype=torch.bfloat16)": lambda params: PRM(params, state_dtype=torch.bfloat16),
+    "PRM(state_dtype='8bit')": lambda params: PRM(params, state_dtype="8bit"),
     "PRM(foreach=True)": lambda params: PRM(params, foreach=True),
     "PRM(foreach=False)": lambda params: PRM(params, foreach=False),
 }
@@ -83,6 +90,13 @@ def build(shapes: list[Any], make: Build) -> torch.optim.Optimizer:
     optimizer = make(params)
     optimizer.step()
     return optimizer
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> float:
+    """Return the bytes of state a scalar, step counters aside."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = [x for p in params for name, x in optimizer.state[p].items() if name != "step"]
+    return sum(x.numel() * x.element_size() for x in tensors) / sum(p.numel() for p in params)
 
 
 def in_turns(actions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

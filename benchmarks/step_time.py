@@ -25,6 +25,8 @@ from common import (
     header,
     in_turns,
     small_shapes,
+    smollm2_shapes,
+    state_bytes,
     transformer_training,
 )
 
@@ -34,8 +36,12 @@ CASES: dict[str, Callable[[], list[Any]]] = {"GPT-2-like": gpt2_shapes, "600 sma
 
 # Numerator, denominator, the most that their ratio may be; for each case and number of threads.
 BARS = {
-    "GPT-2-like": [("PRM()", ADAMW_FUSED, 1.35), ("PRM(state_dtype=torch.bfloat16)", ADAMW_FUSED, 1.05)],
-    "600 small tensors": [("PRM()", ADAMW_FUSED, 1.0)],
+    "GPT-2-like": [
+        ("PRM()", ADAMW_FUSED, 1.35),
+        ("PRM(state_dtype=torch.bfloat16)", ADAMW_FUSED, 1.05),
+        ("PRM(state_dtype='8bit')", ADAMW_FUSED, 1.0),
+    ],
+    "600 small tensors": [("PRM()", ADAMW_FUSED, 1.0), ("PRM(state_dtype='8bit')", ADAMW_FUSED, 1.0)],
 }
 EVERYWHERE = [
     ("PRM(mask='soft', reduction='per_tensor')", "PRM()", 1.35),
@@ -83,19 +89,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--only", nargs="+", choices=list(OPTIMIZERS), help="optimizers; bars of others are left out")
     args = parser.parse_args()
     print(header(args.repeats))
     bars: list[tuple[str, float, float]] = []
     for threads in args.threads:
         torch.set_num_threads(threads)
         for case, shapes in CASES.items():
-            optimizers = {name: build(shapes(), make) for name, make in OPTIMIZERS.items() if name != SLOW}
+            names = args.only or [name for name in OPTIMIZERS if name != SLOW]
+            optimizers = {name: build(shapes(), OPTIMIZERS[name]) for name in names}
             seconds = in_turns({name: optimizer.step for name, optimizer in optimizers.items()}, args.repeats)
             count = sum(torch.Size(shape).numel() for shape in shapes())
             print(f"\n{case}: {count:,} scalars, {len(shapes())} tensors, threads: {threads}\n")
             table(seconds, ADAMW_FUSED)
             for over, under, bar in BARS.get(case, []) + EVERYWHERE:
+                if over not in seconds or under not in seconds:
+                    continue
                 bars.append((f"{over} / {under}, {case}, threads: {threads}", ratio(seconds, over, under), bar))
+        if args.only:
+            continue
         training = {f"training with {name}": transformer_training(OPTIMIZERS[name]) for name in (ADAMW_FUSED, "PRM()")}
         seconds = in_turns(training, 3 * args.repeats)
         print(f"\nA training step of a small transformer, threads: {threads}\n")
@@ -104,6 +116,9 @@ def main() -> None:
             (f"a training step, PRM() / {ADAMW_FUSED}, threads: {threads}", ratio(seconds, *TRAINING[:2]), 1.03)
         )
     memory = memory_of_a_step(CASES[next(iter(CASES))]())
+    for name, shapes in (("GPT-2-like", gpt2_shapes()), ("SmolLM2-135M", smollm2_shapes())):
+        reached = state_bytes(build(shapes, OPTIMIZERS["PRM(state_dtype='8bit')"]))
+        bars.append((f"8-bit state, bytes a parameter, {name}", reached, 3.3))
     print("\n| bar | reached | at most | |\n| --- | ---: | ---: | --- |")
     for name, reached, bar in bars:
         print(f"| {name} | {reached:.2f} | {bar:.2f} | {'yes' if reached <= bar else 'NO'} |")

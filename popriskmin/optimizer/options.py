@@ -218,10 +218,6 @@ def _check_combinations(options: Options) -> None:
         raise ValueError("state_dtype='8bit' needs differentiable=False: no gradient passes through its rounding")
     if options["stochastic_rounding"] and options["differentiable"]:
         raise ValueError("stochastic_rounding=True needs differentiable=False: no gradient passes through its rounding")
-    if options["state_dtype"] == "8bit" and options["fused"]:
-        raise RuntimeError(
-            "fused=True, but the kernels do not know state_dtype='8bit': pass fused=None, and it steps by foreach"
-        )
 
 
 def _check_lr(lr: object) -> None:

@@ -19,7 +19,6 @@ from popriskmin.optimizer.mask_state import remember_applied
 from popriskmin.optimizer.options import check_options, check_variances, name_of, plain, warn_of_sam, with_numbers
 from popriskmin.optimizer.shrunk import CountsShrunk
 from popriskmin.optimizer.stats import MaskStats, mask_stats
-from popriskmin.step.coded import dispatch_coded
 from popriskmin.step.compat import check_graph_capture
 from popriskmin.step.functional import dispatch
 from popriskmin.step.kernels import Memory
@@ -343,8 +342,7 @@ class PRM(CountsShrunk, CheckedOptimizer):
         del self._memories[len(self.param_groups) :]
         self._memories.extend({} for _ in self.param_groups[len(self._memories) :])
         for group, hyper, memory, (lists, state_steps) in zip(self.param_groups, applied, self._memories, gathered):
-            take = dispatch_coded if group["state_dtype"] == "8bit" else dispatch
-            take(
+            dispatch(
                 lists,
                 state_steps,
                 hyper,

@@ -1,4 +1,6 @@
-"""The step of tensors whose state is in 8-bit blocks (`popriskmin.step.codes`): a part is decoded, stepped and encoded.
+"""The step of tensors whose state is in 8-bit blocks (`popriskmin.step.codes`), where the kernel does not take it.
+
+A part is decoded, stepped by the loops of `popriskmin.step.foreach` and encoded.
 
 In the lists of a step `exp_avgs`, `exp_avg_sqs` and `exp_avg_vars` all hold the blocks.
 """
@@ -13,48 +15,16 @@ from torch import Tensor
 from popriskmin.mask import Corrections, Hyperparameters, corrections, evaluate, finish_signal_and_noise
 from popriskmin.step.codes import BLOCK, Moments, blocks_of, decode, encode
 from popriskmin.step.foreach import CPU_BLOCK, Block, advance, mask_of, move
-from popriskmin.step.functional import choose_implementation, dispatch
-from popriskmin.step.kernels import Memory
 from popriskmin.step.lists import Lists, compute_dtype, count_up, is_compiling, shrinks
 
 # Scalars that are decoded at a time on other devices; a multiple of BLOCK, as CPU_BLOCK is.
 DEVICE_PART = 1 << 24
 
 
-def dispatch_coded(
-    lists: Lists,
-    state_steps: list[Tensor],
-    hyper: Hyperparameters,
-    foreach: bool | None,
-    capturable: bool,
-    differentiable: bool,
-    fused: bool | None,
-    memory: Memory,
-) -> None:
-    """Take one step of a parameter group of which some tensors' state is in blocks; see `dispatch`."""
-    coded = [i for i, codes in enumerate(lists.exp_avgs) if codes.dtype == torch.uint8]
-    places = set(coded)
-    rest = [i for i in range(len(lists.params)) if i not in places]
-    if is_compiling():
-        raise RuntimeError("a step with state_dtype='8bit' cannot be compiled: call it outside of torch.compile")
-    choose_implementation(lists.params, foreach, fused, differentiable)  # raises for what cannot be had
-    coded_prm(lists.of(coded), [state_steps[i] for i in coded], hyper, tensor_steps=capturable)
-    dispatch(
-        lists.of(rest),
-        [state_steps[i] for i in rest],
-        hyper,
-        foreach=foreach,
-        capturable=capturable,
-        differentiable=differentiable,
-        fused=fused,
-        memory=memory,
-    )
-
-
 def coded_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor_steps: bool) -> None:
     """Step tensor by tensor, in place, a part at a time; temporaries are a few such parts."""
-    if not lists.params:
-        return
+    if is_compiling():
+        raise RuntimeError("a step with state_dtype='8bit' cannot be compiled: call it outside of torch.compile")
     count_up(state_steps)
     for i, param in enumerate(lists.params):
         own = hyper if shrinks(hyper, param) else hyper._replace(shrinkage=0.0)

@@ -13,7 +13,8 @@ is an addition and a shift, exact on every device.
   in units of a power of two next to its own `sqrt(v)`, as stored: a small `m` beside a large
   one in its block keeps its digits, and opens no mask. Of `|m| + lo` seven bits are kept,
   with `lo` an 8th of the block's largest, or a 128th where that is above 8: steps are even
-  below `lo` and grow with `|m|` above it.
+  below `lo` and grow with `|m|` above it. The sign is two's complement's; 127 and -127 are
+  infinities, -128 is NaN.
 
 An exponential average with decay 0.999 moves by less than a step, so all three are rounded
 stochastically (see `popriskmin.step.rounding`). The random bits are a hash of the element's
@@ -52,6 +53,11 @@ class Moments(NamedTuple):
     variance: Tensor
 
 
+def are_codes(state: Tensor) -> bool:
+    """Return whether a tensor that stands for `m`, `v` or `s` holds blocks of all three."""
+    return state.dtype == torch.uint8
+
+
 def blocks_of(scalars: int) -> int:
     """Return how many blocks so many scalars take."""
     return -(-scalars // BLOCK)
@@ -86,8 +92,8 @@ def encode(moments: Moments, codes: Tensor, place: int, stochastic: bool = True)
         bits = hash32(places + hash32(head[:, 3:].long() & 0xFFFFFFFF)).to(torch.int64)
     else:
         bits = torch.full_like(moments.mean, 0x80808080, dtype=torch.int64)
-    # Sixteen bits each. Those of `m` overlap with both, but roundings go by the upper ones.
-    for_square, for_variance, for_mean = ((x & 0xFFFF).to(torch.int32) for x in (bits >> 16, bits, bits >> 8))
+    # The bits of `m` overlap with those of both, but roundings go by the upper ones.
+    for_square, for_variance, for_mean = bits, (bits << 16) & 0xFFFFFFFF, (bits << 8) & 0xFFFFFFFF
     square, header_of_square = _encode_square(moments.square, for_square)
     variance, header_of_variance = _encode_square(moments.variance, for_variance)
     mean, header_of_mean = _encode_mean(moments.mean, for_mean, _decode_square(square, header_of_square))
@@ -121,13 +127,13 @@ def _encode_square(x: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _decode_mean(codes: Tensor, header: Tensor, square: Tensor) -> Tensor:
-    c = codes.to(torch.int32)
-    size, shift, lowest = c & 127, header & 31, (header >> 5) << FRACTION
+    c = codes.view(torch.int8).to(torch.int32)
+    size, shift, lowest = c.abs(), header & 31, (header >> 5) << FRACTION
     bits = (size + (lowest >> shift)) << shift
     x = bits.view(torch.float32) - lowest.view(torch.float32)
     x = torch.where(size > LARGEST_MEAN, torch.inf, x)
-    x = torch.where(c > 127, -x, x)
-    return torch.where(c == 128, torch.nan, x) * _root(square, 1)
+    x = torch.where(c < 0, -x, x)
+    return torch.where(c == -128, torch.nan, x) * _root(square, 1)
 
 
 def _encode_mean(mean: Tensor, random: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,10 +151,9 @@ def _encode_mean(mean: Tensor, random: Tensor, square: Tensor) -> tuple[Tensor, 
     start = lowest << FRACTION
     c = (((size + start.view(torch.float32)).view(torch.int32) + _scaled(random, shift)) >> shift) - (start >> shift)
     c = torch.where(live, c.clamp(0, LARGEST_MEAN), 127)
-    # Minus zero stands for NaN.
-    c = torch.where((x < 0) & (c > 0), c | 128, c)
-    c = torch.where(x.isnan(), 128, c)
-    return c.to(torch.uint8), lowest << 5 | shift
+    c = torch.where(x < 0, -c, c)
+    c = torch.where(x.isnan(), -128, c)
+    return c.to(torch.int8).view(torch.uint8), lowest << 5 | shift
 
 
 def _root(square: Tensor, power: int) -> Tensor:
@@ -163,5 +168,5 @@ def _steps(size: Tensor, lowest: Tensor, shift: Tensor) -> Tensor:
 
 
 def _scaled(random: Tensor, shift: Tensor) -> Tensor:
-    """Return 16 random bits as so many as `shift` says."""
-    return torch.where(shift > 16, random << (shift - 16).clamp(min=0), random >> (16 - shift).clamp(min=0))
+    """Return the upper ones of 32 random bits, so many as `shift` says."""
+    return (random >> (32 - shift)).to(torch.int32)

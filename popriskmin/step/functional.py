@@ -24,6 +24,8 @@ from popriskmin.mask import (
     shrunk,
     signal_and_noise,
 )
+from popriskmin.step.coded import coded_prm
+from popriskmin.step.codes import are_codes
 from popriskmin.step.foreach import multi_tensor_prm
 from popriskmin.step.kernels import Memory, fused_prm, unusable
 from popriskmin.step.lists import Lists, as_real, compute_dtype, is_compiling, local_parts, shrinks
@@ -212,8 +214,13 @@ def dispatch(
             raise RuntimeError("fused=True cannot be compiled; pass fused=None, and the compiler fuses the step itself")
         implementation = choose_implementation(lists.params, foreach, False, differentiable)
     step = _single_tensor_prm if implementation == "single" else multi_tensor_prm
-    # Where tensors hold the step count its value is not needed on the host.
-    step(lists, state_steps, hyper, tensor_steps=capturable or compiling)
+    coded = [i for i, exp_avg in enumerate(lists.exp_avgs) if are_codes(exp_avg)]
+    rest = [i for i in range(len(lists.params)) if i not in coded] if coded else range(len(lists.params))
+    for take, places in ((coded_prm, coded), (step, list(rest))):
+        if places:
+            # Where tensors hold the step count its value is not needed on the host.
+            steps = [state_steps[i] for i in places]
+            take(lists.of(places), steps, hyper, tensor_steps=capturable or compiling)
 
 
 def choose_implementation(params: list[Tensor], foreach: bool | None, fused: bool | None, differentiable: bool) -> str:

@@ -161,8 +161,11 @@ def test_what_cannot_be_had_is_refused():
         make(state_dtype="4bit")
     with pytest.raises(ValueError, match="'8bit' needs differentiable=False"):
         make(differentiable=True)
-    with pytest.raises(RuntimeError, match="kernels do not know state_dtype='8bit': pass fused=None"):
-        make(fused=True)
+    params, optimizer = make(fused=True, shapes=[(70, 64)])
+    with torch.no_grad():
+        params[0].set_(params[0].detach().t().contiguous().t())
+    with pytest.raises(RuntimeError, match="tensor 0 .*'8bit' needs it contiguous, and it has strides"):
+        run(params, optimizer, 1)
 
 
 def test_copies_and_pickles_go_on_alike():
@@ -195,7 +198,7 @@ def test_a_tensor_that_is_not_contiguous_steps_as_its_copy():
         torch.manual_seed(0)
         w = torch.randn(80, 60)
         p = torch.nn.Parameter(w.t().contiguous().t() if transposed else w)
-        optimizer = PRM([p], state_dtype="8bit", amsgrad=True)
+        optimizer = PRM([p], state_dtype="8bit", amsgrad=True, foreach=True)
         for _ in range(3):
             p.grad = torch.sin(p.detach() * 3)
             optimizer.step()

@@ -2,7 +2,7 @@
  *
  * A plain shared library: it knows neither Python nor torch, and gets addresses, sizes and types from cpu.py, which has
  * checked them. prm_step is its one entry. The types of numbers are in cpu_types.h, the arithmetic in cpu_step.h, the
- * threads in cpu_threads.h; here are the numbers that depend on the step count, and the order of the work.
+ * 8-bit state in cpu_codes.h, the threads in cpu_threads.h; here are the numbers that depend on the step count, and the order of the work.
  */
 #include <float.h>
 #include <math.h>
@@ -14,7 +14,7 @@
 #include "cpu_types.h"
 
 /* To be raised, here and in cpu.py, whenever a structure or a meaning below changes. */
-#define ABI 8
+#define ABI 9
 
 #define MASK_NONE 0
 #define MASK_SNR 1

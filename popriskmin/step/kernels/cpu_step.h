@@ -418,6 +418,15 @@ TARGET static void NAME(store_rounded)(void *base, int type, int64_t start, int6
     }
 }
 
+/* Write parameters back; of 16 bits they are rounded at random where that is asked for. */
+TARGET static void NAME(store_parameters)(const job *job, const tensor *t, const numbers *x, int64_t start, int64_t n,
+                                          const REAL *p) {
+    if (job->rounds_p)
+        NAME(store_rounded)(t->p, job->p_type, start, n, x->param_key, p);
+    else
+        NAME(store)(t->p, job->p_type, start, n, p);
+}
+
 /* Round v and s to numbers of their bfloat16 storage; what is stored is what the mask and the step see. */
 TARGET static void NAME(round_state)(int64_t n, int64_t start, uint32_t key, REAL *restrict v, REAL *restrict s) {
     for (int64_t i = 0; i < n; i++) {
@@ -425,6 +434,19 @@ TARGET static void NAME(round_state)(int64_t n, int64_t start, uint32_t key, REA
         v[i] = (REAL)round_stochastically((float)v[i], bits >> 16);
         s[i] = (REAL)round_stochastically((float)s[i], bits & 0xFFFF);
     }
+}
+
+/* Move the parameters from `start` on, and bring them back to their memory; v is what the step divides by. */
+TARGET static void NAME(move_and_pull)(const job *job, const tensor *t, const numbers *x, const NAME(constants) *c,
+                                       int64_t start, int64_t n, REAL *p, const REAL *m, const REAL *v, const REAL *s,
+                                       REAL given, REAL *buffer) {
+    int mask = t->pooled ? MASK_NONE : x->mask;
+    NAME(move)(mask, n, p, m, v, s, given, c);
+    if (t->pulled) {
+        const REAL *to = t->start ? NAME(load)(t->start, job->p_type, start, n, buffer) : NULL;
+        NAME(pull)(mask, n, p, v, s, to, given, c);
+    }
+    NAME(store_parameters)(job, t, x, start, n, p);
 }
 
 /* The same three, a chunk at a time, for tensors of any types and for any options. */
@@ -456,18 +478,8 @@ TARGET static void NAME(work_in_chunks)(const job *job, const tensor *t, const n
         }
         if (sums)
             NAME(add_up)(n, m, s, sums);
-        if (what & MOVE) {
-            int mask = t->pooled ? MASK_NONE : x->mask;
-            NAME(move)(mask, n, p, m, maximum ? maximum : v, s, given, c);
-            if (t->pulled) {
-                const REAL *to = t->start ? NAME(load)(t->start, job->p_type, start, n, buffers[7]) : NULL;
-                NAME(pull)(mask, n, p, maximum ? maximum : v, s, to, given, c);
-            }
-            if (job->rounds_p)
-                NAME(store_rounded)(t->p, job->p_type, start, n, x->param_key, p);
-            else
-                NAME(store)(t->p, job->p_type, start, n, p);
-        }
+        if (what & MOVE)
+            NAME(move_and_pull)(job, t, x, c, start, n, p, m, maximum ? maximum : v, s, given, buffers[7]);
     }
 }
 
@@ -517,6 +529,8 @@ TARGET static void NAME(work_in_place)(const job *job, const tensor *t, const nu
     }
 }
 
+#include "cpu_codes.h"
+
 /* What is to be done to a stretch: bring the state on, add up its sums, move the parameters. */
 TARGET static void NAME(work)(const job *job, int64_t index, int64_t begin, int64_t end, int what, double given,
                               double *sums) {
@@ -526,7 +540,9 @@ TARGET static void NAME(work)(const job *job, int64_t index, int64_t begin, int6
     int narrow = job->s_type == TYPE_BFLOAT16;
     int in_place = x->usual && job->p_type == REAL_TYPE && job->g_type == REAL_TYPE && job->m_type == REAL_TYPE &&
                    (!t.z || job->z_type == REAL_TYPE) && (narrow ? !t.pooled && !t.maximum : job->s_type == REAL_TYPE);
-    if (in_place)
+    if (job->m_type == TYPE_CODES)
+        NAME(work_in_codes)(job, &t, x, &c, begin, end, what, (REAL)given, sums);
+    else if (in_place)
         NAME(work_in_place)(job, &t, x, &c, begin, end, what, (REAL)given, sums);
     else
         NAME(work_in_chunks)(job, &t, x, &c, begin, end, what, (REAL)given, sums);

@@ -9,6 +9,7 @@
 #define TYPE_FLOAT64 1
 #define TYPE_BFLOAT16 2
 #define TYPE_FLOAT16 3
+#define TYPE_CODES 4 /* m, v and s of a tensor are in 8-bit blocks: cpu_codes.h */
 
 /* All without branches, so that compilers turn loops over them into vector code. */
 

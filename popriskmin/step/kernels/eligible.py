@@ -12,7 +12,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from popriskmin.step.lists import PLAIN, Lists, are_plain, is_dense, sharing_memory
+from popriskmin.step.codes import BYTES, are_codes, blocks_of
+from popriskmin.step.lists import PLAIN, Lists, are_plain, compute_dtype, is_dense, sharing_memory
 
 GRADIENT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MEAN_TYPES = (torch.float32, torch.float64)
@@ -100,7 +101,8 @@ def fits_as_usual(lists: Lists, state_steps: list[Tensor], known: State | None) 
             found = State(ids, watched, gone, addresses, shapes, layout, sizes, origins(lists), memory)
             good = (
                 (layout is None or all(map(is_dense, params)))
-                and all(_are_usual(tensors, found, device) for tensors in kept if tensors)
+                and all(_are_usual(tensors, found, device) for tensors in _of_its_shape(lists) if tensors)
+                and _are_usual_blocks(lists, device)
                 and not any(map(Tensor.is_neg, params))
                 and not sharing_memory(params)
                 and all(map(_is_counter, state_steps))
@@ -114,6 +116,40 @@ def fits_as_usual(lists: Lists, state_steps: list[Tensor], known: State | None) 
     if not good or params[0].is_complex() or grads[0].is_complex() or any(_misfit_of_types(lists, 0)):
         return None
     return found
+
+
+def _of_its_shape(lists: Lists) -> Iterator[list[Tensor]]:
+    """Yield what is kept from step to step and has the shape of its parameter."""
+    coded = are_codes(lists.exp_avgs[0])
+    yield from (lists.params, lists.max_exp_avg_sqs, lists.starts)
+    yield from () if coded else (lists.exp_avgs, lists.exp_avg_sqs, lists.exp_avg_vars)
+
+
+def _are_usual_blocks(lists: Lists, device: int) -> bool:
+    """Return whether the state is in blocks that a kernel takes, or in none at all."""
+    coded = list(map(are_codes, lists.exp_avgs))
+    if not any(coded):
+        return True
+    return (
+        all(coded)
+        and _are_on(lists.exp_avgs, device)
+        and all(_misfit_of_blocks(lists, i) is None for i in range(len(coded)))
+    )
+
+
+def _misfit_of_blocks(lists: Lists, i: int) -> str | None:
+    """Return why a kernel does not take the 8-bit blocks at place `i`, or None if it does."""
+    param, codes = lists.params[i], lists.exp_avgs[i]
+    if not (are_plain([codes]) and codes.is_contiguous() and tuple(codes.shape) == (blocks_of(param.numel()), BYTES)):
+        return f"its codes are no contiguous tensor of shape {(blocks_of(param.numel()), BYTES)}"
+    if codes.device != param.device:
+        return f"its codes are on {codes.device}, the parameter on {param.device}"
+    if not param.is_contiguous():
+        return f"state_dtype='8bit' needs it contiguous, and it has strides {param.stride()}"
+    maxima = {tensors[i].dtype for tensors in (lists.max_exp_avg_sqs,) if tensors}
+    if maxima - {compute_dtype(param)}:
+        return f"max_exp_avg_sq has type {maxima.pop()}, not {compute_dtype(param)}"
+    return None
 
 
 def _are_same(held: list[list[Tensor]], addresses: list[bytes], known: State) -> bool:
@@ -168,6 +204,11 @@ def misfit(lists: Lists, state_steps: list[Tensor], i: int) -> str | None:
         if tensors
     }  # fmt: skip
     param = lists.params[i]
+    if are_codes(lists.exp_avgs[i]):
+        held = {name: tensor for name, tensor in held.items() if not name.startswith("exp_avg")}
+        reason = _misfit_of_blocks(lists, i)
+        if reason is not None:
+            return reason
     for name, tensor in held.items():
         if not are_plain([tensor]):
             return f"{name} is a {type(tensor).__name__}, a subclass of Tensor"
@@ -197,11 +238,11 @@ def _misfit_of_types(lists: Lists, i: int) -> Iterator[str]:
     param, grad, exp_avg, exp_avg_sq, exp_avg_var = (
         real.get(tensors[i].dtype, tensors[i].dtype) for tensors in lists[:5]
     )
+    coded = exp_avg == torch.uint8
     for name, dtype, known in (
         ("the parameter", param, GRADIENT_TYPES),
         ("its gradient", grad, GRADIENT_TYPES),
-        ("exp_avg", exp_avg, MEAN_TYPES),
-        ("exp_avg_var", exp_avg_var, STATE_TYPES),
+        *(() if coded else (("exp_avg", exp_avg, MEAN_TYPES), ("exp_avg_var", exp_avg_var, STATE_TYPES))),
     ):
         if dtype not in known:
             yield f"{name} has type {dtype}, not one of {', '.join(map(str, known))}"
@@ -212,7 +253,7 @@ def _misfit_of_types(lists: Lists, i: int) -> Iterator[str]:
     if lists.starts and lists.starts[i].dtype != lists.params[i].dtype:
         yield f"its start has type {lists.starts[i].dtype}, the parameter {lists.params[i].dtype}"
     others = [exp_avg_sq] + [tensors[i].dtype for tensors in lists[5:6] if tensors]
-    if any(real.get(dtype, dtype) != exp_avg_var for dtype in others):
+    if not coded and any(real.get(dtype, dtype) != exp_avg_var for dtype in others):
         yield "exp_avg_sq, exp_avg_var and max_exp_avg_sq differ in type"
 
 

@@ -41,7 +41,7 @@ def test_under_both_sanitizers(tmp_path):
     tests = ["agrees", "instruction_set", "half_types", "nearest", "mixed_list", "insisting"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", " or ".join(tests),
-         str(Path(__file__).with_name("test_cpu.py")), str(Path(__file__).with_name("test_eligible.py"))],
+         *(str(Path(__file__).with_name(f"test_{part}.py")) for part in ("cpu", "cpu_codes", "eligible"))],
         capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
