@@ -139,7 +139,7 @@ def _second_moments(one: ParamState, m: Tensor, implied: Tensor) -> tuple[Tensor
     return v, divisor
 
 
-def _lost(one: Held, w: Tensor, step_sq: Tensor) -> Tensor:
+def _lost(one: ParamState, w: Tensor, step_sq: Tensor) -> Tensor:
     """Return which scalars of a 16-bit parameter a step, squared and without the learning rate, leaves as they are."""
     dtype, lr = one.param.dtype, float(one.hyper.lr)
     if dtype not in (torch.bfloat16, torch.float16) or one.hyper.stochastic_rounding or lr == 0:
