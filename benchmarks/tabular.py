@@ -1,6 +1,6 @@
 """Time, memory and loss of `PRMClassifier` and `PRMRegressor` at their defaults, beside other learners at theirs.
 
-    pip install lassonet pytabkit                    # those that are missing are left out, and said so
+    pip install lassonet pytabkit lightgbm           # those that are missing are left out, and said so
     python benchmarks/tabular.py run                 # resumes after a kill; --tables, --methods, --seeds for a part
     python benchmarks/tabular.py speed               # 500 x 500 and 10,000 x 1,000, of PRM alone
     python benchmarks/tabular.py report
@@ -56,8 +56,8 @@ NARROW: dict[str, dict[str, Any]] = {
 }
 TABLES = WIDE | NARROW
 SET_ASIDE = [*list(WIDE)[1::2], *list(NARROW)[1::2]]
-METHODS = ("prm", "boosted trees", "L1 linear", "tabm", "realmlp", "lassonet")
-NEEDS = {"realmlp": "pytabkit", "tabm": "pytabkit", "lassonet": "lassonet"}
+METHODS = ("prm", "boosted trees", "lightgbm", "L1 linear", "tabm", "realmlp", "lassonet")
+NEEDS = {"lightgbm": "lightgbm", "realmlp": "pytabkit", "tabm": "pytabkit", "lassonet": "lassonet"}
 MOST_ROWS, LIMIT = 1000, 300  # rows for training; cpu seconds of a process
 SIZES = ((500, 500), (10_000, 1000))
 
@@ -82,6 +82,10 @@ def model_of(method: str, classes: int, seed: int) -> Any:
                 penalty="l1", solver=solver, scoring="neg_log_loss", cv=5, max_iter=300, random_state=seed
             )
         return LassoCV(cv=5, random_state=seed)
+    if method == "lightgbm":
+        import lightgbm
+
+        return (lightgbm.LGBMClassifier if classifies else lightgbm.LGBMRegressor)(random_state=seed, verbose=-1)
     if method == "lassonet":
         import lassonet
 
