@@ -18,7 +18,9 @@ def compiled(kernel, types, **flags):
     wide = f64 if f64 in (types[0], types[2]) else f32
     flags = {"PHASE": "all", "MASK": "snr", "DECOUPLED": True, "BIAS": True, "COLUMNS": COLUMNS, "BLOCK": 1024} | flags
     off = ["AMSGRAD", "COUPLED", "MAXIMIZE", "DEBIAS", "GIVEN", "MASK_DECAY", "FROM_END", "TENSOR_STEPS", "TENSOR_LR"]
-    constants = {**dict.fromkeys(off, False), "SHRINK": "none", "CHUNK": 4096, "C": cuda_step.TYPES[wide], **flags}
+    constants = {**dict.fromkeys(off, False), "SHRINK": "none", "CHUNK": 4096, "C": cuda_step.TYPES[wide], "ROUND": False}
+    # Where the step rounds at random, it counts in float64.
+    constants |= {"T": cuda_step.TYPES[f64 if flags.get("ROUND") else f32], **flags}
     constants |= {
         name: cuda_step.TYPES[t] for name, t in zip("PGMVSXZW", [*types, types[3], types[3], types[1], types[0]])
     }
@@ -49,6 +51,8 @@ def compiled(kernel, types, **flags):
         ("update", TYPES[0], {"SHRINK": "zero"}),
         ("update", TYPES[5], {"SHRINK": "start", "MASK": "soft", "DEBIAS": True, "TENSOR_STEPS": True}),
         ("update", TYPES[1], {"SHRINK": "start", "PHASE": "move"}),
+        ("update", TYPES[3], {"ROUND": True}),
+        ("update", TYPES[3], {"ROUND": True, "TENSOR_STEPS": True}),
         ("pool", TYPES[0], {"DEBIAS": True, "TENSOR_STEPS": True}),
         ("pool", TYPES[1], {}),
     ],
