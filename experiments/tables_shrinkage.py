@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 from tables_report import BASE, REFERENCES, Cell, Key, best_of, counts, gather, heading, mean_ratio, reached, verdict
 
-PENALTIES = ("adamw, L1 on the first layer", "adamw, L1 of five strengths", "adamw, decoupled L1")
+PENALTIES = (
+    "adamw, L1 on the first layer",
+    "adamw, L1 of five strengths",
+    "adamw, decoupled L1",
+    "adamw, decoupled L1, stronger",
+)
 SHRUNK = "snr, shrinkage"
 ARMS = (
     "adamw-matched to snr",
@@ -22,26 +27,32 @@ ARMS = (
     "snr, L1 on the first layer",
     "snr, L1 of five strengths",
     "snr, decoupled L1",
+    "snr, decoupled L1, stronger",
     SHRUNK,
     "none, shrinkage",
     "threshold z=2, shrinkage",
     "snr, shrinkage of both layers",
+    "snr, shrinkage that holds zeros",
 )
 LEVELS = (500, 0)
+FEW = (100, 2000)  # of a few tables
 
 
 def write(rows: Sequence[Cell], out: Path) -> None:
     """Write `tables.json` and the losses of every table as CSV, and print what a page shows."""
-    cells = {key: arms for key, arms in gather(rows).items() if SHRUNK in arms and key[1] in LEVELS}
+    cells = {key: arms for key, arms in gather(rows).items() if SHRUNK in arms and key[1] in LEVELS + FEW}
     if not cells:
         raise SystemExit(f"no run of {SHRUNK!r} is there yet: make some with the action run")
     lines = {(row["table"], row["probes"]): row for row in rows if row["arm"] == SHRUNK}
-    found = {str(level): summary(cells, lines, level) for level in LEVELS}
+    levels = [level for level in LEVELS + FEW if any(probes == level for _, probes in cells)]
+    found = {str(level): summary(cells, lines, level) for level in levels}
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.json").write_text(json.dumps(found, indent=1) + "\n")
     for level in LEVELS:
         write_losses(cells, level, out / f"tables-{level}.csv")
-    print("\n".join([*arms_table(found), "", *z_table(found)]))
+    for part in ([str(level) for level in LEVELS], [str(level) for level in levels if level in FEW]):
+        some = {level: found[level] for level in part}
+        print("\n".join([*arms_table(some), "", *z_table(some), ""]) if some else "")
 
 
 def summary(cells: Mapping[Key, Mapping[str, Cell]], lines: Mapping[Key, Cell], level: int) -> dict[str, Any]:
@@ -64,7 +75,10 @@ def summary(cells: Mapping[Key, Mapping[str, Cell]], lines: Mapping[Key, Cell], 
 
 
 def of_arm(mine: Mapping[str, Mapping[str, Cell]], name: str) -> dict[str, Any] | None:
-    """Return an arm's mean loss over AdamW's and over the penalty's, and how often it is clearly better or worse."""
+    """Return an arm's mean loss over AdamW's and over the penalty's, and how often it is clearly better or worse.
+
+    "shrinkage over it" is the mean loss of `SHRUNK` over the arm's on the tables that the arm was run on.
+    """
     there = [arms for arms in mine.values() if name in arms and "loss" in arms[name]]
     if not there:
         return None
@@ -74,6 +88,7 @@ def of_arm(mine: Mapping[str, Mapping[str, Cell]], name: str) -> dict[str, Any] 
         "against adamw": counts([verdict(dict(arms), name, BASE) for arms in there]),
         "over the penalty": mean_ratio([over(arms, name, "best penalty") for arms in there]),
         "against the penalty": counts([verdict(dict(arms), name, "best penalty") for arms in there]),
+        "shrinkage over it": mean_ratio([over(arms, SHRUNK, name) for arms in there]),
     }
 
 
@@ -105,17 +120,20 @@ def of_z(mine: Mapping[str, Mapping[str, Cell]], lines: Mapping[Key, Cell], leve
 def arms_table(found: Mapping[str, Any]) -> list[str]:
     """Return a line for each arm: mean loss over AdamW's, and how often clearly better, unclear, worse."""
     titles = [f"{level} columns that say nothing" if level else "as they come" for level in map(int, found)]
-    lines = heading(["arm", *(f"{t}: {f}" for t in titles for f in ("over AdamW", "against AdamW", "against L1"))])
+    figures = ("tables", "over AdamW", "against AdamW", "against L1", "shrinkage over it")
+    lines = heading(["arm", *(f"{t}: {f}" for t in titles for f in figures)])
     for name in dict.fromkeys(name for level in found.values() for name in level["arms"]):
         cells = [name]
         for level in found.values():
             one = level["arms"].get(name)
             if one is None:
-                cells += ["", "", ""]
+                cells += [""] * len(figures)
             else:
                 cells += [
+                    str(one["tables"]),
                     f"{one['over adamw']:.3f}",
                     *(listed(one[f"against {to}"]) for to in ("adamw", "the penalty")),
+                    f"{one['shrinkage over it']:.3f}",
                 ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

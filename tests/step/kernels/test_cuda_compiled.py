@@ -18,7 +18,13 @@ def compiled(kernel, types, **flags):
     wide = f64 if f64 in (types[0], types[2]) else f32
     flags = {"PHASE": "all", "MASK": "snr", "DECOUPLED": True, "BIAS": True, "COLUMNS": COLUMNS, "BLOCK": 1024} | flags
     off = ["AMSGRAD", "COUPLED", "MAXIMIZE", "DEBIAS", "GIVEN", "MASK_DECAY", "FROM_END", "TENSOR_STEPS", "TENSOR_LR"]
-    constants = {**dict.fromkeys(off, False), "SHRINK": "none", "CHUNK": 4096, "C": cuda_step.TYPES[wide], "ROUND": False}
+    constants = {
+        **dict.fromkeys(off, False),
+        "SHRINK": "none",
+        "CHUNK": 4096,
+        "C": cuda_step.TYPES[wide],
+        "ROUND": False,
+    }
     # Where the step rounds at random, it counts in float64.
     constants |= {"T": cuda_step.TYPES[f64 if flags.get("ROUND") else f32], **flags}
     constants |= {
