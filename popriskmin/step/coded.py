@@ -38,6 +38,12 @@ def dispatch_coded(
     if is_compiling():
         raise RuntimeError("a step with state_dtype='8bit' cannot be compiled: call it outside of torch.compile")
     choose_implementation(lists.params, foreach, fused, differentiable)  # raises for what cannot be had
+    for i in coded:
+        if len(lists.exp_avgs[i]) != blocks_of(lists.params[i].numel()):
+            raise RuntimeError(
+                f"a parameter has shape {tuple(lists.params[i].shape)}, and its state is of another size: take "
+                "it out of optimizer.state where its data is replaced by other data of another shape"
+            )
     coded_prm(lists.of(coded), [state_steps[i] for i in coded], hyper, tensor_steps=capturable)
     dispatch(
         lists.of(rest),

@@ -229,3 +229,16 @@ def test_capturable_counts_on_the_device():
         run(*pair, 3)
     for one, two in zip(params, plain_params):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_data_of_another_size_is_refused_and_nothing_moves():
+    params, optimizer = make()
+    run(params, optimizer, 2)
+    params[0].data = torch.ones(3, 3)
+    params[0].grad = torch.ones(3, 3)
+    before = [p.detach().clone() for p in params]
+    counts = [int(optimizer.state[p]["step"]) for p in params]
+    with pytest.raises(RuntimeError, match=r"shape \(3, 3\), and its state is of another size"):
+        optimizer.step()
+    assert all(torch.equal(p, w) for p, w in zip(params, before))
+    assert [int(optimizer.state[p]["step"]) for p in params] == counts
