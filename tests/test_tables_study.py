@@ -107,11 +107,9 @@ def test_the_study_resumes_and_reports(monkeypatch, tmp_path, capsys):
     words = ["--tables", "wine", "iris", "--probes", "0", "3", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["tables.py", "run", *words, "--cache", str(tmp_path / "cache")])
     few = [arm for name, arm in tables.ARMS.items() if name in ("adamw", "snr", "soft", "adamw-matched to soft")]
-    for name in ("FOURTH", "FIFTH", "SIXTH", "SEVENTH"):
-        monkeypatch.setattr(tables, name, [])
-    monkeypatch.setattr(tables, "FIRST", few[:3])
-    monkeypatch.setattr(tables, "SECOND", few[3:])
-    monkeypatch.setattr(tables, "THIRD", [])
+    references_alone = []
+    monkeypatch.setattr(tables, "THIRD", references_alone)
+    monkeypatch.setattr(tables, "GROUPS", (few[:3], few[3:], references_alone))
     tables.main()
     made = {path.name: path.read_text() for path in out.glob("*.jsonl")}
     assert sorted(made) == ["iris.jsonl", "wine.jsonl"]

@@ -1,13 +1,15 @@
 """What users do to torch's optimizers in the middle of a run, and expect to work."""
 
 import copy
+import io
+from collections import defaultdict
 
 import pytest
 import torch
 from conftest import HOW
 from torch import nn
 
-from popriskmin import PRM
+from popriskmin import PRM, Masked
 
 
 def net_and(seed=0, named=True, **options):
@@ -193,3 +195,65 @@ def test_gradients_reach_tensors_where_it_is_differentiable(options):
     at = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.8, 0.95, 0.1, 0.3)]
     assert torch.autograd.gradcheck(loss, at)
     assert all(g.abs() > 0 for g in torch.autograd.grad(loss(*at), at))
+
+
+def masked(params, **options):
+    return Masked(torch.optim.AdamW(params, **options))
+
+
+BUILDS = pytest.mark.parametrize("build", [torch.optim.AdamW, PRM, masked])
+
+
+@BUILDS
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_shallow_copy_shares_groups_and_state(build, edited):
+    net, _ = net_and()
+    named = list(net.named_parameters())
+    optimizer = build(named, lr=0.01)
+    if edited:
+        optimizer.param_groups[0]["params"].reverse()
+    steps(net, optimizer)
+    names = [] if build is torch.optim.AdamW else list(optimizer.get_mask_stats(by="parameter"))
+    other = copy.copy(optimizer)
+    other.param_groups[0]["lr"] = 0.5
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    before = weights(net).clone()
+    steps(net, other)
+    assert not torch.equal(before, weights(net))
+    assert optimizer.state[net[0].weight]["step"] == 6
+    if names:
+        assert list(optimizer.get_mask_stats(by="parameter")) == names
+        assert set(names) == {name for name, _ in named}
+
+
+@pytest.mark.parametrize("build", [PRM, masked])
+def test_numbers_of_numpy_that_a_schedule_writes_are_saved_as_pythons_own(build):
+    numpy = pytest.importorskip("numpy")
+    net, _ = net_and()
+    optimizer = build(net.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: numpy.cos(step) ** 2)
+    steps(net, optimizer)
+    schedule.step()
+    assert isinstance(optimizer.param_groups[0]["lr"], numpy.float64)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)["param_groups"][0]
+    assert type(saved["lr"]) is float
+    assert saved["lr"] == optimizer.param_groups[0]["lr"]
+
+
+@BUILDS
+def test_state_and_groups_may_be_replaced(build):
+    net, _ = net_and()
+    optimizer = build(net.parameters(), lr=0.01)
+    steps(net, optimizer)
+    optimizer.state = defaultdict(dict)
+    optimizer.param_groups = [{**optimizer.param_groups[0], "params": [net[0].weight], "lr": 0.1}]
+    before = weights(net).clone()
+    steps(net, optimizer, 2)
+    assert set(optimizer.state) == {net[0].weight}
+    assert optimizer.state[net[0].weight]["step"] == 2
+    changed = before != weights(net)
+    assert changed[:30].all()
+    assert not changed[30:].any()

@@ -81,6 +81,12 @@ class CheckedOptimizer(Optimizer):
         state: StateDict = super().__getstate__()
         return {**state, "param_groups": with_plain_names(self.param_groups, self.param_groups)}
 
+    def __copy__(self) -> CheckedOptimizer:
+        """Return a copy that shares groups and state, as those of torch's optimizers do."""
+        made = type(self).__new__(type(self))
+        made.__setstate__({**self.__getstate__(), "param_groups": self.param_groups})
+        return made
+
     def load_state_dict(self, state_dict: StateDict, *, keep: Iterable[str] | None = None) -> None:
         """Go on from a checkpoint of PRM, or take over one of `torch.optim.AdamW` or `Adam`.
 

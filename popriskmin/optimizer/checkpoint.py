@@ -16,7 +16,8 @@ from torch import Tensor
 from popriskmin.mask import Hyperparameters, MaskFunction, Options, corrections, found_mask, mask_name
 from popriskmin.optimizer.coded_state import CODED, encoded, has_codes, new_codes, uncoded
 from popriskmin.optimizer.groups import Group
-from popriskmin.optimizer.options import FOLLOWED, with_numbers
+from popriskmin.optimizer.mask_state import MASKED_STATE
+from popriskmin.optimizer.options import FOLLOWED, plain, with_numbers
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import StateDict
@@ -97,8 +98,12 @@ def new_state(param: Tensor, group: Options) -> dict[str, Tensor]:
 
 
 def portable(state_dict: StateDict) -> StateDict:
-    """Replace `state_dtype` by its name and a mask of one's own by its path, for `weights_only=True` to load them."""
+    """Replace what `weights_only=True` does not load.
+
+    That is `state_dtype`, by its name, a mask of one's own, by its path, and numbers of numpy that a schedule wrote.
+    """
     for group in state_dict["param_groups"]:
+        group.update({name: plain(value) for name, value in group.items()})
         if callable(group["mask"]):
             group["mask"] = mask_name(group["mask"])
         if isinstance(group["state_dtype"], torch.dtype):
@@ -253,3 +258,21 @@ def implied_variance(state: Mapping[str, Tensor], group: Options) -> Tensor:
 def ids_match(saved_groups: Sequence[Group], groups: Sequence[Group]) -> bool:
     """Return whether the groups have the same numbers of parameters, which the base class insists on."""
     return [len(g["params"]) for g in saved_groups] == [len(g["params"]) for g in groups]
+
+
+def prepared_mask(saved: StateDict, number: int, param: Tensor, group: Group) -> dict[str, Uncast]:
+    """Return the state of the mask of `Masked` for one parameter, in its final dtype and place."""
+    prepared = {}
+    for name, key in MASKED_STATE.items():
+        value = saved.get(key)
+        if not isinstance(value, Tensor) or (name != "step" and value.shape != param.shape):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else value
+            raise ValueError(
+                f"the checkpoint's {key} of parameter {number} has shape {shape}, the parameter {tuple(param.shape)}"
+            )
+        if name == "step":
+            device = param.device if group.get("capturable") else torch.device("cpu")
+            prepared[key] = Uncast(value.to(device=device, dtype=torch.float32))
+        else:
+            prepared[key] = Uncast(value.to(device=param.device, dtype=dtype_of_state(name, param, None)))
+    return prepared

@@ -168,8 +168,9 @@ class Names(list[str]):
 
 def pair_names(group: dict[str, Any]) -> None:
     """Let the names of a group's parameters, if it has any, belong to these parameters from now on."""
-    if len(group.get("param_names") or ()) == len(group["params"]) > 0:
-        group["param_names"] = Names(group["param_names"], group["params"])
+    names = group.get("param_names") or ()
+    if len(names) == len(group["params"]) > 0 and not isinstance(names, Names):
+        group["param_names"] = Names(names, group["params"])
 
 
 def _own_names(group: Group) -> Sequence[str | None]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer, SparseAdam
 
 from popriskmin.mask import Corrections, Hyperparameters, MaskFunction, Number, Options, corrections, mask_name
-from popriskmin.optimizer.checkpoint import Uncast, dtype_of_state, ids_match, saved_mask
+from popriskmin.optimizer.checkpoint import Uncast, dtype_of_state, ids_match, prepared_mask, saved_mask
 from popriskmin.optimizer.checkpoint_probe import makes_state_alone
 from popriskmin.optimizer.groups import AnyGroup, Group, pair_names, with_plain_names
 from popriskmin.optimizer.mask_state import MASKED_STATE, forget_applied, remember_applied
@@ -151,16 +151,24 @@ class Masked(CountsShrunk, Optimizer):
 
     # Not copied: who writes to the one's writes to the other's.
     @property
-    def param_groups(self) -> list[AnyGroup]:  # type: ignore[override]
+    def param_groups(self) -> list[AnyGroup]:
         """The parameter groups of the inner optimizer, with the options of the mask."""
         groups: list[AnyGroup] = self.inner.param_groups
         return groups
 
+    @param_groups.setter
+    def param_groups(self, groups: list[AnyGroup]) -> None:
+        self.inner.param_groups = groups
+
     @property
-    def state(self) -> defaultdict[Tensor, StateDict]:  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, StateDict]:
         """The state of the inner optimizer, with `mask_step`, `mask_exp_avg` and `mask_exp_avg_var`."""
         state: defaultdict[Tensor, StateDict] = self.inner.state
         return state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, StateDict]) -> None:
+        self.inner.state = state
 
     def __getattr__(self, name: str) -> Any:
         """Return what the inner optimizer has and this one has not, as `train` and `eval` of schedule-free ones."""
@@ -321,6 +329,7 @@ class Masked(CountsShrunk, Optimizer):
         state_dict: dict[str, Any] = self.inner.state_dict()
         state_dict["param_groups"] = with_plain_names(state_dict["param_groups"], self.param_groups)
         for group in state_dict["param_groups"]:
+            group.update({name: plain(value) for name, value in group.items()})
             if callable(group.get(self._keys["mask"])):
                 group[self._keys["mask"]] = mask_name(group[self._keys["mask"]])
         for hook in getattr(self, "_optimizer_state_dict_post_hooks", {}).values():
@@ -363,7 +372,7 @@ class Masked(CountsShrunk, Optimizer):
             groups.append(saved)
             for number, param in zip(saved["params"], group["params"]):
                 if MASKED_STATE["step"] in state.get(number, {}):
-                    state[number] = {**state[number], **_prepared(state[number], number, param, saved)}
+                    state[number] = {**state[number], **prepared_mask(state[number], number, param, saved)}
         return {**state_dict, "param_groups": groups, "state": state}
 
 
@@ -440,23 +449,6 @@ def _new_state(param: Tensor, on_device: bool, count: float = 0.0) -> dict[str, 
         dtype = dtype_of_state(name, param, None)
         state[MASKED_STATE[name]] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
     return state
-
-
-def _prepared(saved: StateDict, number: int, param: Tensor, group: Group) -> dict[str, Uncast]:
-    prepared = {}
-    for name, key in MASKED_STATE.items():
-        value = saved.get(key)
-        if not isinstance(value, Tensor) or (name != "step" and value.shape != param.shape):
-            shape = tuple(value.shape) if isinstance(value, Tensor) else value
-            raise ValueError(
-                f"the checkpoint's {key} of parameter {number} has shape {shape}, the parameter {tuple(param.shape)}"
-            )
-        if name == "step":
-            device = param.device if group.get("capturable") else torch.device("cpu")
-            prepared[key] = Uncast(value.to(device=device, dtype=torch.float32))
-        else:
-            prepared[key] = Uncast(value.to(device=param.device, dtype=dtype_of_state(name, param, None)))
-    return prepared
 
 
 def _check_inner(optimizer: Any) -> None:

@@ -92,8 +92,10 @@ def check_keep(keep: Iterable[str], options: Mapping[str, object]) -> tuple[str,
 
 def plain(value: object) -> object:
     """Turn numpy's numbers into Python's, so that checkpoints load with `weights_only=True`; leave others alone."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(plain(item) for item in value)
+    if type(value) is list:
+        return [plain(item) for item in value]
+    if type(value) is tuple:
+        return tuple(plain(item) for item in value)
     is_numpy = type(value).__module__ == "numpy" and getattr(value, "ndim", 0) == 0
     return value.item() if is_numpy and hasattr(value, "item") else value
 

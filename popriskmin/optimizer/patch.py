@@ -110,7 +110,9 @@ def patch(optimizer: object) -> Patch:
         names = short
     changes: Patch = {}
     for name, (param, start) in zip(names, _pairs(prm)):
-        now, before = whole(param).flatten(), whole(start).flatten()
+        now = whole(param).flatten()
+        # A model that was cast after training is the start's, cast as it was.
+        before = whole(start).to(now.dtype).flatten()
         changed = _differ(now, before).nonzero()[:, 0]
         places = changed.to("cpu", torch.int32 if now.numel() < 2**31 else torch.int64)
         one = Change(places, now[changed].cpu(), torch.tensor(param.shape, dtype=torch.int64), _fingerprint(before))

@@ -25,6 +25,12 @@ def coded_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, t
     """Step tensor by tensor, in place, a part at a time; temporaries are a few such parts."""
     if is_compiling():
         raise RuntimeError("a step with state_dtype='8bit' cannot be compiled: call it outside of torch.compile")
+    for param, codes in zip(lists.params, lists.exp_avgs, strict=True):
+        if len(codes) != blocks_of(param.numel()):
+            raise RuntimeError(
+                f"a parameter has shape {tuple(param.shape)}, and its state is of another size: take it out of "
+                "optimizer.state where its data is replaced by other data of another shape"
+            )
     count_up(state_steps)
     for i, param in enumerate(lists.params):
         own = hyper if shrinks(hyper, param) else hyper._replace(shrinkage=0.0)

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import HOW
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from steps import through_a_file
@@ -224,3 +225,17 @@ def test_capturable_counts_on_the_device():
         run(*pair, 3)
     for one, two in zip(params, plain_params):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_data_of_another_size_is_refused_and_nothing_moves(how):
+    params, optimizer = make(**how)
+    run(params, optimizer, 2)
+    params[0].data = torch.ones(3, 3)
+    params[0].grad = torch.ones(3, 3)
+    before = [p.detach().clone() for p in params]
+    counts = [int(optimizer.state[p]["step"]) for p in params]
+    with pytest.raises(RuntimeError, match=r"cannot take it: its codes are|its state is of another size"):
+        optimizer.step()
+    assert all(torch.equal(p, w) for p, w in zip(params, before))
+    assert [int(optimizer.state[p]["step"]) for p in params] == counts

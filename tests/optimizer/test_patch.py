@@ -294,3 +294,15 @@ def _zero():
 @pytest.mark.skipif(not SHARDS, reason="FSDP2 over gloo: see conftest.py")
 def test_sharded_models_are_gathered_and_patched(tmp_path):
     run_ranks(tmp_path, 2, _rank)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_that_is_cast_after_training_is_patched_as_its_start_cast_alike(dtype):
+    model = base()
+    optimizer = prm(model)
+    tune(model, optimizer)
+    model.to(dtype)
+    start = base().to(dtype)
+    apply_patch(start, patch(optimizer))
+    for now, restored in zip(model.parameters(), start.parameters()):
+        assert torch.equal(now, restored)
