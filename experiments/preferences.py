@@ -49,11 +49,11 @@ ARMS = (
     Arm("adamw", "adamw"),
     Arm("adamw, conservative DPO", "conservative", (0.1, 0.3)),
     Arm("adamw, robust DPO", "robust", (0.1, 0.3)),
-    Arm("adamw, decay to the start", "decay", (1.0, 10.0, 100.0)),
-    Arm("adamw, L1 to the start", "l1", (0.03, 0.1, 0.3)),
+    Arm("adamw, decay to the start", "decay", (1.0, 10.0, 100.0, 1000.0)),
+    Arm("adamw, L1 to the start", "l1", (0.03, 0.1, 0.3, 1.0, 3.0)),
     Arm("adamw, LoRA", "lora", (1, 4, 16)),
     Arm("prm", "prm"),
-    Arm("prm, shrinkage to the start", "shrinkage", (2.0, 3.0, 4.0)),
+    Arm("prm, shrinkage to the start", "shrinkage", (1.0, 2.0, 3.0, 4.0)),
 )
 
 
