@@ -24,7 +24,7 @@ ROWS = (
     ("adamw-matched to snr", "AdamW, smaller steps"),
     ("boosted trees", "boosted trees"),
     ("L1 linear", "L1 linear model"),
-    ("best penalty", "AdamW, L1 penalty"),
+    ("adamw, decoupled L1", "AdamW, decoupled L1"),
     ("snr", "PRM"),
     ("snr, shrinkage", "PRM with shrinkage"),
 )

@@ -7,7 +7,7 @@ The task is `popriskmin compare dpo`'s small transformer. Every arm has the lear
 named in `ARMS`; both are chosen by the accuracy on validation pairs, of which the same share is swapped, after the last
 step. All figures are from test pairs, which are right. Rivals: a decay and an L1 penalty towards the first weights,
 drawn off after the step; the losses of conservative DPO and robust DPO (arXiv:2403.00409), which are told how many
-labels are wrong; and LoRA (arXiv:2106.09685).
+labels are wrong; LoRA (arXiv:2106.09685); and a training of biases and norms alone, as in BitFit (arXiv:2106.10199).
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ ARMS = (
     Arm("adamw, conservative DPO", "conservative", (0.1, 0.3)),
     Arm("adamw, robust DPO", "robust", (0.1, 0.3)),
     Arm("adamw, decay to the start", "decay", (1.0, 10.0, 100.0, 1000.0)),
-    Arm("adamw, L1 to the start", "l1", (0.03, 0.1, 0.3, 1.0, 3.0)),
+    Arm("adamw, L1 to the start", "l1", (0.03, 0.1, 0.3, 1.0)),
     Arm("adamw, LoRA", "lora", (1, 4, 16)),
+    Arm("adamw, biases and norms alone", "biases"),
     Arm("prm", "prm"),
     Arm("prm, shrinkage to the start", "shrinkage", (1.0, 2.0, 3.0, 4.0)),
 )
@@ -98,6 +99,8 @@ def optimizer_of(job: Job, model: nn.Module, batch_size: int, n: int) -> torch.o
         return popriskmin.PRM(groups, lr=job.lr, shrink_to="start", **counts)
     if job.kind == "prm":
         return popriskmin.PRM(model.named_parameters(), lr=job.lr, **counts)
+    if job.kind == "biases":
+        return torch.optim.AdamW([p for p in model.parameters() if p.ndim < 2], lr=job.lr)
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=job.lr)
 
 
@@ -146,7 +149,8 @@ def stored(
     moved = sum(int((p != start[name]).sum()) for name, p in model.named_parameters())
     if job.kind == "shrinkage":
         return {"moved": moved / size, "bytes": popriskmin.patch_size(popriskmin.patch(optimizer)).bytes}
-    return {"moved": moved / size, "bytes": 4 * size}
+    trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    return {"moved": moved / size, "bytes": 4 * trained}
 
 
 def read(path: Path) -> list[dict[str, Any]]:

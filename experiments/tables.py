@@ -192,7 +192,7 @@ def main() -> None:
     if args.action == "run":
         run(args.tables, args.probes, args.arms, args.out, args.cache)
     elif args.action == "shrinkage":
-        tables_shrinkage.write(read(args.out), args.out.parent / "shrinkage")
+        tables_shrinkage.write(read(args.out), args.out.parent / "shrinkage", args.cache)
     elif args.action == "pack":
         pack(args.out)
     else:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shrinkage_rules
+from tables_data import SOURCES
 from tables_report import BASE, REFERENCES, Cell, Key, best_of, counts, gather, heading, mean_ratio, reached, verdict
 
 PENALTIES = (
@@ -17,6 +20,11 @@ PENALTIES = (
     "adamw, decoupled L1",
     "adamw, decoupled L1, stronger",
 )
+# Two grids of strengths each.
+IN_THE_LOSS = {
+    f"{arm}, L1 in the loss": (f"{arm}, L1 on the first layer", f"{arm}, L1 of five strengths")
+    for arm in ("adamw", "snr")
+}
 SHRUNK = "snr, shrinkage"
 ARMS = (
     "adamw-matched to snr",
@@ -34,12 +42,31 @@ ARMS = (
     "snr, shrinkage of both layers",
     "snr, shrinkage that holds zeros",
 )
+SHOWN = {
+    BASE: "AdamW",
+    "adamw-matched to snr": "AdamW with steps as small as PRM's",
+    "adamw, L1 in the loss": "AdamW, L1 in the loss",
+    "adamw, decoupled L1": "AdamW, decoupled L1",
+    "adamw, decoupled L1, stronger": "AdamW, decoupled L1 of 3 and 10",
+    "best penalty": "the best of AdamW's penalties",
+    "snr": "PRM, `snr`",
+    "snr, L1 in the loss": "PRM, `snr`, L1 in the loss",
+    "snr, decoupled L1": "PRM, `snr`, decoupled L1",
+    "none, shrinkage": "PRM without a mask, shrinkage",
+    SHRUNK: "**PRM, `snr`, shrinkage**",
+    "threshold z=2, shrinkage": "PRM, `threshold` (2 errors), shrinkage",
+    "snr, shrinkage of both layers": "PRM, `snr`, shrinkage of both layers",
+    "snr, shrinkage that holds zeros": "PRM, `snr`, shrinkage that holds zeros",
+    "L1 linear": "L1 linear model",
+    "boosted trees": "boosted trees",
+    "best reference, in hindsight": "the best of these two and a forest, in hindsight",
+}
 LEVELS = (500, 0)
 FEW = (100, 2000)  # of a few tables
 
 
-def write(rows: Sequence[Cell], out: Path) -> None:
-    """Write `tables.json` and the losses of every table as CSV, and print what a page shows."""
+def write(rows: Sequence[Cell], out: Path, cache: Path) -> None:
+    """Write `tables.json`, the losses of every table and rules for z as CSV, and print what a page shows."""
     cells = {key: arms for key, arms in gather(rows).items() if SHRUNK in arms and key[1] in LEVELS + FEW}
     if not cells:
         raise SystemExit(f"no run of {SHRUNK!r} is there yet: make some with the action run")
@@ -50,9 +77,32 @@ def write(rows: Sequence[Cell], out: Path) -> None:
     (out / "tables.json").write_text(json.dumps(found, indent=1) + "\n")
     for level in LEVELS:
         write_losses(cells, level, out / f"tables-{level}.csv")
-    for part in ([str(level) for level in LEVELS], [str(level) for level in levels if level in FEW]):
-        some = {level: found[level] for level in part}
-        print("\n".join([*arms_table(some), "", *z_table(some), ""]) if some else "")
+    pairs = [[str(level) for level in levels if level in some] for some in (LEVELS, FEW)]
+    usual, few = ({level: found[level] for level in pair} for pair in pairs)
+    shown = {
+        "arms": arms_table(usual),
+        "one-z": z_table(usual),
+        "few": arms_table(few),
+        "rules": shrinkage_rules.table(rules(cells, lines, out / "properties.csv", cache)),
+        "one-setting": setting_table({str(level): one_setting(rows, cells, level) for level in LEVELS}),
+    }
+    for name, table in shown.items():
+        print("\n".join([*table, ""]))
+        with (out / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(
+                line[2:-2].split(" | ") for line in table if "---" not in line
+            )
+
+
+def rules(
+    cells: Mapping[Key, Mapping[str, Cell]], lines: Mapping[Key, Cell], properties: Path, cache: Path
+) -> list[dict[str, str]]:
+    """Return what rules for z come to; properties of tables that the file lacks are measured and written."""
+    grid = grid_values(lines)
+    mine = {
+        key: {**arms, **{z: at_one_z(lines[key], z) for z in grid}} for key, arms in cells.items() if key[1] in LEVELS
+    }
+    return shrinkage_rules.judged(mine, shrinkage_rules.properties(list(mine), properties, cache), grid, SHRUNK)
 
 
 def summary(cells: Mapping[Key, Mapping[str, Cell]], lines: Mapping[Key, Cell], level: int) -> dict[str, Any]:
@@ -61,12 +111,18 @@ def summary(cells: Mapping[Key, Mapping[str, Cell]], lines: Mapping[Key, Cell], 
     penalties = [name for name in PENALTIES if all(name in arms for arms in mine.values())]
     for arms in mine.values():
         arms["best penalty"] = arms[best_of(arms, penalties)]
+        arms |= {name: arms[best_of(arms, grids)] for name, grids in IN_THE_LOSS.items() if arms.keys() & set(grids)}
         if REFERENCES in arms:
             references = {name: value for name, value in arms[REFERENCES].items() if "loss" in value}
             best = min(references, key=lambda name: float(np.mean(references[name]["loss"])))
             arms["best reference, in hindsight"] = references[best]
             arms |= {name: value for name, value in references.items() if name not in arms}
-    names = [*ARMS, "best penalty", *sorted({n for arms in mine.values() for n in arms.get(REFERENCES, {})})]
+    names = [
+        *ARMS,
+        "best penalty",
+        *IN_THE_LOSS,
+        *sorted({n for arms in mine.values() for n in arms.get(REFERENCES, {})}),
+    ]
     return {
         "tables": list(mine),
         "arms": {name: of_arm(mine, name) for name in [*names, "best reference, in hindsight"] if of_arm(mine, name)},
@@ -108,45 +164,97 @@ def of_z(mine: Mapping[str, Mapping[str, Cell]], lines: Mapping[Key, Cell], leve
     ratios, zeros = [], []
     for table, arms in mine.items():
         line = lines[table, level]
-        kept = {name: values for name, values in line["configurations"].items() if name.split()[1] == z}
-        one = reached({key: value for key, value in line.items() if key != "opened"} | {"configurations": kept})
-        ratios.append(float(np.mean(one["loss"]) / np.mean(arms[BASE]["loss"])))
+        ratios.append(float(np.mean(at_one_z(line, z)["loss"]) / np.mean(arms[BASE]["loss"])))
         place = list(line["configurations"]).index(f"0.01 {z}")
         zeros.append({name: shares[place] for name, shares in line["zeros"].items()})
     means = {name: float(np.mean([one[name] for one in zeros])) for name in zeros[0]}
     return {"over adamw": mean_ratio(ratios), "worst": max(ratios), "zeros": means}
 
 
-def arms_table(found: Mapping[str, Any]) -> list[str]:
-    """Return a line for each arm: mean loss over AdamW's, and how often clearly better, unclear, worse."""
-    titles = [f"{level} columns that say nothing" if level else "as they come" for level in map(int, found)]
-    figures = ("tables", "over AdamW", "against AdamW", "against L1", "shrinkage over it")
-    lines = heading(["arm", *(f"{t}: {f}" for t in titles for f in figures)])
-    for name in dict.fromkeys(name for level in found.values() for name in level["arms"]):
-        cells = [name]
-        for level in found.values():
-            one = level["arms"].get(name)
-            if one is None:
-                cells += [""] * len(figures)
-            else:
-                cells += [
-                    str(one["tables"]),
-                    f"{one['over adamw']:.3f}",
-                    *(listed(one[f"against {to}"]) for to in ("adamw", "the penalty")),
-                    f"{one['shrinkage over it']:.3f}",
-                ]
-        lines.append(f"| {' | '.join(cells)} |")
+def one_setting(rows: Sequence[Cell], cells: Mapping[Key, Mapping[str, Cell]], level: int) -> dict[str, Any]:
+    """Return what an arm comes to with one rate and strength on all tables, best on those that choose rules.
+
+    Of each arm that all tables have: the setting, and the mean loss over tuned AdamW's on the tables that chose it, on
+    the others, and the worst of these.
+    """
+    found: dict[str, Any] = {}
+    for name in (BASE, *PENALTIES[1:3], "snr", "snr, decoupled L1", "none, shrinkage", SHRUNK):
+        mine = {row["table"]: row for row in rows if row["arm"] == name and row["probes"] == level}
+        if any(table not in mine for table, probes in cells if probes == level):
+            continue
+        halves: list[dict[str, list[float]]] = [{}, {}]
+        for table, row in mine.items():
+            for setting, values in row["configurations"].items():
+                loss = np.mean([math.inf if loss is None else loss for loss in values["best"][1][0]])
+                ratio = float(loss / np.mean(cells[table, level][BASE]["loss"]))
+                halves[not SOURCES[table].chosen_on].setdefault(setting, []).append(ratio)
+        best = min(halves[0], key=lambda setting: mean_ratio(halves[0][setting]))
+        tested = halves[1][best]
+        found[name] = {
+            "setting": best,
+            "chosen on": mean_ratio(halves[0][best]),
+            "tested on": mean_ratio(tested),
+            "worst tested": max(tested),
+        }
+    return found
+
+
+def setting_table(found: Mapping[str, Any]) -> list[str]:
+    """Return a line for each arm with one setting on all tables."""
+    figures = ("rate and strength", "chosen on", "tested on", "worst tested")
+    lines = heading(["arm", *(f"{columns_named(level)}: {figure}" for level in found for figure in figures)])
+    for name in dict.fromkeys(name for level in found.values() for name in level):
+        ones = [level.get(name) for level in found.values()]
+        cells = [
+            text
+            for one in ones
+            for text in (
+                [one["setting"], f"{one['chosen on']:.3f}", f"{one['tested on']:.3f}", f"{one['worst tested']:.2f}"]
+                if one
+                else [""] * len(figures)
+            )
+        ]
+        title = SHOWN.get(name, SHOWN["adamw, L1 in the loss"])
+        lines.append(f"| {' | '.join([title, *cells])} |")
     return lines
 
 
-def listed(numbers: Sequence[int]) -> str:
-    """Return counts as text."""
-    return ", ".join(map(str, numbers))
+def at_one_z(line: Cell, z: str) -> Cell:
+    """Return what an arm reached with one z and the best rate."""
+    kept = {name: values for name, values in line["configurations"].items() if name.split()[1] == z}
+    return reached({key: value for key, value in line.items() if key != "opened"} | {"configurations": kept})
+
+
+def arms_table(found: Mapping[str, Any]) -> list[str]:
+    """Return a line for each arm of `SHOWN`: its loss over AdamW's, how often clearly lower, and ours over it."""
+    figures = ("loss", "better, unclear, worse", "shrinkage over it")
+    lines = heading(["arm", *(f"{columns_named(level)}: {figure}" for level in found for figure in figures)])
+    for name, title in SHOWN.items():
+        ones = [level["arms"].get(name) for level in found.values()]
+        cells = [title]
+        for one in ones:
+            counted = one and f"{', '.join(map(str, one['against adamw']))}{of_tables(one, found)}"
+            cells += [f"{one['over adamw']:.3f}", counted, f"{one['shrinkage over it']:.3f}"] if one else [""] * 3
+        if any(ones):
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def columns_named(level: str) -> str:
+    """Return how a page names a number of useless columns."""
+    return f"with {int(level):,}" if int(level) else "as they come"
+
+
+def of_tables(one: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Return on how many tables an arm was run, where these are not all."""
+    most = max(len(level["tables"]) for level in found.values())
+    return "" if one["tables"] == most else f" (of {one['tables']})"
 
 
 def z_table(found: Mapping[str, Any]) -> list[str]:
     """Return a line for each z: loss over AdamW's, the worst table's, and the shares of exact zeros."""
-    lines = heading(["z", *(f"{level}: {f}" for level in found for f in ("mean", "worst", "weights", "columns"))])
+    figures = ("loss", "worst table", "zero weights", "zero columns")
+    lines = heading(["z", *(f"{columns_named(level)}: {f}" for level in found for f in figures)])
     for z in next(iter(found.values()))["z"]:
         cells = [z]
         for level in found.values():

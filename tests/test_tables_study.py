@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 
+import numpy as np
 import pytest
 import torch
 from sklearn.ensemble import RandomForestClassifier
@@ -19,11 +20,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import shrinkage_rules  # noqa: E402
 import sparse_map  # noqa: E402
 import tables  # noqa: E402
 import tables_data  # noqa: E402
 import tables_report  # noqa: E402
 import tables_runs  # noqa: E402
+import tables_shrinkage  # noqa: E402
 
 SOFT = compared.Arm("prm mask=soft", "prm", {"mask": "soft"})
 PAIRS = {
@@ -189,6 +192,33 @@ def test_the_study_resumes_and_reports(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit, match="page.md needs the lines"):
         tables_report.write(tables.read(out), out, written)
     assert all((out / name).stat().st_size > 5000 for name in ("ratios.png", "rule.png", "masks.png"))
+
+
+def test_the_committed_tables_of_shrinkage_are_those_of_the_runs(tmp_path):
+    committed = ROOT / "docs/results/shrinkage"
+    (tmp_path / "properties.csv").write_bytes((committed / "properties.csv").read_bytes())
+    tables_shrinkage.write(tables.read(ROOT / "docs/results/tables"), tmp_path, tmp_path)
+    made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {"tables.json", "tables-0.csv", "tables-500.csv", "rules.csv"} <= set(made)
+    assert made == {name: (committed / name).read_bytes() for name in made}
+
+
+def test_a_rule_is_chosen_on_one_half_of_the_tables_and_tested_on_the_other():
+    """z = 2 is better where there are many columns; the tables of the other half know better still."""
+    cells, known = {}, {}
+    for i, (name, source) in enumerate(tables_data.SOURCES.items()):
+        many = i % 4 < 2
+        known[name, 0] = {shrinkage_rules.COLUMNS: 2.0 if many else 0.5, shrinkage_rules.SHARE: 0.0}
+        low, high = (0.4, 0.9) if source.chosen_on else (0.2, 1.6)
+        losses = {"adamw": 1.0, "0": high if many else low, "2": low if many else high, "chosen": low}
+        cells[name, 0] = {arm: {"loss": [loss]} for arm, loss in losses.items()}
+    lines = {line["rule"]: line for line in shrinkage_rules.judged(cells, known, ["0", "2"], "chosen")}
+    rule = lines["z = 2 where the columns per training row is above 1.2, else 0"]
+    assert (rule["chosen on"], rule["tested on"], rule["worst tested"]) == ("0.400", "0.200", "0.20")
+    assert (lines["z = 0"]["chosen on"], lines["z = 0"]["tested on"]) == ("0.600", "0.566")
+    assert lines["z by validation data"]["tested on"] == "0.200"
+    x = np.array([[0.0, 0, 1, 5], [1, 2, 0, 5], [2, 4, 1, 5]])
+    assert shrinkage_rules.measured(x) == {shrinkage_rules.COLUMNS: 4 / 3, shrinkage_rules.SHARE: 2 / 3}
 
 
 def test_the_map_resumes_and_draws(monkeypatch, tmp_path):
