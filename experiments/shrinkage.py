@@ -54,9 +54,24 @@ def l1(strength: float) -> Arm:
     )
 
 
-LINEAR = (shrunk(1), shrunk(2), shrunk(3), shrunk(2, "none"), l1(0.03), l1(0.1), l1(0.3))
-IMAGE = (shrunk(0.5), shrunk(1), shrunk(2), shrunk(1, "none"), l1(1e-6), l1(1e-5), l1(1e-4), l1(1e-3))
-LABELS = (shrunk(0.5), shrunk(1), shrunk(2), l1(1e-5), l1(1e-4), l1(1e-3), l1(1e-2))
+def decoupled(strength: float) -> Arm:
+    """Return an arm of AdamW whose weights are drawn towards zero after the step."""
+    options = {"l1": strength, "decoupled": True}
+    return dataclasses.replace(l1(strength), name=f"adamw, decoupled L1 {strength:g}", options=options)
+
+
+LINEAR = (
+    *(shrunk(1), shrunk(2), shrunk(3), shrunk(2, "none"), l1(0.03), l1(0.1), l1(0.3)),
+    *map(decoupled, (0.03, 0.1, 0.3, 1)),
+)
+IMAGE = (
+    *(shrunk(0.5), shrunk(1), shrunk(2), shrunk(1, "none"), l1(1e-6), l1(1e-5), l1(1e-4), l1(1e-3)),
+    *map(decoupled, (0.003, 0.01, 0.03, 0.1)),
+)
+LABELS = (
+    *(shrunk(0.5), shrunk(1), shrunk(2), l1(1e-5), l1(1e-4), l1(1e-3), l1(1e-2)),
+    *map(decoupled, (0.003, 0.01, 0.03, 0.1)),
+)
 PREFERENCES = tuple(shrunk(z, shrink_to="start") for z in (2, 3, 4))
 SOURCES = {
     "sparse": Source((3e-3, 1e-2, 3e-2), LINEAR),

@@ -31,6 +31,25 @@ def test_it_is_adamw_on_the_penalized_loss(l1):
         torch.testing.assert_close(a, b)
 
 
+def test_decoupled_it_is_drawn_off_after_the_step_and_stops_at_zero():
+    torch.manual_seed(0)
+    w, b = nn.Parameter(torch.randn(50, 4) / 10), nn.Parameter(torch.ones(4))
+    start = [w.detach().clone(), b.detach().clone()]
+    optimizer = L1AdamW([w, b], lr=0.1, l1=0.5, decoupled=True)
+    reference = [nn.Parameter(p.clone()) for p in start]
+    plain = torch.optim.AdamW(reference, lr=0.1)
+    for p, other in zip((w, b), reference):
+        p.grad = torch.randn_like(p)
+        other.grad = p.grad.clone()
+    optimizer.step()
+    plain.step()
+    moved = reference[0].detach()
+    torch.testing.assert_close(w.detach(), moved.sign() * (moved.abs() - 0.05).clamp(min=0))
+    assert ((w == 0) == (moved.abs() <= 0.05)).all()
+    assert 0 < int((w == 0).sum()) < w.numel()
+    assert torch.equal(b, reference[1])
+
+
 def test_a_closure_is_called_once_with_gradients():
     w = nn.Parameter(torch.ones(2, 2))
     calls = []
