@@ -215,8 +215,8 @@ def dispatch(
         implementation = choose_implementation(lists.params, foreach, False, differentiable)
     step = _single_tensor_prm if implementation == "single" else multi_tensor_prm
     coded = [i for i, exp_avg in enumerate(lists.exp_avgs) if are_codes(exp_avg)]
-    rest = [i for i in range(len(lists.params)) if i not in coded] if coded else range(len(lists.params))
-    for take, places in ((coded_prm, coded), (step, list(rest))):
+    rest = sorted(set(range(len(lists.params))).difference(coded))
+    for take, places in ((coded_prm, coded), (step, rest)):
         if places:
             # Where tensors hold the step count its value is not needed on the host.
             steps = [state_steps[i] for i in places]
