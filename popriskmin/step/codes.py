@@ -21,12 +21,16 @@ stochastically (see `popriskmin.step.rounding`). The random bits are a hash of t
 place and of a counter in the block itself, which goes on where a float32 step count stands
 still, and is saved with it.
 
-A block takes 400 bytes: the codes of `m`, `v` and `s`, three headers and the counter.
+A block takes 400 bytes: the codes of `m`, `v` and `s`, three headers and the counter. The
+blocks of a tensor have shape (1, blocks, 400), and those of one that is sharded over ranks
+(rows, blocks of a row, 400): no rank's part cuts a block.
 `popriskmin/step/kernels/cpu_codes.h` does the same in C.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,6 +65,49 @@ def are_codes(state: Tensor) -> bool:
 def blocks_of(scalars: int) -> int:
     """Return how many blocks so many scalars take."""
     return -(-scalars // BLOCK)
+
+
+def shape_of_codes(shape: Sequence[int], in_rows: bool) -> tuple[int, int, int]:
+    """Return the shape of a tensor's blocks: of the whole tensor, or of each row of its first dimension."""
+    if in_rows:
+        return shape[0], blocks_of(math.prod(shape[1:])), BYTES
+    return 1, blocks_of(math.prod(shape)), BYTES
+
+
+def are_codes_of(codes: Tensor, param: Tensor) -> bool:
+    """Return whether these are blocks of a tensor of this shape."""
+    return tuple(codes.shape) in [shape_of_codes(param.shape, in_rows) for in_rows in (False, param.dim() > 1)]
+
+
+class Part(NamedTuple):
+    """Scalars of a tensor, seen as (rows, length), that begin with a block."""
+
+    rows: slice
+    columns: slice
+    place: int  # of the first scalar, in the tensor
+    padded: int  # the same, with every row filled up to whole blocks
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return these of a tensor of shape (rows, length)."""
+        return x[self.rows, self.columns]
+
+    def blocks(self, codes: Tensor) -> Tensor:
+        """Return their blocks, of shape (blocks, 400)."""
+        return codes[self.rows, self.columns.start // BLOCK : blocks_of(self.columns.stop)].view(-1, BYTES)
+
+    def without_padding(self, x: Tensor) -> Tensor:
+        """Return of decoded scalars, of shape (blocks, 128), those that exist, as `of` does."""
+        return x.view(self.rows.stop - self.rows.start, -1)[:, : self.columns.stop - self.columns.start]
+
+
+def parts_of(rows: int, length: int, size: int) -> Iterator[Part]:
+    """Yield all scalars of a tensor, about `size` at a time, a multiple of 128: some rows, or a stretch of one."""
+    padded = blocks_of(length) * BLOCK
+    several = max(1, size // max(padded, 1))
+    for top in range(0, rows, several):
+        for left in range(0, length, size):
+            some, columns = slice(top, min(top + several, rows)), slice(left, min(left + size, length))
+            yield Part(some, columns, top * length + left, top * padded + left)
 
 
 def decode(codes: Tensor) -> Moments:
