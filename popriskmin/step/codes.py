@@ -19,7 +19,9 @@ is an addition and a shift, exact on every device.
 An exponential average with decay 0.999 moves by less than a step, so all three are rounded
 stochastically (see `popriskmin.step.rounding`). The random bits are a hash of the element's
 place and of a counter in the block itself, which goes on where a float32 step count stands
-still, and is saved with it.
+still, and is saved with it. Not at the first step: there `m**2` equals `s`, the boundary of
+the masks, and what were rounded at random would open many that are shut. So `s` is rounded
+up, `m` towards zero, and `v` to nearest.
 
 A block takes 400 bytes: the codes of `m`, `v` and `s`, three headers and the counter. The
 blocks of a tensor have shape (1, blocks, 400), and those of one that is sharded over ranks
@@ -47,6 +49,9 @@ LEAST_SHIFT, MOST_SHIFT = 7, 20  # bits that a code of `v` and `s` leaves out
 LARGEST = 253  # code of a finite `v` or `s`
 LARGEST_MEAN = 126  # code of a finite `|m|`
 WIDE = 127 + 2  # exponent of a `|m|` from which on the block gets a wide range
+
+
+FIRST = 0x8000FFFF  # the random bits of the first step: upper ones for `v`, lower for `s`, middle for `m`
 
 
 class Moments(NamedTuple):
@@ -136,7 +141,8 @@ def encode(moments: Moments, codes: Tensor, place: int, stochastic: bool = True)
     if stochastic:
         head[:, 3] += 1
         places = torch.arange(place, place + moments.mean.numel(), device=codes.device).view(-1, BLOCK)
-        bits = hash32(places + hash32(head[:, 3:].long() & 0xFFFFFFFF)).to(torch.int64)
+        drawn = hash32(places + hash32(head[:, 3:].long() & 0xFFFFFFFF)).to(torch.int64)
+        bits = torch.where(head[:, 3:] == 1, FIRST, drawn)
     else:
         bits = torch.full_like(moments.mean, 0x80808080, dtype=torch.int64)
     # The bits of `m` overlap with those of both, but roundings go by the upper ones.

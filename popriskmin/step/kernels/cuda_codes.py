@@ -148,6 +148,8 @@ def store_codes(address, start, lanes, left, m, v, s, C: tl.constexpr, FULL: tl.
     there = row & (lanes >= 0)
     counter = _load(heads + 3, row, FULL) + 1
     random = hash32((start + lanes).to(tl.uint32) + hash32(counter.to(tl.uint32, bitcast=True)))
+    first = (counter == 1).to(tl.uint32)
+    random = random * (1 - first) + first * 0x8000FFFF
     cv, of_v = _code_of_square(v.to(tl.float32), random)
     cs, of_s = _code_of_square(s.to(tl.float32), random << 16)
     v, s = _square(cv, of_v), _square(cs, of_s)
