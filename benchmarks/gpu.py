@@ -48,12 +48,13 @@ TESTS = [
     "tests/step/kernels/test_eligible.py",
 ]
 # Optimizers, and the bytes that a step must move for each float32 parameter: what it reads and what it writes.
-OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], int]] = {
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], float]] = {
     "AdamW(fused=True)": (torch.optim.AdamW, {"fused": True}, 28),
     "AdamW(foreach=True)": (torch.optim.AdamW, {"foreach": True}, 28),
     "PRM(fused=True)": (PRM, {"fused": True}, 36),
     "PRM(foreach=True)": (PRM, {"foreach": True}, 36),
     "PRM(fused=True, state_dtype=torch.bfloat16)": (PRM, {"fused": True, "state_dtype": torch.bfloat16}, 28),
+    "PRM(fused=True, state_dtype='8bit')": (PRM, {"fused": True, "state_dtype": "8bit"}, 18.25),
     "PRM(fused=True, mask='soft', reduction='per_tensor')": (
         PRM,
         {"fused": True, "mask": "soft", "reduction": "per_tensor"},
@@ -228,7 +229,7 @@ def part_blocks() -> dict[str, Any]:
     for block, warps in [kept, (512, 4), (1024, 2), (1024, 8), (2048, 4), (2048, 8), (4096, 8), kept]:
         cuda.BLOCK, cuda.WARPS = block, warps
         row = {}
-        for name in ("PRM(fused=True)", "PRM(fused=True, state_dtype=torch.bfloat16)"):
+        for name in ("PRM(fused=True)", "PRM(fused=True, state_dtype='8bit')"):
             optimizer = build(shapes, name)
             row[name] = device_milliseconds(optimizer.step, 10)
             del optimizer
@@ -240,7 +241,7 @@ def part_blocks() -> dict[str, Any]:
 
 def part_training() -> dict[str, Any]:
     """Time whole training steps of a GPT-2-like model of 162 million parameters, in bfloat16 by autocast."""
-    names = ["AdamW(fused=True)", "AdamW(foreach=True)", "PRM(fused=True)", "PRM(foreach=True)"]
+    names = ["AdamW(fused=True)", "AdamW(foreach=True)", "PRM(fused=True)", "PRM(fused=True, state_dtype='8bit')"]
     sizes = {"width": 768, "heads": 12, "layers": 12, "vocabulary": 50257, "sequences": 8, "length": 512}
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(3):  # in turns, so that a slow moment hits all

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from popriskmin.mask import Hyperparameters, MaskFunction, Options, corrections, found_mask, mask_name
-from popriskmin.optimizer.coded_state import CODED, encoded, has_codes, new_codes, uncoded
+from popriskmin.optimizer.coded_state import CODED, encoded, has_codes, kept, new_codes, saved_codes, uncoded
 from popriskmin.optimizer.groups import Group
 from popriskmin.optimizer.mask_state import MASKED_STATE
 from popriskmin.optimizer.options import FOLLOWED, plain, with_numbers
+from popriskmin.step.shards import share_of
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import StateDict
@@ -201,8 +202,8 @@ def prepare_state(
 
 
 def _prepare_one(key: int, saved: StateDict, param: Tensor, group: Options) -> StateDict:
-    codes = saved.get("codes")
-    saved = dict(uncoded(key, saved, param))
+    codes = saved_codes(key, saved, param, group)
+    saved = uncoded(saved, codes, param)
     missing = {"step", "exp_avg", "exp_avg_sq"} - set(saved)
     if missing:
         raise ValueError(
@@ -220,7 +221,7 @@ def _prepare_one(key: int, saved: StateDict, param: Tensor, group: Options) -> S
                     f"the parameter has shape {tuple(param.shape)}"
                 )
             dtype = dtype_of_state(name, param, group["state_dtype"])
-            state[name] = value.to(dtype=dtype, device=param.device)
+            state[name] = share_of(value, param).to(dtype=dtype, device=param.device)
         else:
             state[name] = value
     if group["amsgrad"] and "max_exp_avg_sq" not in state:
@@ -231,9 +232,11 @@ def _prepare_one(key: int, saved: StateDict, param: Tensor, group: Options) -> S
     if group["shrink_to"] == "start" and "start" not in state:
         state["start"] = param.detach().clone(memory_format=torch.preserve_format)
     if has_codes(param, group):
-        # What was in blocks stays as it was, to the bit.
-        codes = encoded(state, param) if codes is None else codes.to(param.device)
-        state = {"codes": codes, **{name: value for name, value in state.items() if name not in CODED}}
+        same = None if codes is None else kept(codes, param)
+        state = {
+            "codes": encoded(state, param) if same is None else same,
+            **{name: value for name, value in state.items() if name not in CODED},
+        }
     return state
 
 

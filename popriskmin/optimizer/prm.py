@@ -111,9 +111,9 @@ class PRM(CountsShrunk, CheckedOptimizer):
         half-precision parameters. `torch.bfloat16` stores `v` and `s` in it, rounded stochastically
         (`popriskmin.step.rounding`), and `m` in float32: 8 bytes of state per parameter, as AdamW has. "8bit" stores
         all three in 8 bits with a range for each 128 scalars (`popriskmin.step.codes`): 3.125 bytes per parameter.
-        Tensors under 4,096 scalars and complex ones keep float32, and so does the maximum of `amsgrad`. It steps by
-        foreach, slower than the kernels, and takes no parameters that are sharded over ranks. All arithmetic is in
-        float32 at least.
+        Tensors under 4,096 scalars and complex ones keep float32, and so does the maximum of `amsgrad`. So do sharded
+        parameters (FSDP2) with rows under 128 scalars; the others have blocks by rows. A matrix whose columns are
+        sharded, each rank's no multiple of 128, is refused with a RuntimeError. All arithmetic is in float32 at least.
     maximize, capturable, differentiable
         As in `torch.optim.AdamW`. `capturable` is not limited to accelerators.
     foreach

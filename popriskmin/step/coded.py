@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from popriskmin.mask import Corrections, Hyperparameters, corrections, evaluate, finish_signal_and_noise
-from popriskmin.step.codes import BLOCK, Moments, blocks_of, decode, encode
+from popriskmin.step.codes import Moments, Part, are_codes_of, decode, encode, parts_of
 from popriskmin.step.foreach import CPU_BLOCK, Block, advance, mask_of, move
-from popriskmin.step.lists import Lists, compute_dtype, count_up, is_compiling, shrinks
+from popriskmin.step.lists import Lists, are_plain, compute_dtype, count_up, is_compiling, local_parts, shrinks
+from popriskmin.step.shards import over_ranks
 
 # Scalars that are decoded at a time on other devices; a multiple of BLOCK, as CPU_BLOCK is.
 DEVICE_PART = 1 << 24
@@ -25,81 +26,109 @@ def coded_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, t
     """Step tensor by tensor, in place, a part at a time; temporaries are a few such parts."""
     if is_compiling():
         raise RuntimeError("a step with state_dtype='8bit' cannot be compiled: call it outside of torch.compile")
-    for param, codes in zip(lists.params, lists.exp_avgs, strict=True):
-        if len(codes) != blocks_of(param.numel()):
+    local = local_parts(lists)
+    for param, codes in zip(local.params, local.exp_avgs, strict=True):
+        if not are_plain([param]):
+            raise RuntimeError(
+                "with state_dtype='8bit' a parameter that is sharded over ranks, its gradient and its state must lie "
+                f"alike; one of shape {tuple(param.shape)} does not"
+            )
+        if not are_codes_of(codes, param):
             raise RuntimeError(
                 f"a parameter has shape {tuple(param.shape)}, and its state is of another size: take it out of "
                 "optimizer.state where its data is replaced by other data of another shape"
             )
     count_up(state_steps)
-    for i, param in enumerate(lists.params):
+    pooled: list[tuple[int, _Tensor]] = []
+    for i, param in enumerate(local.params):
         own = hyper if shrinks(hyper, param) else hyper._replace(shrinkage=0.0)
         dtype = compute_dtype(param)
         t = state_steps[i] if tensor_steps else state_steps[i].item()
         c = corrections(t.to(dtype) if isinstance(t, Tensor) else t, own)._replace(t=t)
-        _step(lists.of([i]), c, own, dtype)
+        one = _Tensor.of(local.of([i]), c, own, dtype)
+        if hyper.reduction == "per_tensor" and hyper.mask != "none" and c.open is not True:
+            pooled.append((i, one))
+        else:
+            one.step()
+    if pooled:
+        wholes = [lists.params[i] for i, _ in pooled]
+        shares = [one.advance_and_sum(whole.numel()) for (_, one), whole in zip(pooled, wholes)]
+        for (_, one), means in zip(pooled, over_ranks(shares, wholes)):
+            one.finish(means)
 
 
-class _Flat(NamedTuple):
-    """One tensor's weights and what is read with them, in one dimension each, or None."""
+class _Tensor(NamedTuple):
+    """One tensor, and what is read and written with it, each seen as (rows, length) or None."""
 
+    held: Lists  # as it is
     param: Tensor
     grad: Tensor
     maximum: Tensor | None
     grad_var: Tensor | None
     start: Tensor | None
+    codes: Tensor
+    parts: list[Part]
+    c: Corrections
+    hyper: Hyperparameters
+    dtype: torch.dtype
 
+    @classmethod
+    def of(cls, one: Lists, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype) -> _Tensor:
+        [param], [codes] = one.params, one.exp_avgs
+        rows, length = len(codes), param.numel() // max(len(codes), 1)
+        [grad], others = one.grads, (one.max_exp_avg_sqs, one.grad_vars, one.starts)
+        maximum, grad_var, start = (x[0].reshape(rows, length) if x else None for x in others)
+        parts = list(parts_of(rows, length, CPU_BLOCK if param.is_cpu else DEVICE_PART))
+        w, g = param.reshape(rows, length), grad.reshape(rows, length)
+        return cls(one, w, g, maximum, grad_var, start, codes, parts, c, hyper, dtype)
 
-def _step(one: Lists, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype) -> None:
-    [param], [codes] = one.params, one.exp_avgs
-    maximum, grad_var, start = (
-        tensors[0].reshape(-1) if tensors else None for tensors in (one.max_exp_avg_sqs, one.grad_vars, one.starts)
-    )
-    flat = _Flat(param.reshape(-1), one.grads[0].reshape(-1), maximum, grad_var, start)
-    n = flat.param.numel()
-    size = CPU_BLOCK if flat.param.is_cpu else DEVICE_PART
-    parts = [slice(start, min(start + size, n)) for start in range(0, n, size)]
-    if hyper.reduction == "per_tensor" and hyper.mask != "none" and c.open is not True:
-        means = torch.zeros(2, dtype=dtype, device=flat.param.device)
-        for part in parts:
-            moments = _advanced(flat, codes, part, c, hyper, dtype)
+    def step(self) -> None:
+        for part in self.parts:
+            block = self._block(self._advanced(part), part)
+            q = mask_of(block, self.c, self.hyper, self.dtype)
+            move(block, q, self.c, self.hyper, self.dtype, part.place)
+        self._write_back()
+
+    def advance_and_sum(self, scalars: int) -> Tensor:
+        """Bring the state to this step, and return what these scalars contribute to the means over so many."""
+        means = torch.zeros(2, dtype=self.dtype, device=self.param.device)
+        for part in self.parts:
+            moments = self._advanced(part)
+            signal, noise = moments.mean.to(self.dtype).square(), moments.variance.to(self.dtype)
             # Divided first, so that the sum of a large tensor does not overflow.
-            signal, noise = moments.mean.to(dtype).square(), moments.variance.to(dtype)
-            means += torch.stack([x.div(param.numel()).sum() for x in (signal, noise)])
-        signal, noise = finish_signal_and_noise(means[0] / c.bias1**2, means[1] / c.bias_var, c, hyper)
-        q = evaluate(signal, noise, c, hyper)
-        for part in parts:
-            move(_block(flat, decode(_rows(codes, part)), part), [q], c, hyper, dtype, part.start)
-    else:
-        for part in parts:
-            block = _block(flat, _advanced(flat, codes, part, c, hyper, dtype), part)
-            move(block, mask_of(block, c, hyper, dtype), c, hyper, dtype, part.start)
-    for held, values in ((param, flat.param), *((x, flat.maximum) for x in one.max_exp_avg_sqs)):
-        if values is not None and values.data_ptr() != held.data_ptr():  # of a tensor that is not contiguous
-            held.copy_(values.view(held.shape))
+            means += torch.stack([x.div(scalars).sum() for x in (signal, noise)])
+        return means
 
+    def finish(self, means: Tensor) -> None:
+        """Move the parameters with the mask of the means of `m**2` and `s`."""
+        signal, noise = means[0] / self.c.bias1**2, means[1] / self.c.bias_var
+        q = evaluate(*finish_signal_and_noise(signal, noise, self.c, self.hyper), self.c, self.hyper)
+        for part in self.parts:
+            block = self._block(decode(part.blocks(self.codes)), part)
+            move(block, [q], self.c, self.hyper, self.dtype, part.place)
+        self._write_back()
 
-def _rows(codes: Tensor, part: slice) -> Tensor:
-    return codes[part.start // BLOCK : blocks_of(part.stop)]
+    def _block(self, moments: Moments, part: Part) -> Block:
+        m, v, s = ([part.without_padding(x)] for x in moments)
+        maximum, grad_var, start = (
+            [] if x is None else [part.of(x)] for x in (self.maximum, self.grad_var, self.start)
+        )
+        return Block(Lists([part.of(self.param)], [part.of(self.grad)], m, v, s, maximum, grad_var, start), [0])
 
+    def _advanced(self, part: Part) -> Moments:
+        """Bring the state of a part to this step, and return it as it is then stored."""
+        blocks = part.blocks(self.codes)
+        moments = decode(blocks)
+        advance(self._block(moments, part), self.c, self.hyper._replace(amsgrad=False), self.dtype)
+        encode(moments, blocks, part.padded)
+        stored = decode(blocks)
+        if self.maximum is not None:
+            maximum = part.of(self.maximum)
+            torch.maximum(maximum, part.without_padding(stored.square), out=maximum)
+        return stored
 
-def _block(flat: _Flat, moments: Moments, part: slice) -> Block:
-    n = part.stop - part.start
-    m, v, s = ([x.view(-1)[:n]] for x in moments)
-    maximum, grad_var, start = ([] if x is None else [x[part]] for x in (flat.maximum, flat.grad_var, flat.start))
-    return Block(Lists([flat.param[part]], [flat.grad[part]], m, v, s, maximum, grad_var, start), [0])
-
-
-def _advanced(
-    flat: _Flat, codes: Tensor, part: slice, c: Corrections, hyper: Hyperparameters, dtype: torch.dtype
-) -> Moments:
-    """Bring the state of a part to this step, and return it as it is then stored."""
-    rows = _rows(codes, part)
-    moments = decode(rows)
-    advance(_block(flat, moments, part), c, hyper._replace(amsgrad=False), dtype)
-    encode(moments, rows, part.start)
-    stored = decode(rows)
-    if flat.maximum is not None:
-        maximum = flat.maximum[part]
-        torch.maximum(maximum, stored.square.view(-1)[: maximum.numel()], out=maximum)
-    return stored
+    def _write_back(self) -> None:
+        """Hand over what was stepped in a copy, as its memory has gaps."""
+        for held, seen in ((self.held.params, self.param), (self.held.max_exp_avg_sqs, self.maximum)):
+            if seen is not None and seen.data_ptr() != held[0].data_ptr():
+                held[0].copy_(seen.view(held[0].shape))

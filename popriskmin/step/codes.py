@@ -19,14 +19,20 @@ is an addition and a shift, exact on every device.
 An exponential average with decay 0.999 moves by less than a step, so all three are rounded
 stochastically (see `popriskmin.step.rounding`). The random bits are a hash of the element's
 place and of a counter in the block itself, which goes on where a float32 step count stands
-still, and is saved with it.
+still, and is saved with it. Not at the first step: there `m**2` equals `s`, the boundary of
+the masks, and what were rounded at random would open many that are shut. So `s` is rounded
+up, `m` towards zero, and `v` to nearest.
 
-A block takes 400 bytes: the codes of `m`, `v` and `s`, three headers and the counter.
+A block takes 400 bytes: the codes of `m`, `v` and `s`, three headers and the counter. The
+blocks of a tensor have shape (1, blocks, 400), and those of one that is sharded over ranks
+(rows, blocks of a row, 400): no rank's part cuts a block.
 `popriskmin/step/kernels/cpu_codes.h` does the same in C.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,6 +51,9 @@ LARGEST_MEAN = 126  # code of a finite `|m|`
 WIDE = 127 + 2  # exponent of a `|m|` from which on the block gets a wide range
 
 
+FIRST = 0x8000FFFF  # the random bits of the first step: upper ones for `v`, lower for `s`, middle for `m`
+
+
 class Moments(NamedTuple):
     """`m`, `v` and `s` of some blocks, float32 of shape (blocks, 128)."""
 
@@ -61,6 +70,49 @@ def are_codes(state: Tensor) -> bool:
 def blocks_of(scalars: int) -> int:
     """Return how many blocks so many scalars take."""
     return -(-scalars // BLOCK)
+
+
+def shape_of_codes(shape: Sequence[int], in_rows: bool) -> tuple[int, int, int]:
+    """Return the shape of a tensor's blocks: of the whole tensor, or of each row of its first dimension."""
+    if in_rows:
+        return shape[0], blocks_of(math.prod(shape[1:])), BYTES
+    return 1, blocks_of(math.prod(shape)), BYTES
+
+
+def are_codes_of(codes: Tensor, param: Tensor) -> bool:
+    """Return whether these are blocks of a tensor of this shape."""
+    return tuple(codes.shape) in [shape_of_codes(param.shape, in_rows) for in_rows in (False, param.dim() > 1)]
+
+
+class Part(NamedTuple):
+    """Scalars of a tensor, seen as (rows, length), that begin with a block."""
+
+    rows: slice
+    columns: slice
+    place: int  # of the first scalar, in the tensor
+    padded: int  # the same, with every row filled up to whole blocks
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return these of a tensor of shape (rows, length)."""
+        return x[self.rows, self.columns]
+
+    def blocks(self, codes: Tensor) -> Tensor:
+        """Return their blocks, of shape (blocks, 400)."""
+        return codes[self.rows, self.columns.start // BLOCK : blocks_of(self.columns.stop)].view(-1, BYTES)
+
+    def without_padding(self, x: Tensor) -> Tensor:
+        """Return of decoded scalars, of shape (blocks, 128), those that exist, as `of` does."""
+        return x.view(self.rows.stop - self.rows.start, -1)[:, : self.columns.stop - self.columns.start]
+
+
+def parts_of(rows: int, length: int, size: int) -> Iterator[Part]:
+    """Yield all scalars of a tensor, about `size` at a time, a multiple of 128: some rows, or a stretch of one."""
+    padded = blocks_of(length) * BLOCK
+    several = max(1, size // max(padded, 1))
+    for top in range(0, rows, several):
+        for left in range(0, length, size):
+            some, columns = slice(top, min(top + several, rows)), slice(left, min(left + size, length))
+            yield Part(some, columns, top * length + left, top * padded + left)
 
 
 def decode(codes: Tensor) -> Moments:
@@ -89,7 +141,8 @@ def encode(moments: Moments, codes: Tensor, place: int, stochastic: bool = True)
     if stochastic:
         head[:, 3] += 1
         places = torch.arange(place, place + moments.mean.numel(), device=codes.device).view(-1, BLOCK)
-        bits = hash32(places + hash32(head[:, 3:].long() & 0xFFFFFFFF)).to(torch.int64)
+        drawn = hash32(places + hash32(head[:, 3:].long() & 0xFFFFFFFF)).to(torch.int64)
+        bits = torch.where(head[:, 3:] == 1, FIRST, drawn)
     else:
         bits = torch.full_like(moments.mean, 0x80808080, dtype=torch.int64)
     # The bits of `m` overlap with those of both, but roundings go by the upper ones.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from popriskmin.step.lists import is_dense
-from popriskmin.step.shards import is_sharded, local_part
+from popriskmin.step.shards import is_sharded, local_part, spread_as
 
 Integers = TypeVar("Integers", int, Tensor)
 
@@ -87,14 +87,7 @@ def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype = torch.bfl
     [1.0, 1.0, 1.0, 1.0078125]
     """
     if is_sharded(x):
-        rounded = round_stochastically(local_part(x), bits, dtype)
-        # `x` is of a tensor type that ordinary processes do not have.
-        sharded: Any = x
-        return torch.as_tensor(
-            type(sharded).from_local(
-                rounded, sharded.device_mesh, sharded.placements, run_check=False, shape=x.shape, stride=x.stride()
-            )
-        )
+        return spread_as(round_stochastically(local_part(x), bits, dtype), x)
     x = x.float()
     if dtype == torch.float16:
         return torch.where(x.isfinite(), _raised_to_float16(x.abs(), bits).copysign(x), x).to(dtype)

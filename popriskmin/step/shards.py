@@ -24,6 +24,45 @@ def whole(tensor: Tensor) -> Tensor:
     return total
 
 
+def spread_as(part: Tensor, tensor: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """Return this rank's part of a tensor as one that lies over the ranks as another does.
+
+    Parameters
+    ----------
+    part
+        Returned as it is where the other is not sharded.
+    tensor
+        The other.
+    shape
+        Of the whole, contiguous; None is that of the other.
+    """
+    if not is_sharded(tensor):
+        return part
+    sharded: Any = tensor
+    shape, stride = (tensor.shape, tensor.stride()) if shape is None else (torch.Size(shape), _strides_of(shape))
+    spread: Tensor = type(sharded).from_local(
+        part, sharded.device_mesh, sharded.placements, run_check=False, shape=shape, stride=stride
+    )
+    return spread
+
+
+def _strides_of(shape: Sequence[int]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+def share_of(whole: Tensor, tensor: Tensor) -> Tensor:
+    """Return a tensor that every rank has all of as one that lies over the ranks as another does, without messages."""
+    if not is_sharded(tensor) or is_sharded(whole):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    sharded: Any = tensor
+    everywhere = [Replicate()] * sharded.device_mesh.ndim
+    replicated: Any = DTensor.from_local(whole.to(tensor.device), sharded.device_mesh, everywhere, run_check=False)
+    share: Tensor = replicated.redistribute(placements=sharded.placements)
+    return share
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether the tensor is one of which each rank holds a part."""
     return hasattr(tensor, "to_local")

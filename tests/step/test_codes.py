@@ -49,6 +49,17 @@ def test_rounding_is_right_in_the_mean():
     assert codes.view(torch.int32)[0, -1] == draws
 
 
+def test_at_the_first_step_no_mask_opens_by_rounding():
+    """There `m**2` is `s`: stored, it is hardly ever above."""
+    gradient = torch.randn(64, BLOCK, generator=torch.Generator().manual_seed(0))
+    codes = torch.zeros(64, BYTES, dtype=torch.uint8)
+    square = gradient.square()
+    for number in range(2):
+        m, _, s = decode(blocks(gradient, square, square, codes=codes))
+        above = (m.square() > s * 1.001).double().mean()
+        assert above == 0 if number == 0 else above > 0.3
+
+
 def test_a_slow_average_moves_where_each_change_is_less_than_a_step():
     """With decay 0.999 an average follows its target, which nearest rounding would hold back for ever."""
     codes = torch.zeros(1, BYTES, dtype=torch.uint8)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from popriskmin.mask import Hyperparameters, mask_name
-from popriskmin.step.codes import are_codes
 from popriskmin.step.kernels import cpu, cuda
 from popriskmin.step.kernels.eligible import State, fits_as_usual, matched, misfit
 from popriskmin.step.lists import Lists, are_plain, sharing_memory, shrinks
@@ -24,18 +23,14 @@ Memory = dict[object, State]
 
 
 class Kernel(NamedTuple):
-    """One kernel: `unusable()` says why it cannot run here, or None; `step` runs it.
-
-    `knows_codes` says whether it takes state in 8-bit blocks.
-    """
+    """One kernel: `unusable()` says why it cannot run here, or None; `step` runs it."""
 
     unusable: Callable[[], str | None]
     step: Callable[[Lists, list[Tensor], Hyperparameters, State | None], None]
-    knows_codes: bool = False
 
 
 # By the type of the device.
-KERNELS = {"cpu": Kernel(cpu.unusable, cpu.step, knows_codes=True), "cuda": Kernel(cuda.unusable, cuda.step)}
+KERNELS = {"cpu": Kernel(cpu.unusable, cpu.step), "cuda": Kernel(cuda.unusable, cuda.step)}
 
 
 def unusable() -> str | None:
@@ -82,7 +77,7 @@ def fused_prm(
         if param.numel() == 0:
             empty.append(i)
             continue
-        reason = _refusal(hyper, param, lists.exp_avgs[i]) or misfit(lists, state_steps, i)
+        reason = _refusal(hyper, param) or misfit(lists, state_steps, i)
         if reason is None:
             kind = (shrinks(hyper, param), i if i in apart else None, *_kind(lists, state_steps, i))
             cohorts.setdefault(kind, []).append(i)
@@ -156,7 +151,7 @@ def _kind(lists: Lists, state_steps: list[Tensor], i: int) -> tuple[object, ...]
 def _usual(
     lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, memory: Memory, key: object
 ) -> _Part | None:
-    if _refusal(hyper, lists.params[0], lists.exp_avgs[0]) is not None:
+    if _refusal(hyper, lists.params[0]) is not None:
         return None
     state = fits_as_usual(lists, state_steps, memory.get(key))
     if state is None:
@@ -165,8 +160,8 @@ def _usual(
     return _Part(lists, state_steps, state)
 
 
-def _refusal(hyper: Hyperparameters, param: Tensor, exp_avg: Tensor) -> str | None:
-    """Return why no kernel steps a parameter with this kind of state on its device, whatever its other tensors are."""
+def _refusal(hyper: Hyperparameters, param: Tensor) -> str | None:
+    """Return why no kernel steps a parameter on its device, whatever its other tensors are."""
     device = param.device.type
     if device not in KERNELS:
         return f"there is no kernel for {device}"
@@ -175,8 +170,6 @@ def _refusal(hyper: Hyperparameters, param: Tensor, exp_avg: Tensor) -> str | No
     if hyper.mask not in cpu.MASK_CODES:
         known = ", ".join(cpu.MASK_CODES)
         return f"the kernels know the masks {known}, and not {mask_name(hyper.mask)}"
-    if are_codes(exp_avg) and not KERNELS[device].knows_codes:
-        return f"the kernel for {device} does not know state_dtype='8bit', which steps by foreach there"
     return KERNELS[device].unusable()
 
 
@@ -195,6 +188,4 @@ def describe() -> dict[str, str]:
             lines[device] = "fused, by Triton"
     if any(line.startswith("fused") for line in lines.values()):
         lines["masks"] = f"fused: {', '.join(cpu.MASK_CODES)}; a mask of one's own steps by foreach"
-        coded = [device for device, kernel in KERNELS.items() if kernel.knows_codes and kernel.unusable() is None]
-        lines["8bit"] = f"fused on {', '.join(coded) or 'no device'}; by foreach elsewhere"
     return lines

@@ -10,6 +10,7 @@
 #define CODES 128                   /* scalars of a block */
 #define CODE_BYTES (3 * CODES + 16) /* of a block: codes of m, v and s, three headers and the counter */
 #define CODE_INFINITY 0x7F800000
+#define CODE_FIRST 0x8000FFFFu /* the random bits of the first step */
 #define CODE_LARGEST 253 /* of a finite v or s */
 #define CODE_LARGEST_MEAN 126
 #define CODE_LEAST_SHIFT 7
@@ -158,7 +159,7 @@ TARGET INLINE int32_t NAME(encode_squares)(int special, moments *restrict state,
     const int32_t shift_s = h->variance & 31, offset_s = (h->variance >> 5) - 1;
     int32_t most = 0;
     for (int i = 0; i < CODES; i++) {
-        uint32_t random = hash32(first + (uint32_t)i);
+        uint32_t random = special && h->counter == 1 ? CODE_FIRST : hash32(first + (uint32_t)i);
         float v = state->v[i], s = state->s[i];
         coded->v[i] = NAME(code_of_square)(special, &v, offset_v, shift_v, random);
         coded->s[i] = NAME(code_of_square)(special, &s, offset_s, shift_s, random << 16);
@@ -231,8 +232,8 @@ TARGET static int NAME(begin_encoding)(moments *state, uint32_t place, code_head
         NAME(extents)(1, state, &e);
     h->square = header_of_squares((int32_t)e.most_v, (int32_t)e.least_v);
     h->variance = header_of_squares((int32_t)e.most_s, (int32_t)e.least_s);
-    int32_t most = special ? NAME(encode_squares)(1, state, h, coded, first)
-                           : NAME(encode_squares)(0, state, h, coded, first);
+    int32_t most = special || h->counter == 1 ? NAME(encode_squares)(1, state, h, coded, first)
+                                              : NAME(encode_squares)(0, state, h, coded, first);
     special = most >= CODE_INFINITY;
     h->mean = header_of_means(special ? NAME(largest_mean)(coded->x) : most);
     return special;

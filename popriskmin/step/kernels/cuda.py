@@ -101,7 +101,7 @@ def step(
     lists
         Tensors on one CUDA device, none of them complex; those of one parameter have one shape and the
         same dense strides. Parameters and gradients of floating types up to 64 bits, `m` float32 or float64, the
-        others float32, float64 or bfloat16.
+        others float32, float64 or bfloat16; or `m`, `v` and `s` in one tensor of 8-bit blocks.
     state_steps
         Tensors of shape `()`, float32 or float64, each increased by 1. Where they lie on the device they are read
         there, by the kernel, and so is a learning rate that does; else on the host.
@@ -142,6 +142,10 @@ class _Types(NamedTuple):
     grad_var: torch.dtype
     start: torch.dtype
     step: torch.dtype
+
+    def decoded(self) -> list[torch.dtype]:
+        """Return the types with that of what 8-bit blocks hold in the place of theirs."""
+        return [torch.float32 if dtype == torch.uint8 else dtype for dtype in self]
 
     @property
     def wide(self) -> torch.dtype:
@@ -213,7 +217,7 @@ class _Launch(NamedTuple):
         hyper = self.hyper
         decays = hyper.weight_decay != 0
         return {
-            **{name: kernels.TYPES[dtype] for name, dtype in zip("PGMVSXZWT", self.types)},
+            **{name: kernels.TYPES[dtype] for name, dtype in zip("PGMVSXZWT", self.types.decoded())},
             "C": kernels.TYPES[self.types.wide],
             "AMSGRAD": hyper.amsgrad,
             "COUPLED": decays and not hyper.decoupled_weight_decay,
@@ -228,6 +232,7 @@ class _Launch(NamedTuple):
             "ROUND": rounds_parameter(hyper.stochastic_rounding, self.types.param),
             "TENSOR_STEPS": self.t is None,
             "TENSOR_LR": self.lr is not None,
+            "CODED": self.types.exp_avg == torch.uint8,
             "COLUMNS": COLUMNS,
             "BLOCK": BLOCK,
             "num_warps": WARPS,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 
+from popriskmin.step.kernels.cuda_codes import load_codes, store_codes
 from popriskmin.step.kernels.cuda_math import (
     as_stored,
     corrections,
@@ -218,13 +219,17 @@ def _block(
     FROM_END: tl.constexpr,
     ROUND: tl.constexpr,
     TENSOR_STEPS: tl.constexpr,
+    CODED: tl.constexpr,
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
 ):
     """Step one block. With `FULL` all its elements exist and each tensor begins at a multiple of 16 bytes."""
     at_w, at_m, at_v = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
     at_s, at_x = tl.load(row + 6), tl.load(row + 7)
-    m = load(at_m, start, lanes, left, M, C, FULL)
+    if CODED:
+        m, v, s = load_codes(at_m, start, lanes, left, C, FULL)
+    else:
+        m = load(at_m, start, lanes, left, M, C, FULL)
     w = m
     if PHASE != "advance" or COUPLED:
         w = load(at_w, start, lanes, left, P, C, FULL)
@@ -232,16 +237,18 @@ def _block(
     if PHASE == "move":
         if AMSGRAD:
             v = as_stored(load(at_x, start, lanes, left, X, C, FULL), V, C)
-        else:
+        elif not CODED:
             v = load(at_v, start, lanes, left, V, C, FULL)
         q = tl.load(partials + first)
-        s = v
-        if SHRINK != "none":
-            s = load(at_s, start, lanes, left, S, C, FULL)
+        if not CODED:
+            s = v
+            if SHRINK != "none":
+                s = load(at_s, start, lanes, left, S, C, FULL)
     else:
         g = load(at_g, start, lanes, left, G, C, FULL)
-        v = load(at_v, start, lanes, left, V, C, FULL)
-        s = load(at_s, start, lanes, left, S, C, FULL)
+        if not CODED:
+            v = load(at_v, start, lanes, left, V, C, FULL)
+            s = load(at_s, start, lanes, left, S, C, FULL)
         z = s
         if GIVEN:
             z = load(at_z, start, lanes, left, Z, C, FULL)
@@ -249,14 +256,17 @@ def _block(
             w, g, m, v, s, z, weight_decay, weight1, beta2, weight2, rho, over_centre, blend,
             COUPLED, MAXIMIZE, DEBIAS, GIVEN, FROM_END,
         )  # fmt: skip
-        if S == tl.bfloat16:
-            random = hash32(start.to(tl.uint32) + lanes.to(tl.uint32) + key)
-            v = stochastic_bfloat16(v.to(tl.float32), random >> 16).to(C)
-            s = stochastic_bfloat16(s.to(tl.float32), random & 0xFFFF).to(C)
-        m, v, s = as_stored(m, M, C), as_stored(v, V, C), as_stored(s, S, C)
-        store(at_m, start, lanes, left, m, M, FULL)
-        store(at_v, start, lanes, left, v, V, FULL)
-        store(at_s, start, lanes, left, s, S, FULL)
+        if CODED:
+            m, v, s = store_codes(at_m, start, lanes, left, m, v, s, C, FULL)
+        else:
+            if S == tl.bfloat16:
+                random = hash32(start.to(tl.uint32) + lanes.to(tl.uint32) + key)
+                v = stochastic_bfloat16(v.to(tl.float32), random >> 16).to(C)
+                s = stochastic_bfloat16(s.to(tl.float32), random & 0xFFFF).to(C)
+            m, v, s = as_stored(m, M, C), as_stored(v, V, C), as_stored(s, S, C)
+            store(at_m, start, lanes, left, m, M, FULL)
+            store(at_v, start, lanes, left, v, V, FULL)
+            store(at_s, start, lanes, left, s, S, FULL)
         if AMSGRAD:
             old = as_stored(load(at_x, start, lanes, left, X, C, FULL), V, C)
             v = tl.where((old > v) | (old != old), old, v)
@@ -267,8 +277,8 @@ def _block(
         if PHASE == "advance":
             # Multiplied first, by a power of two, so that the sum of squares that are still finite is.
             share = tl.where(lanes < left, 1.0 / BLOCK, 0.0).to(C)
-            tl.store(partials + block, tl.sum(signal * share, axis=0))
-            tl.store(partials + tl.num_programs(0) + block, tl.sum(noise * share, axis=0))
+            tl.store(partials + block, tl.sum(signal * share))
+            tl.store(partials + tl.num_programs(0) + block, tl.sum(noise * share))
         q = 1.0
         if PHASE == "all" and MASK != "none":
             q = mask(signal, noise, k, bound, coefficient, softness, mask_eps, min_q, MASK, DEBIAS, C)
@@ -347,6 +357,7 @@ def update(
     ROUND: tl.constexpr,
     TENSOR_STEPS: tl.constexpr,
     TENSOR_LR: tl.constexpr,
+    CODED: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -363,6 +374,8 @@ def update(
     start = (block - first) * BLOCK
     left = tl.minimum(n - start, BLOCK).to(tl.int32)
     lanes = tl.arange(0, BLOCK)
+    if CODED:
+        lanes = tl.arange(0, BLOCK // 128)[:, None] * 128 + tl.arange(0, 128)[None, :]
 
     over_bias1, over_root2 = number(over_bias1, C), number(over_root2, C)
     over_bias_var, over_centre = number(over_bias_var, C), number(over_centre, C)
@@ -393,7 +406,7 @@ def update(
             weight2, rho, eps, mask_eps, min_q, bound, softness, coefficient, loading, loading_sq, over_bias1,
             over_root2, over_bias_var, over_centre, blend, k, open_until, P, G, M, V, S, X, Z, W, C, PHASE, MASK,
             AMSGRAD, COUPLED, DECOUPLED, MAXIMIZE, DEBIAS, GIVEN, MASK_DECAY, SHRINK, FROM_END, ROUND, TENSOR_STEPS,
-            BLOCK, True,
+            CODED, BLOCK, True,
         )  # fmt: skip
     else:
         _block(
@@ -401,7 +414,7 @@ def update(
             weight2, rho, eps, mask_eps, min_q, bound, softness, coefficient, loading, loading_sq, over_bias1,
             over_root2, over_bias_var, over_centre, blend, k, open_until, P, G, M, V, S, X, Z, W, C, PHASE, MASK,
             AMSGRAD, COUPLED, DECOUPLED, MAXIMIZE, DEBIAS, GIVEN, MASK_DECAY, SHRINK, FROM_END, ROUND, TENSOR_STEPS,
-            BLOCK, False,
+            CODED, BLOCK, False,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from popriskmin.step.codes import BYTES, are_codes, blocks_of
+from popriskmin.step.codes import BLOCK, are_codes, are_codes_of
 from popriskmin.step.lists import PLAIN, Lists, are_plain, compute_dtype, is_dense, sharing_memory
 
 GRADIENT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -140,8 +140,10 @@ def _are_usual_blocks(lists: Lists, device: int) -> bool:
 def _misfit_of_blocks(lists: Lists, i: int) -> str | None:
     """Return why a kernel does not take the 8-bit blocks at place `i`, or None if it does."""
     param, codes = lists.params[i], lists.exp_avgs[i]
-    if not (are_plain([codes]) and codes.is_contiguous() and tuple(codes.shape) == (blocks_of(param.numel()), BYTES)):
-        return f"its codes are no contiguous tensor of shape {(blocks_of(param.numel()), BYTES)}"
+    if not (are_plain([codes]) and codes.is_contiguous() and are_codes_of(codes, param)):
+        return f"its codes, of shape {tuple(codes.shape)}, are no contiguous blocks of its own"
+    if len(codes) > 1 and param.numel() % (len(codes) * BLOCK):
+        return f"it is sharded, and its rows of {param.numel() // len(codes)} scalars are no whole blocks of {BLOCK}"
     if codes.device != param.device:
         return f"its codes are on {codes.device}, the parameter on {param.device}"
     if not param.is_contiguous():
@@ -206,9 +208,6 @@ def misfit(lists: Lists, state_steps: list[Tensor], i: int) -> str | None:
     param = lists.params[i]
     if are_codes(lists.exp_avgs[i]):
         held = {name: tensor for name, tensor in held.items() if not name.startswith("exp_avg")}
-        reason = _misfit_of_blocks(lists, i)
-        if reason is not None:
-            return reason
     for name, tensor in held.items():
         if not are_plain([tensor]):
             return f"{name} is a {type(tensor).__name__}, a subclass of Tensor"
@@ -229,6 +228,10 @@ def misfit(lists: Lists, state_steps: list[Tensor], i: int) -> str | None:
         return f"its step counter is on {state_steps[i].device}, the parameter on {param.device}"
     if state_steps[i].dtype not in COUNTER_TYPES:
         return f"its step counter has type {state_steps[i].dtype}, not one of {', '.join(map(str, COUNTER_TYPES))}"
+    if are_codes(lists.exp_avgs[i]):
+        reason = _misfit_of_blocks(lists, i)
+        if reason is not None:
+            return reason
     return next(_misfit_of_types(lists, i), None)
 
 

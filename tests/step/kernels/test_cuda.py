@@ -4,6 +4,7 @@ The interpreter must be chosen before Triton is imported, and it changes Triton 
 marked `interpreted` are run by `test_in_the_interpreter`, in a process of their own.
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -37,8 +38,10 @@ from step.kernels.triton_problems import (
 )
 from strategies import made_up_variances, options, problems
 
+from popriskmin.step.coded import coded_prm
+from popriskmin.step.codes import shape_of_codes
 from popriskmin.step.kernels import cuda
-from popriskmin.step.lists import Lists
+from popriskmin.step.lists import Lists, compute_dtype
 
 HERE = Path(__file__)
 
@@ -228,6 +231,60 @@ def test_the_pull_lets_nan_and_infinity_pass_as_the_loop_does(tensor_steps, redu
         ours, theirs = both(drawn, grads, (f32,) * 4, [(2, 4)], tensor_steps=tensor_steps)
         for mine, other in zip(ours, theirs):
             torch.testing.assert_close(mine[0], other[0], rtol=1e-4, atol=1e-7, equal_nan=True)
+
+
+def coded_step(take, dtype, drawn, steps=3):
+    """Take steps with 8-bit state and return the parameters, the codes and the maxima."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=generator).to(dtype) for shape in ((2, 128), (200,))]
+    codes = [torch.zeros(shape_of_codes(p.shape, False), dtype=torch.uint8) for p in params]
+    wide = [compute_dtype(p) for p in params]
+    maxima = [torch.zeros_like(p, dtype=w) for p, w in zip(params, wide)] if drawn.get("amsgrad") else []
+    starts = [p.clone() for p in params] if to_start(drawn) else []
+    counts = [torch.tensor(0.0) for _ in params]
+    for number in range(steps):
+        noise = [torch.randn(p.shape, generator=generator) for p in params]
+        grads = [(x * torch.exp2(3 * torch.randn(x.shape, generator=generator))).to(dtype) for x in noise]
+        for g in grads:
+            g.view(-1)[::5] = 0
+            g.view(-1)[3 + number :: 131] = (torch.nan, torch.inf, 1e30)[number % 3]
+        variances = [g.square() for g in grads] if drawn.get("variance") == "given" else []
+        take(Lists(params, grads, codes, codes, codes, maxima, variances, starts), counts, hyperparameters(drawn))
+    return params, codes, maxima
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("dtype", "drawn", "tensor_steps"),
+    [
+        (f32, {}, False),
+        (f64, {"mask": "soft", "debias": True, "amsgrad": True}, True),
+        (bf16, {"variance": "given", "stochastic_rounding": True, "maximize": True}, False),
+        (f32, {**SHRINKING, "shrink_to": "start", "mask": "threshold"}, True),
+    ],
+)
+def test_8_bit_state_has_the_codes_of_foreach(dtype, drawn, tensor_steps, monkeypatch):
+    monkeypatch.setattr(cuda, "BLOCK", 256)
+    ours = coded_step(functools.partial(cuda.step, tensor_steps=tensor_steps), dtype, drawn)
+    theirs = coded_step(functools.partial(coded_prm, tensor_steps=tensor_steps), dtype, drawn)
+    for one, two in zip(ours[1], theirs[1]):
+        # A unit in the last place of a moment may decide a rounding.
+        assert (one != two).double().mean() < 2e-3
+        assert torch.equal(one[..., -4:], two[..., -4:])
+    for one, two in zip(ours[0] + ours[2], theirs[0] + theirs[2]):
+        close = torch.isclose(one, two, rtol=1e-2 if dtype == bf16 else 1e-5, atol=1e-5, equal_nan=True)
+        assert close.double().mean() > 0.99
+
+
+@interpreted
+@pytest.mark.parametrize("drawn", [{"mask": "soft"}, {**SHRINKING, "amsgrad": True, "warmup_steps": 0}])
+def test_pooled_masks_of_8_bit_state(drawn, monkeypatch):
+    monkeypatch.setattr(cuda, "BLOCK", 256)
+    steps = cuda.step, functools.partial(coded_prm, tensor_steps=False)
+    ours, theirs = (coded_step(step, f32, {**drawn, "reduction": "per_tensor"}, 1) for step in steps)
+    for mine, other in zip(ours, theirs):
+        for one, two in zip(mine, other):
+            torch.testing.assert_close(one, two, equal_nan=True)
 
 
 def launches(lists, steps, hyper, tensor_steps=False):

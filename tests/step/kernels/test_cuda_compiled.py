@@ -24,6 +24,7 @@ def compiled(kernel, types, **flags):
         "CHUNK": 4096,
         "C": cuda_step.TYPES[wide],
         "ROUND": False,
+        "CODED": False,
     }
     # Where the step rounds at random, it counts in float64.
     constants |= {"T": cuda_step.TYPES[f64 if flags.get("ROUND") else f32], **flags}
@@ -59,6 +60,8 @@ def compiled(kernel, types, **flags):
         ("update", TYPES[1], {"SHRINK": "start", "PHASE": "move"}),
         ("update", TYPES[3], {"ROUND": True}),
         ("update", TYPES[3], {"ROUND": True, "TENSOR_STEPS": True}),
+        ("update", TYPES[0], {"CODED": True}),
+        ("update", TYPES[0], {"CODED": True, "PHASE": "move", "SHRINK": "zero"}),
         ("pool", TYPES[0], {"DEBIAS": True, "TENSOR_STEPS": True}),
         ("pool", TYPES[1], {}),
     ],

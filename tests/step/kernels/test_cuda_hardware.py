@@ -20,6 +20,7 @@ from step.kernels.triton_problems import (
 )
 from strategies import made_up_variances
 
+from popriskmin import PRM
 from popriskmin.step.kernels import cuda
 from popriskmin.step.kernels.eligible import fits_as_usual
 from popriskmin.step.lists import Lists
@@ -70,6 +71,30 @@ def test_on_a_device(drawn, types, tensor_steps):
     how = {"device": "cuda", "tensor_steps": tensor_steps, "tensor_lr": wide if tensor_steps else None}
     ours, theirs = both(drawn, grads, types, LARGE, **how, offset=16 if types[0] == f32 else 3)
     assert_agree(ours, theirs, types, drawn, 3, moved=10)
+
+
+@hardware
+@pytest.mark.parametrize("drawn", [{}, {"reduction": "per_tensor"}, {"amsgrad": True}, {"stochastic_rounding": True}])
+@pytest.mark.parametrize("dtype", [f32, f64, bf16])
+def test_8_bit_state_is_foreachs(drawn, dtype):
+    found = []
+    for how in ({"fused": True}, {"foreach": True}):
+        generator = torch.Generator("cuda").manual_seed(0)
+        shapes = [(1000, 333), (64, 3, 3, 8), (1_000_003,)]
+        params = [torch.nn.Parameter(torch.randn(s, generator=generator, device="cuda").to(dtype)) for s in shapes]
+        optimizer = PRM(params, state_dtype="8bit", **how, **drawn)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator, device="cuda").to(dtype)
+            optimizer.step()
+        found.append((params, [optimizer.state[p]["codes"] for p in params]))
+    (ours, codes), (theirs, others) = found
+    for one, two in zip(codes, others):
+        assert (one != two).double().mean() < 5e-3
+        assert torch.equal(one[..., -4:], two[..., -4:])
+    for one, two in zip(ours, theirs):
+        close = torch.isclose(one, two, rtol=1e-2 if dtype == bf16 else 1e-4, atol=1e-5)
+        assert close.double().mean() > 0.99
 
 
 @hardware
