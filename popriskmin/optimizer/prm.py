@@ -15,6 +15,7 @@ from popriskmin.optimizer.base import CheckedOptimizer
 from popriskmin.optimizer.checkpoint import STATE_FORMAT, dtype_of_step, new_state, rounds_at_random
 from popriskmin.optimizer.checkpoint_probe import makes_state_alone
 from popriskmin.optimizer.groups import Parameters
+from popriskmin.optimizer.lost_steps import LostSteps
 from popriskmin.optimizer.mask_state import remember_applied
 from popriskmin.optimizer.options import check_options, check_variances, name_of, plain, warn_of_sam, with_numbers
 from popriskmin.optimizer.shrunk import CountsShrunk
@@ -242,6 +243,7 @@ class PRM(CountsShrunk, CheckedOptimizer):
         self._memories: list[Memory] = []
         # What the next step takes for the variances of the gradients.
         self._variances: dict[Tensor, Tensor] = {}
+        self._lost_steps = LostSteps()
         super().__init__(params, defaults)
 
     def _init_group(
@@ -352,6 +354,8 @@ class PRM(CountsShrunk, CheckedOptimizer):
                 fused=group["fused"],
                 memory=memory,
             )
+        if not is_compiling():
+            self._lost_steps.look(self)
         return loss
 
     def set_variances(self, variances: Mapping[Tensor, Tensor]) -> None:
@@ -446,3 +450,4 @@ class PRM(CountsShrunk, CheckedOptimizer):
         self._applied, self._applied_to = [], []
         self._memories = []
         self._variances = {}
+        self._lost_steps = LostSteps()
