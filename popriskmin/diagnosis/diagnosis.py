@@ -194,7 +194,7 @@ def _cause(one: Evidence, total: _Total, module: _Total, threshold: float) -> _F
             "not the mask's doing: it is not part of the graph of the loss, or behind a detach()",
         )
     if not all(map(math.isfinite, n)):
-        return _Finding("not finite", "NaN or infinite state", "look for the step at which a gradient overflowed")
+        return _Finding("not finite", "NaN or infinite state", "to find the step at which a gradient overflowed")
     if one.closed:
         return _closed(one)
     if one.zero_fraction >= 0.99:
