@@ -242,10 +242,10 @@ def _check_trains(optimizer: PRM, model: nn.Module) -> None:
         return
     how_many = "none" if len(missing) == len(trainable) else f"{len(trainable) - len(missing)}"
     text = (
-        f"the optimizer holds {how_many} of the model's {len(trainable)} trainable tensors, and not {missing[0]}: it was "
-        "built before the model was changed, as peft_config does, or resize_token_embeddings. Let the trainer build it, "
-        "by optimizer_cls_and_kwargs=prm_cls_and_kwargs(args), or set the attribute of that name before train() and "
-        "leave out optimizers"
+        f"the optimizer holds {how_many} of the model's {len(trainable)} trainable tensors, and not {missing[0]}: it "
+        "was built before the model was changed, as peft_config does, or resize_token_embeddings. Let the trainer "
+        "build it, by optimizer_cls_and_kwargs=prm_cls_and_kwargs(args), or set the attribute of that name before "
+        "train() and leave out optimizers"
     )
     if len(missing) == len(trainable):
         raise ValueError(text)

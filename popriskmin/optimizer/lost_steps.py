@@ -98,8 +98,9 @@ def _sample(one: ParamState) -> list[Tensor]:
     """Return some scalars of the parameter, and their `m`, `v` and `s`."""
     param = local_part(one.param).reshape(-1)
     if "codes" in one.state:
-        moments = decode(one.state["codes"][: SCALARS // BLOCK])
-        return [param[:SCALARS], *(x.reshape(-1)[: min(SCALARS, param.numel())] for x in (moments.mean, moments.square, moments.variance))]
+        mean, square, variance = decode(one.state["codes"][: SCALARS // BLOCK])
+        first = param[:SCALARS]
+        return [first, *(x.reshape(-1)[: first.numel()] for x in (mean, square, variance))]
     stride = max(1, param.numel() // SCALARS)
     state = [local_part(one.state[name]).reshape(-1) for name in ("exp_avg", "exp_avg_sq", "exp_avg_var")]
     return [x[::stride] for x in (param, *state)]

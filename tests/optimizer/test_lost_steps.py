@@ -10,6 +10,11 @@ from conftest import HOW
 from popriskmin import PRM
 
 
+def step(optimizer, times):
+    for _ in range(times):
+        optimizer.step()
+
+
 def warned(dtype=torch.bfloat16, steps=40, lr=1e-5, noise=0.1, shape=(40, 50), **options):
     """Train weights near 1.5, where a unit in the last place of bfloat16 is 2**-7, and return what was warned of."""
     p = torch.nn.Parameter(torch.full(shape, 1.5, dtype=dtype))
@@ -47,12 +52,10 @@ def test_a_learning_rate_that_falls_is_looked_at_again():
     p = torch.nn.Parameter(torch.full((500,), 1.5).bfloat16())
     optimizer = PRM([p], lr=0.1, weight_decay=0.0)
     p.grad = torch.ones_like(p)
-    for _ in range(100):
-        optimizer.step()
+    step(optimizer, 100)
     optimizer.param_groups[0]["lr"] = 1e-5
     with pytest.warns(UserWarning, match="rounding takes away"):
-        for _ in range(200):
-            optimizer.step()
+        step(optimizer, 200)
 
 
 def test_copies_look_for_themselves_and_frozen_ones_are_no_trouble():
@@ -61,5 +64,4 @@ def test_copies_look_for_themselves_and_frozen_ones_are_no_trouble():
     own = optimizer.param_groups[0]["params"][0]
     own.grad = torch.ones_like(own)
     with pytest.warns(UserWarning, match="rounding takes away"):
-        for _ in range(30):
-            optimizer.step()
+        step(optimizer, 30)

@@ -195,8 +195,9 @@ def test_no_weight_becomes_infinite_that_would_not_if_rounded_to_nearest(how, dt
             # With beta1 = 0, v = 0 and eps = 1 the step is the gradient itself.
             w, g = torch.zeros(3000, dtype=dtype), torch.full((3000,), -sign * start)
             state = [x.clone() for x in zeros]
-            prm([w], [g], *[[x] for x in state], [], [torch.tensor(0.0)], lr=1.0, beta1=0.0, beta2=1.0, rho=0.9, eps=1.0,
-                weight_decay=0.0, mask="none", bias_correction=False, stochastic_rounding=True, **how)  # fmt: skip
+            prm([w], [g], *[[x] for x in state], [], [torch.tensor(0.0)], lr=1.0, beta1=0.0, beta2=1.0, rho=0.9,
+                eps=1.0, weight_decay=0.0, mask="none", bias_correction=False, stochastic_rounding=True,
+                **how)  # fmt: skip
             assert (w == sign * end).all()
 
 
