@@ -230,9 +230,11 @@ TARGET INLINE void NAME(whole_loop)(int mask, int debias, int narrow, int pulls,
         mean = (c.from_grad ? grad : mean) + (grad - mean) * c.pull;
         square = square * c.beta2 + c.one_minus_beta2 * grad * grad;
         if (narrow) {
-            uint32_t bits = hash32(place);
-            square = (REAL)round_stochastically((float)square, bits >> 16);
-            variance = (REAL)round_stochastically((float)variance, bits & 0xFFFF);
+            /* NaN in one will be NaN in the parameter; without random bits it stays NaN. Beside infinity nothing is
+             * told apart, which round_stochastically does: a step divided by either is 0. */
+            uint32_t bits = __builtin_isunordered(square, variance) ? 0 : hash32(place);
+            square = (REAL)float_of((bits_of((float)square) + (bits >> 16)) & 0xFFFF0000);
+            variance = (REAL)float_of((bits_of((float)variance) + (bits & 0xFFFF)) & 0xFFFF0000);
             v16[i] = (uint16_t)(bits_of((float)square) >> 16);
             s16[i] = (uint16_t)(bits_of((float)variance) >> 16);
         } else {
