@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class LostSteps:
     def __init__(self) -> None:
         self._steps = 0
         self._counted: Tensor | None = None
-        self._arrived: torch.cuda.Event | None = None
+        self._arrived: Any = None  # an event of CUDA, whose class has no types
 
     def look(self, optimizer: HasMask) -> None:
         """Call this after each step."""
@@ -72,7 +73,8 @@ class LostSteps:
         total = torch.stack(list(_counts(largest))).sum(0)
         self._counted = total.to("cpu", non_blocking=True)
         if total.is_cuda:
-            self._arrived = torch.cuda.Event()
+            cuda: Any = torch.cuda
+            self._arrived = cuda.Event()
             self._arrived.record()
 
 

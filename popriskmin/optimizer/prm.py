@@ -137,9 +137,9 @@ class PRM(CountsShrunk, CheckedOptimizer):
     stochastic_rounding
         Write bfloat16 and float16 parameters rounded up or down at random, with the exact mean. Rounded to nearest, a
         weight whose step is below half a unit in its last place (for bfloat16 a 256th to a 512th of the weight) stands
-        still, and the smaller `q`, the more of them do. The random bits are a hash of the step count and the place, so
-        runs repeat and resume bit for bit, and replicas stay equal. A weight that does not step is not rounded. Other
-        dtypes are not affected.
+        still, and the smaller `q`, the more of them do; after 30 steps and after 300 `PRM` looks, and warns once where
+        most do. The random bits are a hash of the step count, the place and the weight, so runs repeat and resume bit
+        for bit, and replicas stay equal. A weight that does not step is not rounded. Other dtypes are not affected.
 
     Raises
     ------
