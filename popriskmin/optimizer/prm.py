@@ -287,10 +287,14 @@ class PRM(CountsShrunk, CheckedOptimizer):
                 state.update(new_state(p, group))
             params.append(p)
             grads.append(grad)
-            # In 8 bits all three are in one tensor.
-            exp_avgs.append(state["codes"] if "codes" in state else state["exp_avg"])
-            exp_avg_sqs.append(state["codes"] if "codes" in state else state["exp_avg_sq"])
-            exp_avg_vars.append(state["codes"] if "codes" in state else state["exp_avg_var"])
+            if "codes" in state:  # all three in one tensor
+                exp_avgs.append(state["codes"])
+                exp_avg_sqs.append(state["codes"])
+                exp_avg_vars.append(state["codes"])
+            else:
+                exp_avgs.append(state["exp_avg"])
+                exp_avg_sqs.append(state["exp_avg_sq"])
+                exp_avg_vars.append(state["exp_avg_var"])
             if group["amsgrad"]:
                 max_exp_avg_sqs.append(state["max_exp_avg_sq"])
             if to_start:
