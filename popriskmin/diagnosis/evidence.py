@@ -153,8 +153,7 @@ def _sums(one: ParamState) -> Tensor:
     t, hyper = one.step, one.hyper
     m, s, c, signal, noise, q = recompute(one.state, t, hyper)
     dtype = m.dtype
-    # Corrected even where the step is not: what is expected of noise is expected of the
-    # corrected averages.
+    # Corrected even where the step is not: noise is judged by corrected averages.
     full = corrections(t, hyper._replace(bias_correction=True))
     mean_sq, spread = (m / full.bias1).square(), s / full.bias_var
     w = as_wide_reals(m, one.param)[1]
