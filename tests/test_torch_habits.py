@@ -257,3 +257,21 @@ def test_state_and_groups_may_be_replaced(build):
     changed = before != weights(net)
     assert changed[:30].all()
     assert not changed[30:].any()
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": False}, {"fused": False}])
+def test_a_parameter_that_is_negated_lazily_steps_as_its_copy_does(options):
+    """`torch._foreach_*` takes none; AdamW steps it by its loop."""
+    values = []
+    for lazy in (True, False):
+        negated = torch.imag(torch.conj(torch.full((4,), 1j)))
+        p = torch.nn.Parameter(torch.empty(0))
+        p.data = negated if lazy else negated.resolve_neg()
+        assert p.is_neg() == lazy
+        optimizer = PRM([p], lr=0.1, **options)
+        for scale in (1.0, -0.5):
+            p.grad = scale * torch.ones(4)
+            optimizer.step()
+        values.append((p.tolist(), optimizer.get_mask_stats()["mean_q"]))
+    assert values[0][0] == pytest.approx(values[1][0])
+    assert values[0][1] == pytest.approx(values[1][1])

@@ -59,9 +59,9 @@ def diagnose(optimizer: Optimizer | Iterable[Optimizer], threshold: float = 0.2)
       nothing flows through it. Layers behind it are then dead.
     - **dead**: at least 99% of its scalars have no gradient, or only one that rounding
       makes, as the bias before a normalization layer.
-    - **rounded**: most of its scalars have 16 bits, and their last step was less than
-      half a unit in the last place, so that rounding leaves them where they are. `PRM`
-      without `stochastic_rounding` alone is judged by it.
+    - **rounded**: its scalars have 16 bits, and of those that the mask lets move most
+      had a last step of less than half a unit in the last place, so that rounding leaves
+      them where they are. `PRM` without `stochastic_rounding` alone is judged by it.
     - **epsilon**: without `mask_eps` its mean `q` would be at least twice as large.
     - **strict**: the plain mask (`mask="snr"`, `softness=1`, `boundary="batch"`) would
       be at least twice as open, and would let it move. The group's own mask, softness
@@ -194,7 +194,7 @@ def _cause(one: Evidence, total: _Total, module: _Total, threshold: float) -> _F
             "not the mask's doing: it is not part of the graph of the loss, or behind a detach()",
         )
     if not all(map(math.isfinite, n)):
-        return _Finding("not finite", "NaN or infinite state", "look for the step at which a gradient overflowed")
+        return _Finding("not finite", "NaN or infinite state", "to find the step at which a gradient overflowed")
     if one.closed:
         return _closed(one)
     if one.zero_fraction >= 0.99:
@@ -212,8 +212,9 @@ def _cause(one: Evidence, total: _Total, module: _Total, threshold: float) -> _F
             f"{math.sqrt(module.gradient_sq):.0e} in the same module",
             "not the mask's doing: a bias before a normalization layer does not reach the loss; bias=False saves it",
         )
-    if n.live_lost > 0.5 * n.live:
-        return _Finding("rounded", f"the last step of {n.live_lost / n.live:.0%} of it is rounded away", _ROUNDED)
+    if n.live_lost > 0.5 * n.live_let_move:
+        share = n.live_lost / n.live_let_move
+        return _Finding("rounded", f"the last step of {share:.0%} of what the mask lets move is rounded away", _ROUNDED)
     if one.step <= hyper.warmup_steps:
         return _Finding("warmup", f"open until step {hyper.warmup_steps} (warmup_steps)")
     if hyper.mask == "none":

@@ -12,6 +12,7 @@ from torch import Tensor
 from popriskmin.diagnosis.noise import first_step, mean_and_variance, weights
 from popriskmin.mask import Hyperparameters, corrections, evaluate
 from popriskmin.optimizer.groups import parameter_names
+from popriskmin.optimizer.lost_steps import NARROW, is_lost
 from popriskmin.optimizer.mask_state import ParamState, as_wide_reals, param_states, recompute, to_host
 from popriskmin.optimizer.masked import Masked
 from popriskmin.optimizer.prm import PRM
@@ -49,7 +50,8 @@ class Sums(NamedTuple):
     live_q_plain: float  # of the plain mask: snr, softness 1, batch boundary, no floor
     live_nonzero: float
     live_ratio: float  # m^**2 / z, each 1 at most
-    live_lost: float  # whose last step was less than half a unit in the weight's last place
+    live_let_move: float  # whose q is above 0
+    live_lost: float  # of these, whose last step was less than half a unit in the weight's last place
 
 
 class Evidence(NamedTuple):
@@ -141,12 +143,9 @@ def _second_moments(one: ParamState, m: Tensor, implied: Tensor) -> tuple[Tensor
 
 def _lost(one: ParamState, w: Tensor, step_sq: Tensor) -> Tensor:
     """Return which scalars of a 16-bit parameter a step, squared and without the learning rate, leaves as they are."""
-    dtype, lr = one.param.dtype, float(one.hyper.lr)
-    if dtype not in (torch.bfloat16, torch.float16) or one.hyper.stochastic_rounding or lr == 0:
+    if one.param.dtype not in NARROW or one.hyper.stochastic_rounding:
         return torch.zeros_like(w)
-    precision = torch.finfo(dtype)
-    half_a_unit = w.abs().clamp(min=precision.tiny).log2().floor().exp2() * (precision.eps / 2)
-    return (step_sq.sqrt() * lr < half_a_unit).to(w.dtype)
+    return is_lost(w, step_sq.sqrt() * float(one.hyper.lr), one.param.dtype).to(w.dtype)
 
 
 @torch.no_grad()
@@ -154,8 +153,7 @@ def _sums(one: ParamState) -> Tensor:
     t, hyper = one.step, one.hyper
     m, s, c, signal, noise, q = recompute(one.state, t, hyper)
     dtype = m.dtype
-    # Corrected even where the step is not: what is expected of noise is expected of the
-    # corrected averages.
+    # Corrected even where the step is not: noise is judged by corrected averages.
     full = corrections(t, hyper._replace(bias_correction=True))
     mean_sq, spread = (m / full.bias1).square(), s / full.bias_var
     w = as_wide_reals(m, one.param)[1]
@@ -195,6 +193,7 @@ def _sums(one: ParamState) -> Tensor:
         "live_q_plain": total(q_plain, live),
         "live_nonzero": total(w != 0, live),
         "live_ratio": total(ratio, live),
+        "live_let_move": total(q > 0, live),
         "live_lost": total(_lost(one, w, q.square() * step_sq), live),
     }
     # Those of a tensor that is sharded over ranks are gathered.

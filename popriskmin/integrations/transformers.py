@@ -78,6 +78,8 @@ class _Factory:
         # The Trainer's rule has changed with its versions; the method needs no Trainer.
         decaying = set(Trainer.get_decay_parameter_names(None, model))
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        if not named:
+            raise ValueError(_NOTHING_TO_TRAIN)
         groups = []
         for decays, decay in ((True, weight_decay), (False, 0.0)):
             members = [(name, param) for name, param in named if (name in decaying) == decays]
@@ -119,7 +121,7 @@ class PRMCallback(TrainerCallback):  # type: ignore[misc]
     ------
     ValueError
         For `stop` without `monitor`, or where nothing is logged. When training begins, if
-        the optimizer holds no trainable parameter of the model.
+        the optimizer holds no trainable parameter of the model, or the model has none.
     TypeError
         When training begins, if the optimizer is neither `PRM` nor `Masked`.
 
@@ -232,11 +234,25 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> pathlib.Path:
 
 def _check_trains(optimizer: PRM, model: nn.Module) -> None:
     own = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    if trainable and not any(id(param) in own for param in trainable.values()):
-        raise ValueError(
-            f"the optimizer holds none of the model's {len(trainable)} trainable tensors, the first of which is "
-            f"{next(iter(trainable))}: it was built before the trainer changed the model, as peft_config does. Let the "
-            "trainer build it, by optimizer_cls_and_kwargs=prm_cls_and_kwargs(args), or set the attribute of that name "
-            "before train() and leave out optimizers"
-        )
+    trainable = {name: id(param) for name, param in model.named_parameters() if param.requires_grad}
+    if not trainable:
+        raise ValueError(_NOTHING_TO_TRAIN)
+    missing = [name for name, param in trainable.items() if param not in own]
+    if not missing:
+        return
+    how_many = "none" if len(missing) == len(trainable) else f"{len(trainable) - len(missing)}"
+    text = (
+        f"the optimizer holds {how_many} of the model's {len(trainable)} trainable tensors, and not {missing[0]}: it "
+        "was built before the model was changed, as peft_config does, or resize_token_embeddings. Let the trainer "
+        "build it, by optimizer_cls_and_kwargs=prm_cls_and_kwargs(args), or set the attribute of that name before "
+        "train() and leave out optimizers"
+    )
+    if len(missing) == len(trainable):
+        raise ValueError(text)
+    warnings.warn(text, stacklevel=2)
+
+
+_NOTHING_TO_TRAIN = (
+    "no tensor of the model has requires_grad=True, so nothing would be trained: PeftModel.from_pretrained needs "
+    "is_trainable=True to go on with an adapter"
+)

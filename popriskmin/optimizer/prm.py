@@ -15,6 +15,7 @@ from popriskmin.optimizer.base import CheckedOptimizer
 from popriskmin.optimizer.checkpoint import STATE_FORMAT, dtype_of_step, new_state, rounds_at_random
 from popriskmin.optimizer.checkpoint_probe import makes_state_alone
 from popriskmin.optimizer.groups import Parameters
+from popriskmin.optimizer.lost_steps import LostSteps
 from popriskmin.optimizer.mask_state import remember_applied
 from popriskmin.optimizer.options import check_options, check_variances, name_of, plain, warn_of_sam, with_numbers
 from popriskmin.optimizer.shrunk import CountsShrunk
@@ -136,9 +137,9 @@ class PRM(CountsShrunk, CheckedOptimizer):
     stochastic_rounding
         Write bfloat16 and float16 parameters rounded up or down at random, with the exact mean. Rounded to nearest, a
         weight whose step is below half a unit in its last place (for bfloat16 a 256th to a 512th of the weight) stands
-        still, and the smaller `q`, the more of them do. The random bits are a hash of the step count and the place, so
-        runs repeat and resume bit for bit, and replicas stay equal. A weight that does not step is not rounded. Other
-        dtypes are not affected.
+        still, and the smaller `q`, the more of them do; after 30 steps and after 300 `PRM` looks, and warns once where
+        most do. The random bits are a hash of the step count, the place and the weight, so runs repeat and resume bit
+        for bit, and replicas stay equal. A weight that does not step is not rounded. Other dtypes are not affected.
 
     Raises
     ------
@@ -242,6 +243,7 @@ class PRM(CountsShrunk, CheckedOptimizer):
         self._memories: list[Memory] = []
         # What the next step takes for the variances of the gradients.
         self._variances: dict[Tensor, Tensor] = {}
+        self._lost_steps = LostSteps()
         super().__init__(params, defaults)
 
     def _init_group(
@@ -285,10 +287,14 @@ class PRM(CountsShrunk, CheckedOptimizer):
                 state.update(new_state(p, group))
             params.append(p)
             grads.append(grad)
-            # In 8 bits all three are in one tensor.
-            exp_avgs.append(state["codes"] if "codes" in state else state["exp_avg"])
-            exp_avg_sqs.append(state["codes"] if "codes" in state else state["exp_avg_sq"])
-            exp_avg_vars.append(state["codes"] if "codes" in state else state["exp_avg_var"])
+            if "codes" in state:  # all three in one tensor
+                exp_avgs.append(state["codes"])
+                exp_avg_sqs.append(state["codes"])
+                exp_avg_vars.append(state["codes"])
+            else:
+                exp_avgs.append(state["exp_avg"])
+                exp_avg_sqs.append(state["exp_avg_sq"])
+                exp_avg_vars.append(state["exp_avg_var"])
             if group["amsgrad"]:
                 max_exp_avg_sqs.append(state["max_exp_avg_sq"])
             if to_start:
@@ -352,6 +358,8 @@ class PRM(CountsShrunk, CheckedOptimizer):
                 fused=group["fused"],
                 memory=memory,
             )
+        if not is_compiling():
+            self._lost_steps.look(self)
         return loss
 
     def set_variances(self, variances: Mapping[Tensor, Tensor]) -> None:
@@ -446,3 +454,4 @@ class PRM(CountsShrunk, CheckedOptimizer):
         self._applied, self._applied_to = [], []
         self._memories = []
         self._variances = {}
+        self._lost_steps = LostSteps()

@@ -32,7 +32,7 @@ from popriskmin.step.lists import (
     sharing_memory,
     shrinks,
 )
-from popriskmin.step.rounding import random_bits, round_stochastically, rounds_parameter
+from popriskmin.step.rounding import parameter_bits, random_bits, round_stochastically, rounds_parameter
 from popriskmin.step.shards import over_ranks
 
 # On the CPU the foreach step walks its lists in blocks of this many scalars, so that a block's tensors stay in the
@@ -382,8 +382,7 @@ def move(
     if rounds_parameter(hyper.stochastic_rounding, block.lists.params[0].dtype):
         # One after the other: random bits are 8 bytes a scalar.
         for param, wide, t in zip(block.lists.params, params, _steps(block, c)):
-            bits = random_bits(param, t, of_state=False, place=place) >> 16
-            copy([param], [round_stochastically(wide, bits, param.dtype)])
+            copy([param], [round_stochastically(wide, parameter_bits(param, t, place), param.dtype)])
     else:
         write_back(block.lists.params, params)
 

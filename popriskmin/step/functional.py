@@ -29,7 +29,7 @@ from popriskmin.step.codes import are_codes
 from popriskmin.step.foreach import multi_tensor_prm
 from popriskmin.step.kernels import Memory, fused_prm, unusable
 from popriskmin.step.lists import Lists, as_real, compute_dtype, is_compiling, local_parts, shrinks
-from popriskmin.step.rounding import random_bits, round_stochastically, rounds_parameter
+from popriskmin.step.rounding import parameter_bits, random_bits, round_stochastically, rounds_parameter
 
 
 def prm(
@@ -247,8 +247,8 @@ def choose_implementation(params: list[Tensor], foreach: bool | None, fused: boo
 
 
 def _foreach_works(params: list[Tensor]) -> bool:
-    """Return whether torch lists the tensors' types as fit for `torch._foreach_*`."""
-    return all(type(p) in _foreach_supported_types for p in params)
+    """Return whether the tensors fit `torch._foreach_*`: torch lists their types, and none is negated lazily."""
+    return all(type(p) in _foreach_supported_types for p in params) and not any(map(Tensor.is_neg, params))
 
 
 def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, tensor_steps: bool) -> None:
@@ -298,7 +298,7 @@ def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperpara
             start = as_real(lists.starts[i]).to(dtype) if lists.starts else None
             w = _pulled(w, start, hyper.lr * (pulling_gradient(s, q, c, hyper) / denominator), c)
         if rounds_parameter(hyper.stochastic_rounding, held[0].dtype):
-            w = round_stochastically(w, random_bits(held[0], t, of_state=False) >> 16, held[0].dtype)
+            w = round_stochastically(w, parameter_bits(held[0], t), held[0].dtype)
         for tensor, value in zip(held, [w, *new]):
             tensor.copy_(value)
 

@@ -9,6 +9,10 @@ alike, a resumed run goes on bit for bit, replicas stay equal, and torch's gener
 upper 16 bits, `s` the lower ones; the parameter has bits of its own. A step count that stood still, as one in float32
 does at 2**24, would draw the same bits for ever: `PRM` counts in float64 wherever it rounds so.
 
+Into a parameter's bits goes its old value, too. Without it two layers of one shape would round the same way at every
+place, and what they do together would err more than by chance. `v` and `s` of two tensors do share their bits where the
+places and the steps agree: nothing adds them up.
+
 The hash is Knuth's multiplication by the golden ratio, which over neighbouring places is an addition, and the second
 half of Chris Wellons' lowbias32 (https://nullprogram.com/blog/2018/07/31/).
 
@@ -28,6 +32,7 @@ from popriskmin.step.shards import is_sharded, local_part, spread_as
 Integers = TypeVar("Integers", int, Tensor)
 
 _WORD = 0xFFFFFFFF
+_OLD = 0x85EBCA77  # spreads the old values of a parameter over all numbers of 32 bits
 
 
 def hash32(x: Integers) -> Integers:
@@ -43,8 +48,8 @@ def hash32(x: Integers) -> Integers:
     return x ^ (x >> 16)
 
 
-def random_bits(like: Tensor, t: float | Tensor, of_state: bool = True, place: int = 0) -> Tensor:
-    """Return 32 random bits for each element of `like`, as int64 of its shape.
+def random_bits(like: Tensor, t: float | Tensor) -> Tensor:
+    """Return 32 random bits for each element of the state, as int64 of the shape of `like`.
 
     Parameters
     ----------
@@ -52,24 +57,42 @@ def random_bits(like: Tensor, t: float | Tensor, of_state: bool = True, place: i
         A tensor; its strides tell each element's place in memory, so that a transposed tensor rounds as its base does.
     t
         The step count, a number or a tensor of shape `()`.
-    of_state
-        Whether these are the bits of the state, or those of the parameter.
-    place
-        That of the first element, where `like` is a part of a tensor.
     """
     like = local_part(like)
-    key: Any = hash32(t.long()) if isinstance(t, Tensor) else hash32(int(t))
-    key = key if of_state else hash32(key)
-    places = torch.arange(place, place + like.numel(), device=like.device)
-    if is_dense(like):
-        places = places.as_strided(like.shape, like.stride())
-    else:
-        places = places.view(like.shape)
-    return torch.as_tensor(hash32(places + key))
+    return torch.as_tensor(hash32(_places(like) + _key(t)))
+
+
+def parameter_bits(param: Tensor, t: float | Tensor, place: int = 0) -> Tensor:
+    """Return 16 random bits for each element of a parameter of 16 bits, as int64 of its shape.
+
+    Parameters
+    ----------
+    param
+        As it was before the step.
+    t
+        The step count, a number or a tensor of shape `()`.
+    place
+        That of the first element, where `param` is a part of a tensor.
+    """
+    param = local_part(param).detach()
+    old = param.view(torch.int16).long() & 0xFFFF
+    return torch.as_tensor(hash32(_places(param, place) + hash32(_key(t)) + old * _OLD) >> 16)
+
+
+def _key(t: float | Tensor) -> Any:
+    return hash32(t.long()) if isinstance(t, Tensor) else hash32(int(t))
+
+
+def _places(like: Tensor, first: int = 0) -> Tensor:
+    """Return the place in memory of each element, counted from that of the first."""
+    places = torch.arange(first, first + like.numel(), device=like.device)
+    return places.as_strided(like.shape, like.stride()) if is_dense(like) else places.view(like.shape)
 
 
 def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Return `x` in `dtype`, one of the two numbers around it, such that the mean over `bits` is `x`.
+
+    Beyond the largest finite number of `dtype` there is no mean to keep: `x` goes to the nearest number.
 
     Parameters
     ----------
@@ -90,14 +113,19 @@ def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype = torch.bfl
         return spread_as(round_stochastically(local_part(x), bits, dtype), x)
     x = x.float()
     if dtype == torch.float16:
-        return torch.where(x.isfinite(), _raised_to_float16(x.abs(), bits).copysign(x), x).to(dtype)
+        return torch.where(_is_between(x, dtype), _raised_to_float16(x.abs(), bits).copysign(x), x).to(dtype)
     raised = (x.view(torch.int32) + bits.to(torch.int32)) & ~0xFFFF
-    return torch.where(x.isfinite(), raised.view(torch.float32), x).to(dtype)
+    return torch.where(_is_between(x, dtype), raised.view(torch.float32), x).to(dtype)
 
 
 def rounds_parameter(stochastic: bool, dtype: torch.dtype) -> bool:
     """Return whether parameters of this type are written rounded at random, by the option `stochastic_rounding`."""
     return stochastic and dtype in (torch.bfloat16, torch.float16)
+
+
+def _is_between(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return whether there is a finite number of `dtype` to either side; not so of NaN."""
+    return x.abs() < torch.finfo(dtype).max
 
 
 def _raised_to_float16(size: Tensor, bits: Tensor) -> Tensor:

@@ -308,7 +308,7 @@ def test_steps_that_are_rounded_away(dtype, stochastic):
     [row] = diagnose(optimizer).rows
     assert row.cause == ("rounded" if rounded else "open")
     if rounded:
-        assert "the last step of 100% of it is rounded away" in row.reason
+        assert "the last step of 100% of what the mask lets move is rounded away" in row.reason
         assert "Try stochastic_rounding=True, or float32 parameters" in str(diagnose(optimizer))
         assert log(optimizer, diagnosis=True)["prm/diagnosis/rounded"] == 1
 
@@ -320,4 +320,19 @@ def test_the_share_that_is_rounded_away_is_counted():
     p.grad = torch.ones_like(p)
     optimizer.step()
     [row] = diagnose(optimizer).rows
-    assert (row.cause, row.reason) == ("rounded", "the last step of 67% of it is rounded away")
+    assert (row.cause, row.reason) == ("rounded", "the last step of 67% of what the mask lets move is rounded away")
+
+
+def test_what_the_mask_holds_is_not_lost_to_rounding():
+    """A fifth of the scalars move, by steps that bfloat16 holds; the others are noise, and `threshold` shuts them."""
+    generator = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.full((50, 40), 0.01).bfloat16())
+    optimizer = PRM([("weight", p)], lr=1e-3, weight_decay=0.0, mask="threshold", softness=25.0)
+    signal = torch.zeros(50, 40)
+    signal[::5] = 1
+    for _ in range(100):
+        p.grad = (signal + torch.randn(p.shape, generator=generator) * (0.3 - 0.2 * signal)).bfloat16()
+        optimizer.step()
+    assert 0.15 < optimizer.get_mask_stats()["mean_q"] < 0.25
+    [row] = diagnose(optimizer).rows
+    assert row.cause != "rounded"

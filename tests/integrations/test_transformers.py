@@ -14,7 +14,7 @@ from popriskmin import PRM, RiskMonitor
 transformers = framework("transformers")
 framework("accelerate")
 
-from integrations.small_trainer import arguments, data, every_step, model, train_until_killed, trainer  # noqa: E402
+from integrations.small_trainer import VOCABULARY, arguments, data, every_step, model, train_until_killed, trainer  # noqa: E402
 
 from popriskmin.integrations import log  # noqa: E402
 from popriskmin.integrations.transformers import FILE, PRMCallback, prm_cls_and_kwargs, prm_optimizer  # noqa: E402
@@ -196,6 +196,29 @@ def test_an_optimizer_of_another_model_trains_nothing_and_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"none of the model's 12 trainable tensors.*model.embed_tokens.weight.*prm_cls"
     ):
+        one.train()
+
+
+def test_an_optimizer_that_lacks_a_tensor_of_the_model_is_named(tmp_path):
+    """As after `resize_token_embeddings`, which makes a new head where it is not tied to the embedding."""
+    args, changed = arguments(tmp_path, max_steps=2), model()
+    optimizer = prm_optimizer(changed, args)
+    changed.resize_token_embeddings(VOCABULARY + 4)
+    one = transformers.Trainer(changed, args, train_dataset=data(), optimizers=(optimizer, None))
+    one.add_callback(PRMCallback(one))
+    with pytest.warns(UserWarning, match=r"holds 11 of the model's 12 trainable tensors, and not lm_head.weight"):
+        one.train()
+
+
+def test_a_model_of_which_nothing_is_trained_is_refused(tmp_path):
+    """AdamW is built, with no parameters, and a trainer whose loss needs no gradient says nothing."""
+    args, frozen = arguments(tmp_path), model().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no tensor of the model has requires_grad=True.*is_trainable=True"):
+        prm_optimizer(frozen, args)
+    optimizer = prm_optimizer(frozen.requires_grad_(True), args)
+    one = transformers.Trainer(frozen.requires_grad_(False), args, train_dataset=data(), optimizers=(optimizer, None))
+    one.add_callback(PRMCallback(one))
+    with pytest.raises(ValueError, match="nothing would be trained"):
         one.train()
 
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from popriskmin import PRM
-from popriskmin.step.rounding import hash32, random_bits, round_stochastically
+from popriskmin.step.functional import prm
+from popriskmin.step.rounding import hash32, parameter_bits, random_bits, round_stochastically
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -155,11 +156,49 @@ def test_the_mean_over_all_bits_is_exact_in_float16():
 
 def test_parameters_have_bits_of_their_own():
     of_state = random_bits(torch.empty(200_000), 7)
-    of_params = (random_bits(torch.empty(200_000), 7, of_state=False) >> 16).double()
+    param = torch.ones(200_000, dtype=torch.bfloat16)
+    of_params = parameter_bits(param, 7).double()
     for other in ((of_state >> 16).double(), (of_state & 0xFFFF).double()):
         assert abs(torch.corrcoef(torch.stack([of_params, other]))[0, 1]) < 0.01
-    part = random_bits(torch.empty(50), 7, of_state=False, place=100)
-    assert torch.equal(part, random_bits(torch.empty(150), 7, of_state=False)[100:])
+    assert torch.equal(parameter_bits(param[100:150], 7, place=100), parameter_bits(param, 7)[100:150])
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_two_tensors_of_one_shape_round_apart(how, dtype):
+    """Two layers whose errors went together would err together: here all weights are positive and all steps alike."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter((1 + torch.rand(40_000, generator=generator)).to(dtype)) for _ in range(2)]
+    before = [p.double() for p in params]
+    ulp = torch.finfo(dtype).eps
+    optimizer = PRM(params, lr=0.4 * ulp, weight_decay=0.0, mask="none", stochastic_rounding=True, **how)
+    for p in params:
+        p.grad = -torch.ones_like(p)
+    optimizer.step()
+    moved = [(p.double() - start) / ulp for p, start in zip(params, before)]
+    assert moved[0].mean().item() == pytest.approx(0.4, abs=0.02)
+    assert torch.corrcoef(torch.stack(moved))[0, 1].abs() < 0.03
+
+
+EDGE = {torch.float16: (65504.0, 65519.0, 65520.0), torch.bfloat16: (2.0**128 - 2.0**120, 3.3961e38, 3.3962e38)}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_no_weight_becomes_infinite_that_would_not_if_rounded_to_nearest(how, dtype):
+    """Between the largest number and infinity there is no mean to keep."""
+    largest, below, above = EDGE[dtype]
+    assert largest == torch.finfo(dtype).max
+    zeros = [torch.zeros(3000) for _ in range(3)]
+    for start, end in ((largest, largest), (below, largest), (above, float("inf"))):
+        for sign in (1.0, -1.0):
+            # With beta1 = 0, v = 0 and eps = 1 the step is the gradient itself.
+            w, g = torch.zeros(3000, dtype=dtype), torch.full((3000,), -sign * start)
+            state = [x.clone() for x in zeros]
+            prm([w], [g], *[[x] for x in state], [], [torch.tensor(0.0)], lr=1.0, beta1=0.0, beta2=1.0, rho=0.9,
+                eps=1.0, weight_decay=0.0, mask="none", bias_correction=False, stochastic_rounding=True,
+                **how)  # fmt: skip
+            assert (w == sign * end).all()
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -14,7 +14,7 @@
 #include "cpu_types.h"
 
 /* To be raised, here and in cpu.py, whenever a structure or a meaning below changes. */
-#define ABI 9
+#define ABI 10
 
 #define MASK_NONE 0
 #define MASK_SNR 1

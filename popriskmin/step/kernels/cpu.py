@@ -21,7 +21,7 @@ from popriskmin.step.kernels.eligible import State, origins, packed
 from popriskmin.step.lists import Lists
 
 # As in cpu.c.
-ABI = 9
+ABI = 10
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}
 MASK_CODES = {"none": 0, "snr": 1, "soft": 2, "hard": 3, "threshold": 4}
 LEVELS = ("baseline", "AVX2", "AVX-512")

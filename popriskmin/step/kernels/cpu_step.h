@@ -230,7 +230,8 @@ TARGET INLINE void NAME(whole_loop)(int mask, int debias, int narrow, int pulls,
         mean = (c.from_grad ? grad : mean) + (grad - mean) * c.pull;
         square = square * c.beta2 + c.one_minus_beta2 * grad * grad;
         if (narrow) {
-            /* NaN in one will be NaN in the parameter; without random bits it stays NaN. */
+            /* NaN in one will be NaN in the parameter; without random bits it stays NaN. Beside infinity nothing is
+             * told apart, which round_stochastically does: a step divided by either is 0. */
             uint32_t bits = __builtin_isunordered(square, variance) ? 0 : hash32(place);
             square = (REAL)float_of((bits_of((float)square) + (bits >> 16)) & 0xFFFF0000);
             variance = (REAL)float_of((bits_of((float)variance) + (bits & 0xFFFF)) & 0xFFFF0000);
@@ -404,15 +405,15 @@ TARGET static void NAME(store)(void *base, int type, int64_t start, int64_t n, c
 /* Write parameters of 16 bits back, rounded up or down at random. */
 TARGET static void NAME(store_rounded)(void *base, int type, int64_t start, int64_t n, uint32_t key,
                                        const REAL *restrict buffer) {
-    uint16_t *x = (uint16_t *)base + start;
+    uint16_t *x = (uint16_t *)base + start; /* still the old values, which go into the bits */
     if (type == TYPE_BFLOAT16) {
         for (int64_t i = 0; i < n; i++) {
-            uint32_t bits = hash32((uint32_t)(start + i) + key) >> 16;
+            uint32_t bits = hash32((uint32_t)(start + i) + key + x[i] * SPREAD_OLD) >> 16;
             x[i] = (uint16_t)(bits_of(round_stochastically((float)buffer[i], bits)) >> 16);
         }
     } else {
         for (int64_t i = 0; i < n; i++) {
-            uint32_t bits = hash32((uint32_t)(start + i) + key) >> 16;
+            uint32_t bits = hash32((uint32_t)(start + i) + key + x[i] * SPREAD_OLD) >> 16;
             x[i] = to_float16(round_stochastically_to_float16((float)buffer[i], bits));
         }
     }

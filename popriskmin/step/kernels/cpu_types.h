@@ -59,13 +59,16 @@ INLINE uint32_t hash32(uint32_t x) {
     return x ^ (x >> 16);
 }
 
-/* The sum of any NaN that arithmetic makes and 16 bits could run over into a number; infinities are safe, for the lower
- * half of their bits is 0. */
+/* What spreads the old values of a parameter over all numbers of 32 bits. */
+#define SPREAD_OLD 0x85EBCA77u
+
+/* From the largest finite number of bfloat16 on, to nearest; NaN without a sum that could run over into a number. */
 INLINE float round_stochastically(float x, uint32_t bits16) {
-    return float_of((bits_of(x) + (x == x ? bits16 : 0)) & 0xFFFF0000);
+    uint32_t bits = bits_of(x), rest = bits & 0x7FFFFFFF;
+    return float_of((bits + (rest < 0x7F7F0000 ? bits16 : rest <= 0x7F800000 ? 0x8000 : 0)) & 0xFFFF0000);
 }
 
-/* A finite number rounded to one of float16, still a float; infinities and NaN as they are. */
+/* A number rounded to one of float16, still a float; what is larger than the largest of these, and NaN, as they are. */
 INLINE float round_stochastically_to_float16(float x, uint32_t bits16) {
     uint32_t bits = bits_of(x), sign = bits & 0x80000000, rest = bits & 0x7FFFFFFF;
     uint32_t raised = (rest + (bits16 >> 3)) & ~0x1FFFu;
@@ -74,5 +77,5 @@ INLINE float round_stochastically_to_float16(float x, uint32_t bits16) {
     int32_t whole = (int32_t)units;
     float tiny = (float)(whole + ((units - (float)whole) * 0x1p16f > (float)(int32_t)bits16)) * 0x1p-24f;
     uint32_t value = rest < 0x38800000 ? bits_of(tiny) : raised;
-    return float_of(rest >= 0x7F800000 ? bits : sign | value);
+    return float_of(rest >= 0x477FE000 ? bits : sign | value);
 }

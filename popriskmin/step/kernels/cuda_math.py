@@ -110,8 +110,9 @@ def _nearest_bfloat16(x):
 def stochastic_bfloat16(x, random):
     """Round float32 to one of the bfloat16 numbers around it, see `popriskmin.step.rounding`; still of type float32."""
     raised = ((x.to(tl.uint32, bitcast=True) + random) >> 16) << 16
-    finite = tl.abs(x) < float("inf")
-    return tl.where(finite, raised.to(tl.float32, bitcast=True), x)
+    # From the largest finite number on, to nearest.
+    is_between = tl.abs(x) < 3.3895313892515355e38
+    return tl.where(is_between, raised.to(tl.float32, bitcast=True), _nearest_bfloat16(x))
 
 
 @jit()
@@ -126,13 +127,15 @@ def stochastic_float16(x, random):
     tiny = (whole + above.to(tl.float32)) * 0.000000059604644775390625
     rounded = tl.where(size < 0.00006103515625, tiny, raised).to(tl.uint32, bitcast=True)
     rounded = rounded | ((x.to(tl.uint32, bitcast=True) >> 31) << 31)  # of -0, too
-    return tl.where(size < float("inf"), rounded.to(tl.float32, bitcast=True), x)
+    return tl.where(size < 65504.0, rounded.to(tl.float32, bitcast=True), x)
 
 
 @jit()
 def store_rounded(address, start, lanes, left, x, key, T: tl.constexpr, FULL: tl.constexpr):
-    """Write a block of a parameter of 16 bits, rounded up or down at random."""
-    random = hash32(start.to(tl.uint32) + lanes.to(tl.uint32) + hash32(key)) >> 16
+    """Write a block of a parameter of 16 bits, rounded up or down at random; its old values go into the bits."""
+    places = address.to(tl.pointer_type(tl.uint16)) + start + lanes
+    old = tl.load(places, mask=lanes < left, other=0).to(tl.uint32) * 0x85EBCA77
+    random = hash32(start.to(tl.uint32) + lanes.to(tl.uint32) + hash32(key) + old) >> 16
     if T == tl.bfloat16:
         x = stochastic_bfloat16(x.to(tl.float32), random)
     else:
