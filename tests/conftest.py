@@ -18,6 +18,9 @@ SHARDS = TORCH >= (2, 13)
 settings.register_profile("suite", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("suite")
 
+# Of some properties the tests under sanitizers, which take several times as long, try fewer examples.
+SANITIZED = "POPRISKMIN_CPU_KERNEL" in os.environ
+
 torch.set_num_threads(1)
 
 # The implementations to be had here, as arguments of PRM; tests/step/kernels fails where a kernel should be here and is

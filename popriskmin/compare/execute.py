@@ -10,7 +10,6 @@ from rich.console import Console
 
 from popriskmin.compare.comparison import Comparison, plan, whole_number
 from popriskmin.compare.report.analysis import analyse
-from popriskmin.compare.report.page import write_report
 from popriskmin.compare.report.results import Results
 from popriskmin.compare.report.run_summary import read_references, read_run
 from popriskmin.compare.report.train_on_validation import jobs_of_joined
@@ -110,6 +109,8 @@ def compare(
     >>> sorted(results.frame["arm"])
     ['adamw', 'adamw-matched', 'prm']
     """
+    from popriskmin.compare.report.page import write_report  # matplotlib takes a second, which each worker would wait
+
     comparison = plan(
         task, lr=lr, weight_decay=weight_decay, seeds=seeds, prm=prm, match_all=match_all, average=average,
         spend_validation=spend_validation, arms=arms, arm_lr=arm_lr, out=out,

@@ -257,15 +257,15 @@ def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperpara
         state_steps[i] += 1
         if param.numel() == 0:
             continue
-        held_g = as_real(lists.grads[i].resolve_conj())
-        held = [as_real(tensors[i]) for tensors in lists.held if tensors]
-        dtype = compute_dtype(held[0], held[1])
+        grad = as_real(lists.grads[i].resolve_conj())
+        stored = [as_real(tensors[i]) for tensors in lists.written if tensors]
+        dtype = compute_dtype(stored[0], stored[1])
         t = state_steps[i] if tensor_steps else state_steps[i].item()
         c = corrections(t.to(dtype) if isinstance(t, Tensor) else t, hyper)
         # Autograd may keep the old values, which are overwritten at the end.
-        w, m, v, s, *maximum = (tensor.to(dtype, copy=torch.is_grad_enabled()) for tensor in held)
+        w, m, v, s, *maximum = (tensor.to(dtype, copy=torch.is_grad_enabled()) for tensor in stored)
 
-        g = held_g.to(dtype)
+        g = grad.to(dtype)
         g = -g if hyper.maximize else g
         if hyper.weight_decay != 0 and not hyper.decoupled_weight_decay:
             coupled = hyper.weight_decay
@@ -277,10 +277,10 @@ def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperpara
             s = _streaming_variance(s, g, m, c, hyper)
         m, v = _moments(m, v, g, hyper)
         # The mask and the step use the moments as they are stored, rounded where the state is narrower.
-        if held[3].dtype == torch.bfloat16:
-            bits = random_bits(held[3], t)
+        if stored[3].dtype == torch.bfloat16:
+            bits = random_bits(stored[3], t)
             v, s = round_stochastically(v, bits >> 16), round_stochastically(s, bits & 0xFFFF)
-        new = [value.to(tensor.dtype) for value, tensor in zip((m, v, s), held[1:])]
+        new = [value.to(tensor.dtype) for value, tensor in zip((m, v, s), stored[1:])]
         new += [torch.maximum(old.to(new[1].dtype), new[1]) for old in maximum]
         m, v, s = new[0].to(dtype), new[3 if maximum else 1].to(dtype), new[2].to(dtype)
 
@@ -297,9 +297,9 @@ def _single_tensor_prm(lists: Lists, state_steps: list[Tensor], hyper: Hyperpara
         if shrinks(hyper, param) and (tensor_steps or c.t > 1):
             start = as_real(lists.starts[i]).to(dtype) if lists.starts else None
             w = _pulled(w, start, hyper.lr * (pulling_gradient(s, q, c, hyper) / denominator), c)
-        if rounds_parameter(hyper.stochastic_rounding, held[0].dtype):
-            w = round_stochastically(w, parameter_bits(held[0], t), held[0].dtype)
-        for tensor, value in zip(held, [w, *new]):
+        if rounds_parameter(hyper.stochastic_rounding, stored[0].dtype):
+            w = round_stochastically(w, parameter_bits(stored[0], t), stored[0].dtype)
+        for tensor, value in zip(stored, [w, *new]):
             tensor.copy_(value)
 
 

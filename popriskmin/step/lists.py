@@ -31,8 +31,8 @@ class Lists(NamedTuple):
     starts: list[Tensor]
 
     @property
-    def held(self) -> tuple[list[Tensor], ...]:
-        """What is written to: the parameters and their state."""
+    def written(self) -> tuple[list[Tensor], ...]:
+        """What a step writes to: the parameters and their state."""
         # By name: torch.compile of torch 2.7 cannot slice a named tuple.
         return self.params, self.exp_avgs, self.exp_avg_sqs, self.exp_avg_vars, self.max_exp_avg_sqs
 

@@ -59,6 +59,13 @@ def test_frames(results):
     assert len(curves) == 64 * 4
 
 
+@pytest.fixture
+def no_page(monkeypatch):
+    """Leave out `report.html`, whose pictures take most of the time of a small comparison."""
+    monkeypatch.setattr("popriskmin.compare.report.page.write_report", lambda results, records: None)
+
+
+@pytest.mark.usefixtures("no_page")
 def test_a_later_call_adds_to_an_earlier_one(tmp_path):
     one = compare(Tiny(), lr=[0.01], seeds=3, out=tmp_path, **QUIET)
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
@@ -70,6 +77,7 @@ def test_a_later_call_adds_to_an_earlier_one(tmp_path):
     assert again.to_dict() == one.to_dict()
 
 
+@pytest.mark.usefixtures("no_page")
 def test_the_order_of_arguments_does_not_matter(tmp_path):
     one = compare(Tiny(), lr=[0.1, 0.01], seeds=[2, 0, 1], out=tmp_path / "a", **QUIET)
     other = compare(Tiny(), lr=[0.01, 0.1, 0.1], seeds=3, out=tmp_path / "b", **QUIET)
@@ -125,6 +133,7 @@ def test_out_that_is_empty(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("no_page")
 def test_it_is_said_where_the_results_of_another_comparison_are_replaced(tmp_path, capsys):
     def told(**kwargs):
         compare(Tiny(kwargs.pop("noise", 0.5)), lr=kwargs.pop("lr", 0.1), seeds=1, out=tmp_path, **kwargs)
@@ -163,7 +172,7 @@ def test_a_task_by_name_and_in_the_default_folder(tmp_path, monkeypatch):
 
 def words(out, jobs):
     task = os.path.join(os.path.dirname(__file__), "..", "tiny.py")
-    return ["compare", task, "--sleep", "0.15", "--seeds", "3", "--jobs", jobs, "--out", str(out)]
+    return ["compare", task, "--seeds", "3", "--jobs", jobs, "--out", str(out)]
 
 
 def finished_runs(folder):
@@ -274,6 +283,7 @@ def test_the_same_again_makes_no_run_and_the_same_bytes(widened):
     assert {path: path.stat().st_mtime_ns for path in (results.folder / "runs").iterdir()} == times
 
 
+@pytest.mark.usefixtures("no_page")
 def test_joined_runs_are_exported_and_taken_up(widened, tmp_path):
     _, results = widened
     same = {"average": 5, "spend_validation": True, **QUIET}

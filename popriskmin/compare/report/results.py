@@ -7,10 +7,9 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
-import pandas as pd
 import torch
 from rich import box
 from rich.console import Console
@@ -49,6 +48,9 @@ from popriskmin.compare.text import exact
 from popriskmin.compare.training.store import plain, write_whole
 from popriskmin.compare.training.train import Record
 from popriskmin.version import __version__
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NOTHING = "There is nothing to compare: no arm has a configuration that every seed brought to its end."
 
@@ -176,6 +178,8 @@ class Results(Comparison):
     @property
     def answer(self) -> pd.DataFrame:
         """One row per `Statement`, with its attributes, its verdict and its sentence."""
+        import pandas as pd  # here, as each worker imports this module and few callers ask for frames
+
         columns = [*(field.name for field in dataclasses.fields(Statement)), "verdict", "sentence"]
         return pd.DataFrame(self._statements(), columns=columns)
 
@@ -187,6 +191,8 @@ class Results(Comparison):
     @property
     def frame(self) -> pd.DataFrame:
         """One row per run: arm, configuration, status, and every figure of every metric."""
+        import pandas as pd
+
         rows = []
         for run in self.runs:
             row: dict[str, object] = {"arm": run.job.arm.name, **dataclasses.asdict(run.job.configuration)}
@@ -202,6 +208,8 @@ class Results(Comparison):
     @property
     def curves(self) -> pd.DataFrame:
         """One row per run and evaluation: arm, configuration, step, and every metric."""
+        import pandas as pd
+
         frames = []
         for run in self.runs:
             columns: dict[str, object] = {"arm": run.job.arm.name, **dataclasses.asdict(run.job.configuration)}

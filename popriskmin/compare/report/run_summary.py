@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import integrate
 
 from popriskmin.compare.report.statistics import Estimate, estimate
 from popriskmin.compare.training.arms import Arm
@@ -143,7 +142,11 @@ def _figure(figure: str, steps: np.ndarray, values: np.ndarray, best: int | None
         return float(values[-1])
     if figure == "best":
         return float(values[best])
-    return float(integrate.trapezoid(values, steps) / (steps[-1] - steps[0])) if len(steps) > 1 else float(values[0])
+    if len(steps) == 1:
+        return float(values[0])
+    from scipy import integrate  # here, as each worker imports this module and summarizes nothing
+
+    return float(integrate.trapezoid(values, steps) / (steps[-1] - steps[0]))
 
 
 def choose(runs: Sequence[Run], figure: str, metrics: Mapping[str, str]) -> tuple[Choice | None, float]:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import stats
 
 # With fewer seeds no verdict is given: 3 or 4 values do not tell a cause from chance.
 FEWEST_SEEDS = 5
@@ -98,6 +97,8 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
         return None
     if len(set(values)) == 1:
         return (values[0], values[0])
+    from scipy import stats  # here, as each worker imports this module and makes no statistics
+
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(n)
     half = float(stats.t.ppf(1 - LEVEL / 2, n - 1)) * error
     return (mean - half, mean + half)
@@ -117,6 +118,8 @@ def p_value(differences: Sequence[float]) -> float | None:
     mean, error = float(np.mean(differences)), float(np.std(differences, ddof=1)) / math.sqrt(n)
     if error == 0 or len(set(differences)) == 1:
         return 0.0 if len(set(differences)) == 1 and differences[0] != 0 else 1.0
+    from scipy import stats
+
     return float(2 * stats.t.sf(abs(mean) / error, n - 1))
 
 

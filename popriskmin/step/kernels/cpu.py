@@ -144,7 +144,7 @@ def step(lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, state:
         raise RuntimeError(library)
     count = len(lists.params)
     if state is None:
-        held = (*lists.held, lists.starts, state_steps)
+        held = (*lists.written, lists.starts, state_steps)
         addresses = [packed(map(Tensor.data_ptr, tensors), len(tensors)) for tensors in held]
         sizes, pulled_to = packed(map(Tensor.numel, lists.params), count), origins(lists)
     else:

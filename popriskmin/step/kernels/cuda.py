@@ -274,7 +274,7 @@ def _launches(
     for (t, *dtypes), indices in groups.items():
         some = lists.of(indices)
         sizes = packed(map(Tensor.numel, some.params), len(indices))
-        held = [_addresses(tensors) for tensors in (*some.held, [state_steps[i] for i in indices])]
+        held = [_addresses(tensors) for tensors in (*some.written, [state_steps[i] for i in indices])]
         pulled_to = origins(some if to_start else some._replace(starts=[]))
         places = Places._make([sizes, *held, pulled_to])
         yield _Launch(places, _gradients(some, hyper), _Types(*dtypes), t, lr, hyper)

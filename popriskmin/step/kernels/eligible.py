@@ -75,7 +75,7 @@ def fits_as_usual(lists: Lists, state_steps: list[Tensor], known: State | None) 
     for the step before. The device is the CPU or one for CUDA, where the steps may be counted on either.
     """
     params, grads = lists.params, lists.grads
-    kept = (*lists.held, lists.starts)
+    kept = (*lists.written, lists.starts)
     held = [*kept, state_steps]
     shapes = list(map(_shape, params))
     device = Tensor.get_device(params[0])  # -1 for the CPU

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HOW, TORCH
+from conftest import HOW, SANITIZED, TORCH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import made_up_variances, options
@@ -95,7 +95,7 @@ needs_kernel = pytest.mark.skipif(cpu.unusable() is not None, reason=str(cpu.unu
 
 
 @needs_kernel
-@settings(max_examples=120)
+@settings(max_examples=30 if SANITIZED else 120)
 @given(
     options=options(),
     dtype=st.sampled_from(TYPES),

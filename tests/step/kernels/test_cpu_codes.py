@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import SANITIZED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import made_up_variances, options
@@ -59,7 +60,7 @@ def codes_of(params, optimizer):
     return torch.cat([optimizer.state[p]["codes"][0] for p in params if "codes" in optimizer.state[p]])
 
 
-@settings(max_examples=40)
+@settings(max_examples=12 if SANITIZED else 40)
 @given(
     options=options(),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
