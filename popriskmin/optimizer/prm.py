@@ -263,7 +263,7 @@ class PRM(CountsShrunk, CheckedOptimizer):
 
         `torch.compile` calls this by itself, outside of what it traces.
         """
-        given = group["variance"] == "given"
+        given, amsgrad = group["variance"] == "given", group["amsgrad"]
         to_start = group["shrinkage"] and group["shrink_to"] == "start"
         rounds = rounds_at_random(group)
         for p in group["params"]:
@@ -295,7 +295,7 @@ class PRM(CountsShrunk, CheckedOptimizer):
                 exp_avgs.append(state["exp_avg"])
                 exp_avg_sqs.append(state["exp_avg_sq"])
                 exp_avg_vars.append(state["exp_avg_var"])
-            if group["amsgrad"]:
+            if amsgrad:
                 max_exp_avg_sqs.append(state["max_exp_avg_sq"])
             if to_start:
                 if "start" not in state:
