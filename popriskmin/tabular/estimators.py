@@ -20,6 +20,7 @@ from sklearn.utils.validation import _check_sample_weight, _check_y, check_is_fi
 
 from popriskmin.tabular.encoding import Encoder, check_column
 from popriskmin.tabular.networks import Data, Part, Setting, Trained, train
+from popriskmin.tabular.selection import Evidence, evidence
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 SHRINKAGES = (0.0, 1.0, 1.5, 2.0, 3.0)
 FOLDS, FEW_ROWS = 5, 1000  # up to so many rows are divided into folds, more into one part for training and one held out
 HELD_OUT = 0.2
-# Of networks and evaluations: a column with weights in this share of them is selected. Chosen on the seeds 0 and 1 of
-# experiments/tabular_selection.py.
-SUPPORTED = 0.9
 
 
 class _PRMEstimator(BaseEstimator):  # type: ignore[misc]
@@ -97,18 +95,22 @@ class _PRMEstimator(BaseEstimator):  # type: ignore[misc]
         self.shrinkage_, self.learning_rate_ = best.shrinkage, best.learning_rate
         self.n_steps_ = search.best_step(best)
         self.best_score_ = -search.loss(best)
-        place = search.settings.index(best)
-        weights = [w[place, : self.n_networks] for w in search.weights]
-        if not search.interrupted:
-            more = self._more(data, best, parts, args, generator)
-            weights = [torch.cat(pair) for pair in zip(weights, more)] if more and not self.refit else more or weights
-        self._weights = [w.cpu().numpy() for w in weights]
-        self._describe(search, data)
+        networks = [w[search.settings.index(best)] for w in search.weights]
+        kept = [w[: self.n_networks] for w in networks]
+        more, their_parts = self._more(data, best, parts, args, generator) if not search.interrupted else ([], [])
+        if more and self.refit:
+            kept = more
+        elif more:
+            kept, networks = ([torch.cat(pair) for pair in zip(some, more)] for some in (kept, networks))
+            parts = [*parts, *their_parts]
+        self._weights = [w.cpu().numpy() for w in kept]
+        found = evidence(networks, parts, data, self._encoder.sources, self.n_features_in_, generator)
+        self._describe(search, found)
 
     def _more(
         self, data: Data, best: Setting, parts: list[Part], args: tuple[int, int], generator: torch.Generator
-    ) -> list[torch.Tensor] | None:
-        """Return the weights of further networks of the best setting; with `refit`, of all of them, on all rows."""
+    ) -> tuple[list[torch.Tensor], list[Part]]:
+        """Return the weights and parts of further networks of the best setting; with `refit`, of all, on all rows."""
         steps = self.max_steps
         missing = self.n_networks - len(parts)
         chosen = [parts[i % len(parts)] for i in range(missing)]
@@ -118,12 +120,14 @@ class _PRMEstimator(BaseEstimator):  # type: ignore[misc]
             steps = round(self.n_steps_ * longer)
             chosen = [Part(everything, everything[:0])] * self.n_networks
             if steps == 0:  # nothing better than a constant was found
-                return None
+                return [], []
         if not chosen:
-            return None
+            return [], []
         trained = train(data, [best], chosen, *args, steps, generator, self._progress("networks"))
         self._report_interrupt(trained)
-        return None if trained.interrupted and self.refit else [w[0] for w in trained.weights]
+        if trained.interrupted and self.refit:
+            return [], []
+        return [w[0] for w in trained.weights], chosen
 
     def _settings(self) -> list[Setting]:
         """Return what is tried, having checked the options."""
@@ -194,29 +198,25 @@ class _PRMEstimator(BaseEstimator):  # type: ignore[misc]
                 stacklevel=4,
             )
 
-    def _describe(self, search: Trained, data: Data) -> None:
-        """Set what is told of columns."""
-        sources, number = self._encoder.sources, self.n_features_in_
+    def _describe(self, search: Trained, found: Evidence) -> None:
+        """Set what is told of shrinkages and columns."""
         rows: dict[str, list[float]] = {"shrinkage": [], "loss": [], "n_columns": []}
-        shares = {}
         for shrinkage in sorted({setting.shrinkage for setting in search.curves}):
-            mine = [setting for setting in search.curves if setting.shrinkage == shrinkage]
+            best = min((s for s in search.curves if s.shrinkage == shrinkage), key=search.loss)
             going = min((s for s in search.settings if s.shrinkage == shrinkage), key=search.loss)
-            share = np.zeros(number)
-            np.maximum.at(share, sources, search.kept[search.settings.index(going)].cpu().numpy())
-            shares[shrinkage] = share
             rows["shrinkage"].append(shrinkage)
-            rows["loss"].append(min(search.loss(setting) for setting in mine))
-            rows["n_columns"].append(int((share >= SUPPORTED).sum()))
+            rows["loss"].append(search.loss(best))
+            rows["n_columns"].append(self._n_columns(search.weights[0][search.settings.index(going)]))
         self.path_ = {name: np.array(values) for name, values in rows.items()}
-        self.support_share_ = shares[max(shares)]
-        self.selected_ = self.support_share_ >= SUPPORTED
-        first, _, second, _ = self._weights
-        paths = np.einsum("nhd,noh->nod", np.abs(first), np.abs(second)).sum(1).mean(0)
-        importances = np.zeros(number)
-        np.add.at(importances, sources, paths)
-        total = importances.sum()
-        self.feature_importances_ = importances / total if total > 0 else importances
+        self.p_values_, self.selected_ = found.p_value, found.selected
+        rises = found.rise.clip(min=0)
+        total = rises.sum()
+        self.feature_importances_ = rises / total if total > 0 else rises
+
+    def _n_columns(self, first: torch.Tensor) -> float:
+        """Return the mean number of the table's columns that have weights in the first layers of several networks."""
+        weighted = (first != 0).any(1).cpu().numpy()
+        return float(np.mean([len(np.unique(self._encoder.sources[one])) for one in weighted]))
 
     # Data.
 
@@ -320,16 +320,19 @@ _PARAMETERS = """
 _ATTRIBUTES = """
     shrinkage_, learning_rate_, n_steps_, best_score_
         The chosen setting, the step of its lowest mean held-out loss, and that loss, negated.
+    p_values_
+        For each column of the table, how probable so large a rise of the held-out loss is by
+        chance when the column is permuted, adjusted for the number of columns
+        (Benjamini-Hochberg), shape (columns,); 1 where no network of the chosen setting has
+        weights, and where `cv` holds rows out one by one.
     selected_
-        Which columns the data support, booleans of shape (columns,): those with weights
-        in nine tenths of the networks and evaluations at the largest shrinkage.
-    support_share_
-        That share.
+        Which columns the data support, booleans of shape (columns,): those whose p-value is
+        at most 0.05, so that about one in 20 of them may say nothing.
     feature_importances_
-        Absolute weights along the paths through a column, of the averaged networks, as shares.
+        The mean rises, as shares of their sum; below 0 they count as 0.
     path_
-        For each shrinkage, the lowest held-out loss (`loss`) and how many columns have weights
-        (`n_columns`), as arrays under the names `shrinkage`, `loss`, `n_columns`."""
+        For each shrinkage, the lowest held-out loss (`loss`) and in how many columns a network
+        has weights then, on average (`n_columns`), as arrays under the names `shrinkage`, `loss`, `n_columns`."""
 
 
 class PRMClassifier(ClassifierMixin, _PRMEstimator):  # type: ignore[misc]

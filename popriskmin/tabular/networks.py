@@ -89,12 +89,9 @@ class Trained:
         loss was lowest.
     curves
         For every setting, those left early included, the held-out loss of each part at
-        each evaluation, of shape (evaluations, parts), and its standard error over rows.
+        each evaluation, of shape (evaluations, parts).
     steps
         The numbers of steps of the evaluations.
-    kept
-        For each of `settings` the share of networks and evaluations in which a column has
-        a weight that is not 0, of shape (settings, columns).
     interrupted
         Whether Ctrl-C ended it.
     """
@@ -103,7 +100,6 @@ class Trained:
     weights: list[Tensor]
     curves: dict[Setting, Tensor]
     steps: list[int]
-    kept: Tensor
     interrupted: bool = False
 
     def loss(self, setting: Setting) -> float:
@@ -201,36 +197,42 @@ def batches(parts: Sequence[Part], batch_size: int, generator: torch.Generator) 
         yield from torch.split(torch.stack(order), batch_size, 1)
 
 
+class Held(NamedTuple):
+    """Numbers and weights of the held-out rows of each part, (parts, rows): row 0 with weight 0 fills what is short."""
+
+    rows: Tensor
+    weight: Tensor
+
+
+def held_out(data: Data, parts: Sequence[Part]) -> Held:
+    """Return the held-out rows of all parts side by side."""
+    longest = max(len(part.held_out) for part in parts)
+    rows = torch.zeros(len(parts), longest, dtype=torch.long)
+    inside = torch.zeros(len(parts), longest)
+    for s, part in enumerate(parts):
+        rows[s, : len(part.held_out)] = torch.as_tensor(part.held_out)
+        inside[s, : len(part.held_out)] = 1
+    rows = rows.to(data.x.device)
+    return Held(rows, inside.to(data.x.device) * data.weight[rows])
+
+
 class Watch:
-    """Evaluates networks while they train: keeps each at its best, and notes which columns have weights."""
+    """Evaluates networks while they train, and keeps each at its best."""
 
     def __init__(self, data: Data, parts: Sequence[Part], stack: Stack) -> None:
         self.data = data
-        longest = max(len(part.held_out) for part in parts)
-        # Parts have different numbers of rows: row 0 stands in, with weight 0.
-        self.rows = torch.zeros(len(parts), longest, dtype=torch.long)
-        inside = torch.zeros(len(parts), longest)
-        for s, part in enumerate(parts):
-            self.rows[s, : len(part.held_out)] = torch.as_tensor(part.held_out)
-            inside[s, : len(part.held_out)] = 1
-        self.rows = self.rows.to(data.x.device)
-        self.weight = inside.to(data.x.device) * data.weight[self.rows]
-        self.weight /= self.weight.sum(1, keepdim=True).clamp(min=1e-12)
-        self.measures = longest > 0
+        self.rows, weight = held_out(data, parts)
+        self.weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-12)
+        self.measures = self.rows.shape[1] > 0
         self.curves: dict[Setting, list[Tensor]] = {setting: [] for setting in stack.settings}
         self.steps: list[int] = []
-        self.looks = 0
         self.best = [w.clone() for w in stack.weights]
         self.lowest = torch.full(stack.weights[0].shape[:2], torch.inf, device=data.x.device)
-        self.kept = torch.zeros(*stack.weights[0].shape[:2], stack.weights[0].shape[3], device=data.x.device)
 
     @torch.no_grad()
-    def look(self, stack: Stack, step: int, counts: bool) -> None:
-        """Evaluate now; where `counts`, note the columns too."""
+    def look(self, stack: Stack, step: int) -> None:
+        """Evaluate now."""
         self.steps.append(step)
-        if counts:
-            self.kept += (stack.weights[0] != 0).any(2)
-            self.looks += 1
         if not self.measures:
             self.best = stack.weights
             return
@@ -248,17 +250,14 @@ class Watch:
         return torch.stack(self.curves[setting]).mean(1)
 
     def only(self, places: list[int]) -> None:
-        """Go on with some of the settings, and forget which columns had weights."""
+        """Go on with some of the settings."""
         self.best = [w[places] for w in self.best]
-        self.lowest, self.kept, self.looks = self.lowest[places], torch.zeros_like(self.kept[places]), 0
+        self.lowest = self.lowest[places]
 
     def results(self, stack: Stack, interrupted: bool) -> Trained:
         """Return what there is."""
         curves = {setting: torch.stack(curve) for setting, curve in self.curves.items() if curve}
-        kept = self.kept.mean(1) / max(1, self.looks)
-        if not self.looks:
-            kept = (self.best[0] != 0).any(2).float().mean(1)
-        return Trained(stack.settings, self.best, curves, self.steps, kept, interrupted)
+        return Trained(stack.settings, self.best, curves, self.steps, interrupted)
 
 
 def train(
@@ -289,12 +288,12 @@ def train(
     every = max(1, steps // LOOKS)
     chosen_at = round(steps * CHOOSE_RATES) // every * every
     interrupted = False
-    watch.look(stack, 0, counts=False)
+    watch.look(stack, 0)
     try:
         for step, numbers in enumerate(batches(parts, batch_size, generator), 1):
             stack.step(data, numbers.to(data.x.device))
             if step % every == 0 or step == steps:
-                watch.look(stack, step, counts=step > chosen_at)
+                watch.look(stack, step)
                 progress(step / steps)
                 if step == chosen_at and watch.measures:
                     places = _best_rates(stack, watch)
