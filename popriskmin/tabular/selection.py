@@ -120,8 +120,8 @@ def _test(
         total.index_add_(0, held.rows[counted], rise[counted].double() / draws)
         each = (total / times)[times > 0]
         mean[i] = each.mean().item()
-        error = each.std().item() / len(each) ** 0.5
-        statistic[i] = mean[i] / error if error > 0 else 0.0
+        error = each.std(correction=min(1, len(each) - 1)).item() / len(each) ** 0.5
+        statistic[i] = mean[i] / error if error > 0 else -np.inf
     return mean, statistic, int((times > 0).sum())
 
 
