@@ -37,7 +37,7 @@ def importances(values: np.ndarray, selected: np.ndarray, names: Sequence[str], 
         color=[BLUE if selected[i] else "none" for i in order],
         edgecolor=BLUE,
     )
-    ax.set(xlabel="share of the rise of the held-out loss when permuted (filled: selected)")
+    ax.set(xlabel="importance (filled: selected)")
     return ax
 
 

@@ -164,6 +164,36 @@ def _moved(
 
 
 @jit()
+def _store_moments(
+    at_m,
+    at_v,
+    at_s,
+    start,
+    lanes,
+    left,
+    m,
+    v,
+    s,
+    key,
+    M: tl.constexpr,
+    V: tl.constexpr,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Write the moments, and return them as they are stored."""
+    if S == tl.bfloat16:
+        random = hash32(start.to(tl.uint32) + lanes.to(tl.uint32) + key)
+        v = stochastic_bfloat16(v.to(tl.float32), random >> 16).to(C)
+        s = stochastic_bfloat16(s.to(tl.float32), random & 0xFFFF).to(C)
+    m, v, s = as_stored(m, M, C), as_stored(v, V, C), as_stored(s, S, C)
+    store(at_m, start, lanes, left, m, M, FULL)
+    store(at_v, start, lanes, left, v, V, FULL)
+    store(at_s, start, lanes, left, s, S, FULL)
+    return m, v, s
+
+
+@jit()
 def _block(
     row,
     at_g,
@@ -259,14 +289,7 @@ def _block(
         if CODED:
             m, v, s = store_codes(at_m, start, lanes, left, m, v, s, C, FULL)
         else:
-            if S == tl.bfloat16:
-                random = hash32(start.to(tl.uint32) + lanes.to(tl.uint32) + key)
-                v = stochastic_bfloat16(v.to(tl.float32), random >> 16).to(C)
-                s = stochastic_bfloat16(s.to(tl.float32), random & 0xFFFF).to(C)
-            m, v, s = as_stored(m, M, C), as_stored(v, V, C), as_stored(s, S, C)
-            store(at_m, start, lanes, left, m, M, FULL)
-            store(at_v, start, lanes, left, v, V, FULL)
-            store(at_s, start, lanes, left, s, S, FULL)
+            m, v, s = _store_moments(at_m, at_v, at_s, start, lanes, left, m, v, s, key, M, V, S, C, FULL)
         if AMSGRAD:
             old = as_stored(load(at_x, start, lanes, left, X, C, FULL), V, C)
             v = tl.where((old > v) | (old != old), old, v)
