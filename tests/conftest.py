@@ -34,3 +34,9 @@ def small_blocks(monkeypatch):
     """Let small tensors be cut into blocks and joined, as large and many ones are."""
     monkeypatch.setattr(foreach_module, "CPU_BLOCK", 64)
     monkeypatch.setattr(foreach_module, "FEWEST_JOINED", 2)
+
+
+@pytest.fixture
+def no_page(monkeypatch):
+    """Leave out `report.html`, whose pictures take most of the time of a small comparison."""
+    monkeypatch.setattr("popriskmin.compare.report.page.write_report", lambda results, records: None)

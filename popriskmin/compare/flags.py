@@ -123,8 +123,8 @@ def _type_of(hint: object, name: str, task: str) -> tuple[type, list[str | int] 
                 return type(values[0]), values
     shown = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
     raise ValueError(
-        f"the option {name} of {task} has the type {shown}, which no text on the command line becomes: an option is an "
-        "int, float, bool or str; what is none of these is no option if it is written without a type"
+        f"the option {name} of {task} has the type {shown}, which a flag cannot give: an option is an int, float, "
+        "bool or str; a class attribute without a type is not an option"
     )
 
 

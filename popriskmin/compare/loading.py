@@ -163,7 +163,7 @@ def _load_installed(name: str, place: str) -> type[Task]:
     except Exception as error:
         raise _mistake(error, place) from error
     if not (isinstance(task_class, type) and issubclass(task_class, Task)):
-        raise ValueError(f"the task {name} must be a subclass of popriskmin.compare.Task, but {place} is none")
+        raise ValueError(f"the task {name} must be a subclass of popriskmin.compare.Task, but {place} is not one")
     return _checked(name, task_class)
 
 

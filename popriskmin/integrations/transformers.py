@@ -72,7 +72,7 @@ def _options(args: TrainingArguments, options: dict[str, Any]) -> dict[str, Any]
 
 
 class _Factory:
-    """Makes a `PRM` of a model: the Trainer hands the model to what is no optimizer class."""
+    """Makes a `PRM` of a model: the Trainer hands the model to a factory that is no optimizer class."""
 
     def __call__(self, model: nn.Module, weight_decay: float, **options: Any) -> PRM:
         # The Trainer's rule has changed with its versions; the method needs no Trainer.

@@ -59,7 +59,7 @@ def _warn_of_sam(rho: float) -> None:
 
 
 def warn_of_no_pull(options: Mapping[str, object]) -> None:
-    """Warn of a shrinkage that does nothing, for the mask is 0 at so small a mean gradient."""
+    """Warn of a shrinkage that does nothing, because the mask is 0 at so small a mean gradient."""
     known = cast("Options", options)
     if known["shrinkage"] and not ever_pulls(Hyperparameters.of_group(known)):
         _warn_of_no_pull(known["shrinkage"], mask_name(known["mask"]), known["boundary"])
@@ -77,7 +77,7 @@ def _warn_of_no_pull(shrinkage: float, mask: str, boundary: str) -> None:
 
 
 def check_keep(keep: Iterable[str], options: Mapping[str, object]) -> tuple[str, ...]:
-    """Return the names of options that a checkpoint is to leave alone; raise for what is none."""
+    """Return the names of options that a checkpoint leaves alone; raise for any other name."""
     if isinstance(keep, str):
         raise TypeError(f"keep must hold names of options, got the one name {keep!r}: write keep=({keep!r},)")
     names = tuple(keep)
@@ -246,7 +246,7 @@ def _check_switches(options: Mapping[str, object]) -> None:
 
 
 def check_counts(options: Mapping[str, object]) -> None:
-    """Raise ValueError for a number of steps or of examples that is none."""
+    """Raise ValueError for an impossible number of steps or examples."""
     warmup_steps = options["warmup_steps"]
     if not (isinstance(warmup_steps, Integral) and int(warmup_steps) >= 0):
         raise ValueError(f"warmup_steps must be a whole number >= 0, got {warmup_steps!r}")

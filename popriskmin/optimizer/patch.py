@@ -223,14 +223,14 @@ def patch_size(patch: Mapping[str, Tensor]) -> PatchSize:
 
 
 def _changes(patch: object) -> dict[str, Change]:
-    """Return the parts of a patch by the parameters' names; raise for what is no patch."""
+    """Return the parts of a patch by the parameters' names; raise for any other mapping."""
     if not isinstance(patch, Mapping):
         raise TypeError(f"a patch is a dict of tensors, as popriskmin.patch returns it, got {type(patch).__name__}")
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in patch.items():
         name, _, part = str(key).rpartition(".")
         if part not in Change._fields or not isinstance(value, Tensor):
-            raise ValueError(f"not a patch of this version of popriskmin.patch: {key!r} is none of its keys")
+            raise ValueError(f"not a patch of this version of popriskmin.patch: {key!r} is not one of its keys")
         parts.setdefault(name, {})[part] = value
     for name, found in parts.items():
         missing = [part for part in Change._fields if part not in found]

@@ -17,7 +17,7 @@ class Pairs(NamedTuple):
     ----------
     tokens
         Prompt and answer, of shape (pairs, 2, length); the chosen answer comes first.
-        What follows an answer, for others are longer, says nothing.
+        Tokens after the end of a shorter answer are padding.
     answers
         Which tokens are an answer's, in that shape.
     reference

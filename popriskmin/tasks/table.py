@@ -38,10 +38,10 @@ L1 = "popriskmin.compare.l1_adamw:L1AdamW"
 class Table(Task):
     """A network of one hidden layer on a table, half of whose rows are for training, a quarter each for the rest.
 
-    The rows are divided anew from each seed. Numbers are scaled and missing values filled in by what the training rows
-    say, categories become columns of zeros and ones. An arm's shrinkage acts on the first
-    layer alone. Of a regression the target is scaled too, so that 1 is the error
-    of who always answers with the mean.
+    Each seed divides the rows anew. The training rows give the scale of each number and
+    fill in missing values. Categories become columns of zeros and ones. An arm's shrinkage
+    acts on the first layer alone. A regression's target is scaled too, so that always
+    predicting the mean has an error of 1.
     """
 
     data: str = option(

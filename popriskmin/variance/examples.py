@@ -94,7 +94,7 @@ class Examples(Source):
     def __init__(self, optimizer: TakesVariances, model: nn.Module, loss: Loss, chunk_size: int = 16) -> None:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise ValueError(
-                f"Examples.backward averages nothing over ranks, of which there are {dist.get_world_size()}: use Ranks"
+                f"Examples.backward does not average over the {dist.get_world_size()} ranks here: use Ranks"
             )
         _check_chunk_size(chunk_size)
         super().__init__(optimizer)

@@ -179,7 +179,7 @@ class Microbatches(Source):
             self._check_passes(records, passes)
         elif self._singles == 2:
             warnings.warn(
-                "Microbatches has had one backward pass before each of the last 2 steps, which tells no variance; the "
+                "Microbatches has had one backward pass before each of the last 2 steps, which gives no variance; the "
                 "steps take what was estimated before: accumulate gradients over more passes, or use another source",
                 UserWarning,
                 stacklevel=2,

@@ -59,12 +59,6 @@ def test_frames(results):
     assert len(curves) == 64 * 4
 
 
-@pytest.fixture
-def no_page(monkeypatch):
-    """Leave out `report.html`, whose pictures take most of the time of a small comparison."""
-    monkeypatch.setattr("popriskmin.compare.report.page.write_report", lambda results, records: None)
-
-
 @pytest.mark.usefixtures("no_page")
 def test_a_later_call_adds_to_an_earlier_one(tmp_path):
     one = compare(Tiny(), lr=[0.01], seeds=3, out=tmp_path, **QUIET)

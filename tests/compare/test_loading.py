@@ -71,7 +71,7 @@ def test_another_package_brings_tasks():
         load_task_class("lacking")
     with pytest.raises(ValueError, match="raising.*half built"):
         load_task_class("raising")
-    with pytest.raises(ValueError, match="the task none must be a subclass of .*Task, but json:dumps is none"):
+    with pytest.raises(ValueError, match="the task none must be a subclass of .*Task, but json:dumps is not one"):
         load_task_class("none")
 
 

@@ -163,7 +163,7 @@ def test_another_base_is_refused_by_name_and_stays_as_it_was():
 
 def test_what_is_no_patch_is_refused():
     changes = patch(tuned()[1])
-    refused(base(), base().state_dict(), "not a patch of this version of popriskmin.patch: '0.weight' is none")
+    refused(base(), base().state_dict(), "not a patch of this version of popriskmin.patch: '0.weight' is not one")
     refused(base(), [changes], "a patch is a dict of tensors, as popriskmin.patch returns it, got list", TypeError)
     refused(base(), {k: v for k, v in changes.items() if k != "0.bias.values"}, "whole patch: 0.bias.values is missing")
     refused(base(), {**changes, "2.bias.places": torch.tensor([0, 1, 3])}, "damaged: the places of 2.bias do not fit")

@@ -228,7 +228,7 @@ def check_what_is_refused(rank):
         Ranks(optimizer, model)
     with pytest.raises(ValueError, match="there are 3 ranks: pass ddp=the DistributedDataParallel module"):
         Microbatches(optimizer)
-    with pytest.raises(ValueError, match="averages nothing over ranks, of which there are 3: use Ranks"):
+    with pytest.raises(ValueError, match="does not average over the 3 ranks here: use Ranks"):
         Examples(optimizer, model, mean_loss)
     alone = [dist.new_group([r]) for r in range(R)][rank]
     with pytest.raises(ValueError, match="Ranks needs at least 2 ranks, got 1"):

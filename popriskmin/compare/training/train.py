@@ -217,7 +217,7 @@ class Average:
             self._averaged = AveragedModel(model, avg_fn=self._mean, use_buffers=True)
         except Exception as error:  # copying a module may raise anything
             raise ValueError(
-                f"the weights cannot be averaged, for {type(model).__name__} cannot be copied ({describe(error)}); "
+                f"the weights cannot be averaged, because {type(model).__name__} cannot be copied ({describe(error)}); "
                 "leave out --average, or let its trial make a model that copy.deepcopy takes"
             ) from error
 

@@ -15,6 +15,7 @@ from popriskmin.compare.report.headline import GUESS, Contender, _value, headlin
 from popriskmin.compare.report.statements import Statement
 from popriskmin.compare.report.statistics import Estimate, estimate
 from popriskmin.compare.training.arms import Arm, make_arms
+from popriskmin.tasks import table
 from popriskmin.tasks.table import Table
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results"
@@ -152,8 +153,9 @@ def test_of_nothing_there_is_nothing_to_say():
 
 
 @pytest.mark.parametrize("kind", ["linear", "noise", "few"])
-def test_real_tables_on_which_the_network_loses(kind, tmp_path):
+def test_real_tables_on_which_the_network_loses(kind, tmp_path, monkeypatch):
     """Made of lines, of nothing, and of few rows: what the page says first is what its own table says."""
+    monkeypatch.setattr(table, "TREES", 60)
     rng = np.random.default_rng(0)
     rows = 60 if kind == "few" else 240
     x, y = make_classification(rows, 20, n_informative=2, n_redundant=0, flip_y=0.2, random_state=0)

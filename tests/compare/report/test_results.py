@@ -31,6 +31,7 @@ def printed(results, width=None):
     return text.getvalue()
 
 
+@pytest.mark.usefixtures("no_page")
 def test_names_of_metrics_are_no_markup(tmp_path):
     results = compare(Odd(), lr=0.1, seeds=1, out=tmp_path, progress=False)
     assert "odd: test f1 [/macro], higher is better" in printed(results)
@@ -45,6 +46,7 @@ def test_a_metric_that_is_never_finite_is_called_that(tmp_path, monkeypatch):
     assert "came to its end" not in printed(results)
 
 
+@pytest.mark.usefixtures("no_page")
 @pytest.mark.parametrize("width", [60, 80])
 def test_a_terminal_breaks_sentences_between_words(tmp_path, width):
     prm = [{"reduction": "per_tensor", "debias": True, "warmup_steps": 3, "mask_eps": 1e-8}]
@@ -60,6 +62,7 @@ def test_a_terminal_breaks_sentences_between_words(tmp_path, width):
     assert {*sentences} <= {line.strip() for line in printed(results).splitlines()}
 
 
+@pytest.mark.usefixtures("no_page")
 def test_short_in_a_prompt_and_the_answer_in_a_notebook(tmp_path):
     results = compare(Tiny(), lr=[0.1, 0.01], seeds=5, out=tmp_path, progress=False)
     assert repr(results) == f"<Results of tiny: adamw, prm, adamw-matched; 30 runs, 5 seeds; {tmp_path}>"
@@ -76,6 +79,7 @@ def test_short_in_a_prompt_and_the_answer_in_a_notebook(tmp_path):
     ]
 
 
+@pytest.mark.usefixtures("no_page")
 def test_where_nothing_was_trained_no_edge_is_named(tmp_path):
     """The untrained network has a best step, at every learning rate the same."""
     results = compare(Tiny(trouble="lost"), seeds=1, out=tmp_path, progress=False)

@@ -85,6 +85,7 @@ def test_references_are_kept_and_shown(tmp_path, monkeypatch, capsys):
     assert compare(Referred(), out=tmp_path, **QUICK).to_dict() == results.to_dict()
 
 
+@pytest.mark.usefixtures("no_page")
 @pytest.mark.parametrize(
     ("broken", "message"),
     [

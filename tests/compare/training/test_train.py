@@ -210,7 +210,7 @@ def test_infinities_of_a_mask_stay():
 def test_a_model_that_cannot_be_copied():
     model = nn.Linear(1, 1)
     model.generator = (x for x in range(3))
-    with pytest.raises(ValueError, match="cannot be averaged, for Linear cannot be copied .* leave out --average"):
+    with pytest.raises(ValueError, match="cannot be averaged, because Linear cannot be copied .* leave out --average"):
         Average(model, 50)
 
 
