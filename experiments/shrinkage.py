@@ -66,11 +66,11 @@ LINEAR = (
 )
 IMAGE = (
     *(shrunk(0.5), shrunk(1), shrunk(2), shrunk(1, "none"), l1(1e-6), l1(1e-5), l1(1e-4), l1(1e-3)),
-    *map(decoupled, (0.003, 0.01, 0.03, 0.1)),
+    *map(decoupled, (0.01, 0.03, 0.1, 0.3, 1)),
 )
 LABELS = (
     *(shrunk(0.5), shrunk(1), shrunk(2), l1(1e-5), l1(1e-4), l1(1e-3), l1(1e-2)),
-    *map(decoupled, (0.003, 0.01, 0.03, 0.1)),
+    *map(decoupled, (0.01, 0.03, 0.1, 0.3, 1)),
 )
 PREFERENCES = tuple(shrunk(z, shrink_to="start") for z in (2, 3, 4))
 SOURCES = {
