@@ -100,8 +100,10 @@ def _sample(one: ParamState) -> list[Tensor]:
     """Return some scalars of the parameter, and their `m`, `v` and `s`."""
     param = local_part(one.param).reshape(-1)
     if "codes" in one.state:
-        mean, square, variance = decode(one.state["codes"][: SCALARS // BLOCK])
-        first = param[:SCALARS]
+        # Of the first row: each begins with a block of its own.
+        codes = local_part(one.state["codes"])
+        mean, square, variance = decode(codes[0, : SCALARS // BLOCK])
+        first = param.reshape(len(codes), -1)[0, :SCALARS]
         return [first, *(x.reshape(-1)[: first.numel()] for x in (mean, square, variance))]
     stride = max(1, param.numel() // SCALARS)
     state = [local_part(one.state[name]).reshape(-1) for name in ("exp_avg", "exp_avg_sq", "exp_avg_var")]
