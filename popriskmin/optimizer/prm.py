@@ -263,9 +263,8 @@ class PRM(CountsShrunk, CheckedOptimizer):
 
         `torch.compile` calls this by itself, outside of what it traces.
         """
-        given, amsgrad = group["variance"] == "given", group["amsgrad"]
-        to_start = group["shrinkage"] and group["shrink_to"] == "start"
-        rounds = rounds_at_random(group)
+        given = group["variance"] == "given"
+        states: list[dict[str, Tensor]] = []
         for p in group["params"]:
             grad = p.grad
             if grad is None:
@@ -287,26 +286,28 @@ class PRM(CountsShrunk, CheckedOptimizer):
                 state.update(new_state(p, group))
             params.append(p)
             grads.append(grad)
-            if "codes" in state:  # all three in one tensor
-                exp_avgs.append(state["codes"])
-                exp_avg_sqs.append(state["codes"])
-                exp_avg_vars.append(state["codes"])
+            states.append(state)
+        coded = True in ["codes" in state for state in states]  # all three in one tensor
+        for name, tensors in (("exp_avg", exp_avgs), ("exp_avg_sq", exp_avg_sqs), ("exp_avg_var", exp_avg_vars)):
+            if coded:
+                tensors.extend([state["codes" if "codes" in state else name] for state in states])
             else:
-                exp_avgs.append(state["exp_avg"])
-                exp_avg_sqs.append(state["exp_avg_sq"])
-                exp_avg_vars.append(state["exp_avg_var"])
-            if amsgrad:
-                max_exp_avg_sqs.append(state["max_exp_avg_sq"])
-            if to_start:
+                tensors.extend([state[name] for state in states])
+        if group["amsgrad"]:
+            max_exp_avg_sqs.extend([state["max_exp_avg_sq"] for state in states])
+        if group["shrinkage"] and group["shrink_to"] == "start":
+            for p, state in zip(params, states):
                 if "start" not in state:
                     raise RuntimeError(
                         f"the state of {name_of(p, self.param_groups)} holds no first weights: shrink_to='start' must "
                         "be set before the first step"
                     )
                 starts.append(state["start"])
-            if rounds and state["step"].dtype == torch.float32:  # switched on, or unpickled, after the first step
-                state["step"] = state["step"].to(dtype_of_step(group, state["step"].device))
-            state_steps.append(state["step"])
+        if rounds_at_random(group):
+            for state in states:
+                if state["step"].dtype == torch.float32:  # switched on, or unpickled, after the first step
+                    state["step"] = state["step"].to(dtype_of_step(group, state["step"].device))
+        state_steps.extend([state["step"] for state in states])
 
     @overload
     def step(self, closure: None = None) -> None: ...
