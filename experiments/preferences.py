@@ -30,6 +30,7 @@ import popriskmin
 from popriskmin.tasks.dpo import Dpo, loss_of
 from popriskmin.tasks.dpo_pairs import Pairs, log_probabilities
 
+RUNS = Path("docs/results/shrinkage/preferences.jsonl")
 SEEDS = range(3)
 SHARES = (0.3, 0.0, 0.4)
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
@@ -220,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tuning on swapped preferences.")
     parser.add_argument("action", choices=("run", "report"))
     parser.add_argument("--swapped", nargs="+", type=float, choices=SHARES, default=list(SHARES), metavar="SHARE")
-    parser.add_argument("--runs", type=Path, default=Path("runs/preferences.jsonl"), help="file of the runs")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="file of the runs")
     parser.add_argument("--out", type=Path, default=Path("docs/results/shrinkage/preferences.csv"))
     args = parser.parse_args()
     torch.set_num_threads(1)
