@@ -12,7 +12,7 @@ from torch import Tensor
 from popriskmin.diagnosis.noise import first_step, mean_and_variance, weights
 from popriskmin.mask import Hyperparameters, corrections, evaluate
 from popriskmin.optimizer.groups import parameter_names
-from popriskmin.optimizer.lost_steps import NARROW, is_lost
+from popriskmin.optimizer.lost_steps import is_lost, rounds_to_nearest
 from popriskmin.optimizer.mask_state import ParamState, as_wide_reals, param_states, recompute, to_host
 from popriskmin.optimizer.masked import Masked
 from popriskmin.optimizer.prm import PRM
@@ -143,7 +143,7 @@ def _second_moments(one: ParamState, m: Tensor, implied: Tensor) -> tuple[Tensor
 
 def _lost(one: ParamState, w: Tensor, step_sq: Tensor) -> Tensor:
     """Return which scalars of a 16-bit parameter a step, squared and without the learning rate, leaves as they are."""
-    if one.param.dtype not in NARROW or one.hyper.stochastic_rounding:
+    if not rounds_to_nearest(one):
         return torch.zeros_like(w)
     return is_lost(w, step_sq.sqrt() * float(one.hyper.lr), one.param.dtype).to(w.dtype)
 

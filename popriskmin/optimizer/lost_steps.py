@@ -11,9 +11,8 @@ from torch import Tensor
 
 from popriskmin.optimizer.mask_state import HasMask, ParamState, as_wide_reals, param_states, recompute
 from popriskmin.step.codes import BLOCK, decode
+from popriskmin.step.rounding import NARROW
 from popriskmin.step.shards import local_part
-
-NARROW = (torch.bfloat16, torch.float16)
 
 # After so many steps it is looked: the averages have settled; and a warmup of the learning rate may be over.
 LOOKS = (30, 300)
@@ -37,6 +36,11 @@ def is_lost(w: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
     precision = torch.finfo(dtype)
     half_a_unit = w.abs().clamp(min=precision.tiny).log2().floor().exp2() * (precision.eps / 2)
     return (step > 0) & (step < half_a_unit)
+
+
+def rounds_to_nearest(one: ParamState) -> bool:
+    """Return whether a parameter of 16 bits is written rounded to nearest."""
+    return one.param.dtype in NARROW and not one.hyper.stochastic_rounding
 
 
 class LostSteps:
@@ -65,7 +69,8 @@ class LostSteps:
 
     @torch.no_grad()
     def _count(self, optimizer: HasMask) -> None:
-        narrow = [one for one in param_states(optimizer) if one.step > 0 and _may_lose(one)]
+        stepped = [one for one in param_states(optimizer) if one.step > 0 and local_part(one.param).numel() > 0]
+        narrow = [one for one in stepped if rounds_to_nearest(one)]
         devices = {one.param.device for one in narrow}
         if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
             return
@@ -76,11 +81,6 @@ class LostSteps:
             cuda: Any = torch.cuda
             self._arrived = cuda.Event()
             self._arrived.record()
-
-
-def _may_lose(one: ParamState) -> bool:
-    rounds_to_nearest = one.param.dtype in NARROW and not one.hyper.stochastic_rounding
-    return rounds_to_nearest and local_part(one.param).numel() > 0
 
 
 def _counts(several: list[ParamState]) -> Iterator[Tensor]:

@@ -12,7 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from popriskmin.mask import Corrections, Hyperparameters, corrections, evaluate, finish_signal_and_noise
+from popriskmin.mask import (
+    Corrections,
+    Hyperparameters,
+    corrections,
+    evaluate,
+    finish_signal_and_noise,
+    shares_of_means,
+)
 from popriskmin.step.codes import Moments, Part, are_codes_of, decode, encode, parts_of
 from popriskmin.step.foreach import CPU_BLOCK, Block, advance, mask_of, move
 from popriskmin.step.lists import Lists, are_plain, compute_dtype, count_up, is_compiling, local_parts, shrinks
@@ -96,7 +103,7 @@ class _Tensor(NamedTuple):
             moments = self._advanced(part)
             signal, noise = moments.mean.to(self.dtype).square(), moments.variance.to(self.dtype)
             # Divided first, so that the sum of a large tensor does not overflow.
-            means += torch.stack([x.div(scalars).sum() for x in (signal, noise)])
+            means += torch.stack(shares_of_means(signal, noise, scalars))
         return means
 
     def finish(self, means: Tensor) -> None:

@@ -214,9 +214,9 @@ def dispatch(
             raise RuntimeError("fused=True cannot be compiled; pass fused=None, and the compiler fuses the step itself")
         implementation = choose_implementation(lists.params, foreach, False, differentiable)
     step = _single_tensor_prm if implementation == "single" else multi_tensor_prm
-    coded = [i for i, exp_avg in enumerate(lists.exp_avgs) if are_codes(exp_avg)]
-    rest = sorted(set(range(len(lists.params))).difference(coded))
-    for take, places in ((coded_prm, coded), (step, rest)):
+    coded = list(map(are_codes, lists.exp_avgs))
+    for take, kind in ((coded_prm, True), (step, False)):
+        places = [i for i, is_coded in enumerate(coded) if is_coded is kind]
         if places:
             # Where tensors hold the step count its value is not needed on the host.
             steps = [state_steps[i] for i in places]

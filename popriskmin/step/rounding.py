@@ -31,6 +31,8 @@ from popriskmin.step.shards import is_sharded, local_part, spread_as
 
 Integers = TypeVar("Integers", int, Tensor)
 
+NARROW = (torch.bfloat16, torch.float16)
+
 _WORD = 0xFFFFFFFF
 _OLD = 0x85EBCA77  # spreads the old values of a parameter over all numbers of 32 bits
 
@@ -120,7 +122,7 @@ def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype = torch.bfl
 
 def rounds_parameter(stochastic: bool, dtype: torch.dtype) -> bool:
     """Return whether parameters of this type are written rounded at random, by the option `stochastic_rounding`."""
-    return stochastic and dtype in (torch.bfloat16, torch.float16)
+    return stochastic and dtype in NARROW
 
 
 def _is_between(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -157,8 +157,8 @@ def _misfit_of_blocks(lists: Lists, i: int) -> str | None:
 def _are_same(held: list[list[Tensor]], addresses: list[bytes], known: State) -> bool:
     if known.gone or addresses != known.addresses:
         return False
-    # The sum is compared in half the time that the numbers take. What another parameter at the same address could have
-    # different is looked at anyway.
+    # A sum is made sooner than a list of numbers. What another parameter at the same address could have different is
+    # looked at anyway.
     return sum(map(id, chain.from_iterable(held[1:]))) == known.ids
 
 
