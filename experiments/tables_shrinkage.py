@@ -178,8 +178,17 @@ def one_setting(rows: Sequence[Cell], cells: Mapping[Key, Mapping[str, Cell]], l
     the others, and the worst of these.
     """
     found: dict[str, Any] = {}
-    for name in (BASE, *PENALTIES[1:3], "snr", "snr, decoupled L1", "none, shrinkage", SHRUNK):
-        mine = {row["table"]: row for row in rows if row["arm"] == name and row["probes"] == level}
+    for name in (
+        BASE,
+        "adamw, L1 in the loss",
+        "adamw, decoupled L1",
+        "snr",
+        "snr, decoupled L1",
+        "none, shrinkage",
+        SHRUNK,
+    ):
+        arm = IN_THE_LOSS[name][1] if name in IN_THE_LOSS else name  # one grid, with as many settings as the others
+        mine = {row["table"]: row for row in rows if row["arm"] == arm and row["probes"] == level}
         if any(table not in mine for table, probes in cells if probes == level):
             continue
         halves: list[dict[str, list[float]]] = [{}, {}]
@@ -214,8 +223,7 @@ def setting_table(found: Mapping[str, Any]) -> list[str]:
                 else [""] * len(figures)
             )
         ]
-        title = SHOWN.get(name, SHOWN["adamw, L1 in the loss"])
-        lines.append(f"| {' | '.join([title, *cells])} |")
+        lines.append(f"| {' | '.join([SHOWN[name], *cells])} |")
     return lines
 
 
