@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import tiny
 
 from popriskmin.compare import compare
 from popriskmin.tasks.digits import Digits
@@ -17,8 +18,8 @@ EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 def test_the_command_with_two_jobs(tmp_path):
     """Every process finds the mask and the arm."""
     command = [
-        sys.executable, "-m", "popriskmin", "compare", "digits", "--epochs", "1", "--seeds", "2", "--jobs", "2",
-        "--lr", "0.01", "--weight-decay", "0", "--out", str(tmp_path),
+        sys.executable, "-m", "popriskmin", "compare", tiny.__file__, "--seeds", "1", "--jobs", "2",
+        "--lr", "0.01", "--out", str(tmp_path),
         "--prm", "mask=own_mask:steep", "softness=0.5", "--arm", "masked=own_mask:MaskedSGD", "softness=0.5",
     ]  # fmt: skip
     paths = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))

@@ -187,7 +187,7 @@ def test_the_standard_error_allows_for_samples_that_share_gradients(every):
     """At rest, on noise alone, smoothed estimates scatter as their standard error says."""
     torch.manual_seed(0)
     values, errors = [], []
-    for _ in range(25):
+    for _ in range(15):
         w = nn.Parameter(torch.zeros(200))
         optimizer = torch.optim.AdamW([w], lr=1e-3, weight_decay=0.0)
         monitor = RiskMonitor(optimizer, every=every)

@@ -106,18 +106,18 @@ def test_routing_is_blind_to_which_is_which():
 
 def test_the_failure_and_its_remedy():
     """At one learning rate: AdamW learns to route, PRM does not, and does where the router has no mask."""
-    task = Starved()
+    task, excluded = Starved(steps=500), Starved(steps=500, exclude=True)
     routing = {}
-    arms = {"adamw": (task, ADAMW), "prm": (task, make_arms()[1]), "excluded": (Starved(exclude=True), make_arms()[1])}
+    arms = {"adamw": (task, ADAMW), "prm": (task, make_arms()[1]), "excluded": (excluded, make_arms()[1])}
     for name, (task_, arm) in arms.items():
-        trial, optimizer = train(task_, lambda trial, arm=arm: make_driver(arm, trial, 1e-3, 0.01, {}).optimizer)
+        trial, optimizer = train(task_, lambda trial, arm=arm: make_driver(arm, trial, 3e-3, 0.01, {}).optimizer)
         routing[name] = trial.test(trial.model)["routing"]
         if name == "prm":
             stats = optimizer.get_mask_stats(by="group")
             assert stats[1]["mean_q"] < 0.2
-    assert routing["adamw"] > 0.95
-    assert routing["excluded"] > 0.95
-    assert routing["prm"] < 0.85
+    assert routing["adamw"] > 0.9
+    assert routing["excluded"] > 0.9
+    assert routing["prm"] < 0.7
 
 
 def test_exclude_reaches_prm_alone():

@@ -1,8 +1,6 @@
 """The task of a table: its parts, its probes, its metrics and its references, on real files and through the command."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,10 +9,12 @@ from people import people, written
 from sklearn.datasets import load_wine
 from tasks.every import check_joined
 
+from popriskmin import cli
 from popriskmin.compare.loading import make_task
 from popriskmin.compare.training.arms import ADAMW, make_arms
 from popriskmin.compare.training.drivers import make_driver
 from popriskmin.compare.training.train import Configuration, run
+from popriskmin.tasks import table
 from popriskmin.tasks.table import Table, passes
 
 
@@ -165,12 +165,12 @@ def test_bad_options(options):
         Table(**options)
 
 
-def test_the_command_on_a_file(tmp_path):
+def test_the_command_on_a_file(tmp_path, monkeypatch):
     written(people(), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(table, "trees", lambda classifies, seed: {})
     words = ["--steps", "5", "--lr", "0.01", "--weight-decay", "0.01", "--seeds", "1", "--out", "found"]
-    full = [sys.executable, "-m", "popriskmin", "compare", "table", "--data", "people.csv", "--target", "left", *words]
-    done = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert cli.main(["compare", "table", "--data", "people.csv", "--target", "left", *words]) == 0
     results = json.loads((tmp_path / "found" / "results.json").read_text())
     assert results["task_options"]["data"] == "people.csv"
     assert list(results["metrics"]) == ["loss", "accuracy"]

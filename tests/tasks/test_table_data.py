@@ -5,7 +5,7 @@ import gzip
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from people import ROWS, people, written
 from sklearn.datasets import load_wine
@@ -169,6 +169,7 @@ def test_files_that_are_none(tmp_path):
         read_table(str(tmp_path / "cut.csv.gz"), "a")
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 2**31), st.integers(10, 50))
 def test_nothing_is_learnt_from_rows_that_are_not_for_training(seed, number):
     """The training rows are encoded alike whatever the others hold: other numbers, other holes, other categories."""

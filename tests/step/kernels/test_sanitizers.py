@@ -28,9 +28,9 @@ def test_under_both_sanitizers(tmp_path):
         pytest.skip("gcc has no sanitizers here")
     built = tmp_path / "sanitized.so"
     subprocess.run(
-        [COMPILER, "-std=c11", "-O1", "-g1", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fPIC",
-         "-shared", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", str(SOURCE), "-o",
-         str(built), "-lm"], check=True)  # fmt: skip
+        [COMPILER, "-std=c11", "-O1", "-g1", "-DINLINE=static", "-fno-math-errno", "-fno-trapping-math",
+         "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-fsanitize=address,undefined",
+         "-fno-sanitize-recover=undefined", str(SOURCE), "-o", str(built), "-lm"], check=True)  # fmt: skip
     environment = {
         **os.environ,
         "LD_PRELOAD": " ".join(preload),
@@ -62,7 +62,7 @@ def test_the_sanitizers_would_notice(tmp_path):
     header.write_text(text.replace("i < n; i++, place++", "i <= n; i++, place++"))
     built = tmp_path / "broken.so"
     subprocess.run(
-        [COMPILER, "-std=c11", "-O0", "-fPIC", "-shared", "-pthread", "-fsanitize=address",
+        [COMPILER, "-std=c11", "-O0", "-DINLINE=static", "-fPIC", "-shared", "-pthread", "-fsanitize=address",
          str(tmp_path / "cpu.c"), "-o", str(built), "-lm"], check=True)  # fmt: skip
     code = """
 import torch
