@@ -36,7 +36,18 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(foreach_module, "FEWEST_JOINED", 2)
 
 
+def _without_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("popriskmin.compare.report.plots._svg", lambda figure: "<svg></svg>")
+        yield
+
+
+# A page's pictures take most of the time of a small comparison: leave them out of a test, or of a module.
+no_pictures = pytest.fixture(_without_pictures, name="no_pictures")
+no_pictures_in_module = pytest.fixture(_without_pictures, scope="module", name="no_pictures_in_module")
+
+
 @pytest.fixture
 def no_page(monkeypatch):
-    """Leave out `report.html`, whose pictures take most of the time of a small comparison."""
+    """Leave out `report.html`."""
     monkeypatch.setattr("popriskmin.compare.report.page.write_report", lambda results, records: None)

@@ -117,6 +117,7 @@ def test_a_comparison(capsys, tmp_path):
     assert "16 runs, 16 of them kept from before" in err
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_failed_run_makes_the_status_1(capsys, tmp_path):
     arguments = ["compare", TINY, "--trouble", "raise", "--seeds", "1", "--out", str(tmp_path), "--keep-going"]
     status, out, err = run(capsys, *arguments)
@@ -126,6 +127,7 @@ def test_a_failed_run_makes_the_status_1(capsys, tmp_path):
     assert "There is nothing to compare" in out
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_broken_task_ends_at_its_first_error(capsys, tmp_path):
     """With the line of the user's file, and the runs that were made."""
     folder = tmp_path / "out"
@@ -224,6 +226,7 @@ def test_help_with_a_percent_sign(capsys, tmp_path):
     assert "in % (default: 5%)" in out
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_task_that_leaves_python_fails_and_the_others_go_on(capsys, tmp_path):
     path = task_file(tmp_path, body="import sys; sys.exit(3)")
     arguments = ["--seeds", "2", "--lr", "1", "--out", str(tmp_path / "o"), "--keep-going"]

@@ -31,6 +31,7 @@ def test_the_command_with_two_jobs(tmp_path):
     assert "masked" in ran.stdout
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_function_is_an_option_of_an_arm(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import own_mask

@@ -15,6 +15,7 @@ from tiny import Tiny
 from popriskmin import cli
 from popriskmin.compare import Results, compare
 
+pytestmark = pytest.mark.usefixtures("no_pictures_in_module")
 QUIET = {"progress": False}
 
 

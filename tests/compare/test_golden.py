@@ -15,6 +15,7 @@ from tiny import Tiny
 
 from popriskmin.compare import compare, execute
 
+pytestmark = pytest.mark.usefixtures("no_pictures_in_module")
 GOLDEN = Path(__file__).parent / "golden" / "results.json"
 
 

@@ -10,6 +10,8 @@ from torch import nn
 from popriskmin.compare import compare
 from popriskmin.compare.l1_adamw import L1AdamW
 
+pytestmark = pytest.mark.usefixtures("no_pictures_in_module")
+
 
 @pytest.mark.parametrize("l1", [0.0, 0.1])
 def test_it_is_adamw_on_the_penalized_loss(l1):

@@ -165,6 +165,7 @@ def test_bad_options(options):
         Table(**options)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_command_on_a_file(tmp_path, monkeypatch):
     written(people(), tmp_path)
     monkeypatch.chdir(tmp_path)

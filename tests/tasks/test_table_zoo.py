@@ -296,6 +296,7 @@ def test_a_dataframe():
         make_task(Table, {"data": frame})
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_dataframe_in_a_comparison(tmp_path):
     from popriskmin.compare import compare
 

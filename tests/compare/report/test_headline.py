@@ -152,6 +152,7 @@ def test_of_nothing_there_is_nothing_to_say():
     assert verdicts([]) == {}
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("kind", ["linear", "noise", "few"])
 def test_real_tables_on_which_the_network_loses(kind, tmp_path, monkeypatch):
     """Made of lines, of nothing, and of few rows: what the page says first is what its own table says."""

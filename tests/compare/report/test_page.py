@@ -88,6 +88,7 @@ def test_it_says_everything(results, page):
     assert "nan" not in re.sub(r"[a-z]*nan[a-z]+|[a-z]+nan", "", text.lower())
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_comparison_without_a_usable_result_draws_no_tables(tmp_path):
     results = compare(Tiny(trouble="lost"), lr=0.1, seeds=1, out=tmp_path, progress=False)
     page = (tmp_path / "report.html").read_text()
@@ -97,6 +98,7 @@ def test_a_comparison_without_a_usable_result_draws_no_tables(tmp_path):
     assert all(heading not in page for heading in OPENINGS.values())
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_goals_of_a_task_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(Tiny, "goals", {"error": 5.0}, raising=False)
     results = compare(Tiny(), lr=0.1, seeds=2, out=tmp_path, progress=False)
@@ -115,11 +117,13 @@ def test_the_goals_of_a_task_are_told(tmp_path, monkeypatch):
     assert line in " ".join((tmp_path / "report.html").read_text().split())
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_names_are_escaped(tmp_path):
     results = compare(Tiny(scratch="<b>&"), seeds=1, lr=0.1, out=tmp_path, progress=False)
     assert "<b>&" not in (results.folder / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_command_on_the_page_repeats_the_comparison(results, tmp_path):
     words = shlex.split(command(results))
     assert words[:2] == ["popriskmin", "compare"]
@@ -128,6 +132,7 @@ def test_the_command_on_the_page_repeats_the_comparison(results, tmp_path):
     assert (tmp_path / "results.json").read_text() == (results.folder / "results.json").read_text()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_where_a_choice_is_at_an_edge_the_extended_command_is_told(results, page, tmp_path):
     assert "--lr 0.01 0.03 0.5 " in command(results)
     assert wider_command(results) == command(results).replace("--lr 0.01 0.03 0.5", "--lr 0.01 0.03 0.5 1 3")
@@ -137,6 +142,7 @@ def test_where_a_choice_is_at_an_edge_the_extended_command_is_told(results, page
     assert "With the grid extended" not in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_arms_that_a_task_has_by_itself_and_lines_on_its_data(tmp_path, monkeypatch):
     arms = {"sgd": ("torch.optim:SGD", {"momentum": 0.9})}
     monkeypatch.setattr(Tiny, "default_arms", arms)
@@ -162,6 +168,7 @@ def test_arms_that_a_task_has_by_itself_and_lines_on_its_data(tmp_path, monkeypa
     assert "--only" not in command(own)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_command_names_numbers_and_folders_as_they_were_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
@@ -173,6 +180,7 @@ def test_the_command_names_numbers_and_folders_as_they_were_given(tmp_path, monk
     assert "--out" not in page
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_where_no_command_can_repeat_it_the_call_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Tiny, "__module__", "__main__")
@@ -183,6 +191,7 @@ def test_where_no_command_can_repeat_it_the_call_is_told(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_command_of_a_shipped_task_with_chosen_seeds(tmp_path):
     task = Digits(epochs=1, imbalance=2.0)
     results = compare(task, seeds=[3], lr=0.1, weight_decay=0, prm=[{"mask": "hard", "warmup_steps": 1}],

@@ -9,6 +9,8 @@ from tiny import Tiny
 
 from popriskmin.compare import Trial, compare
 
+pytestmark = pytest.mark.usefixtures("no_pictures_in_module")
+
 
 class Odd(Tiny):
     """A task whose metric's name is markup to rich, and whose validation gives a number or none."""

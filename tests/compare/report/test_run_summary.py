@@ -11,6 +11,8 @@ from tiny import Tiny
 from popriskmin.compare import compare
 from popriskmin.compare.report.run_summary import Choice, choose
 
+pytestmark = pytest.mark.usefixtures("no_pictures_in_module")
+
 
 def test_the_three_figures():
     run = made_up(ARMS[0], 0, 0.1, validation=[0.1, 0.7, 0.6], test=[0.2, 0.8, 0.9])

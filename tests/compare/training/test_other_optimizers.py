@@ -11,6 +11,8 @@ from popriskmin.compare.training.drivers import make_driver
 from popriskmin.compare.training.other_optimizers import path_of
 from popriskmin.compare.training.train import Configuration, run
 
+pytestmark = pytest.mark.usefixtures("no_pictures_in_module")
+
 
 class Switching(torch.optim.SGD):
     """SGD that notes how it is switched, as schedule-free optimizers must be."""

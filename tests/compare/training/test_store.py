@@ -18,6 +18,9 @@ from popriskmin.compare.training.arms import make_arms
 from popriskmin.compare.training.store import Store, plain, prepare_folder, settings_of, write_whole
 from popriskmin.compare.training.train import Configuration, run
 
+pytestmark = pytest.mark.usefixtures("no_pictures_in_module")
+
+
 ADAMW, PRM_ARM, _ = make_arms()
 SETTING = Configuration(lr=0.1, weight_decay=0.0, seed=3)
 
