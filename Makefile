@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 	$(BIN)/popriskmin compare digits --jobs $(JOBS)
 
 test: lint docs
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -n $$(($(JOBS) + 1)) --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ class BuildKernel(build_ext):
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         """Export the functions of the kernel; there is no module to initialize."""
-        return ["prm_step", "prm_abi", "prm_ask_ahead", "prm_best_level", "prm_use_pool"]
+        return ["prm_step", "prm_abi", "prm_ask_ahead", "prm_best_level", "prm_use_pool", "prm_count_up"]
 
 
 class AnyPython(bdist_wheel):

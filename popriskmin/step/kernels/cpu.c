@@ -14,7 +14,7 @@
 #include "cpu_types.h"
 
 /* To be raised, here and in cpu.py, whenever a structure or a meaning below changes. */
-#define ABI 10
+#define ABI 11
 
 #define MASK_NONE 0
 #define MASK_SNR 1
@@ -362,14 +362,17 @@ static const operations *operations_of(int is_double, int level) {
     return is_double ? &operations_double_baseline : &operations_float_baseline;
 }
 
-static double steps_taken(const job *job, int64_t i) {
-    const void *step = (const void *)(intptr_t)job->table[COLUMN_STEP * job->count + i];
-    return job->step_type == TYPE_FLOAT64 ? *(const double *)step : (double)*(const float *)step;
+/* The addresses of the counters. */
+static const int64_t *steps_of(const job *job) { return job->table + COLUMN_STEP * job->count; }
+
+static double steps_taken(int64_t address, int type) {
+    const void *step = (const void *)(intptr_t)address;
+    return type == TYPE_FLOAT64 ? *(const double *)step : (double)*(const float *)step;
 }
 
-static void take_step(const job *job, int64_t i) {
-    void *step = (void *)(intptr_t)job->table[COLUMN_STEP * job->count + i];
-    if (job->step_type == TYPE_FLOAT64)
+static void take_step(int64_t address, int type) {
+    void *step = (void *)(intptr_t)address;
+    if (type == TYPE_FLOAT64)
         *(double *)step += 1;
     else
         *(float *)step += 1;
@@ -379,7 +382,7 @@ static void take_step(const job *job, int64_t i) {
 static int count_up(job *job, const options *o) {
     int64_t room = 0, used = 0;
     for (int64_t i = 0; i < job->count; i++) {
-        double t = steps_taken(job, i) + 1;
+        double t = steps_taken(steps_of(job)[i], job->step_type) + 1;
         if (used == 0 || job->numbers[used - 1].t != t) {
             if (used == room) {
                 room = 2 * room + 1;
@@ -450,12 +453,25 @@ static int step_with(job *job, const options *o, int threads) {
 
     /* From here on nothing can fail: a step is taken whole or not at all. */
     for (int64_t i = 0; i < job->count; i++)
-        take_step(job, i);
+        take_step(steps_of(job)[i], job->step_type);
     if (blocks == 0)
         run(job, threads, 0, job->count, first_pass);
     else
         run_in_batches(job, threads);
     return 1;
+}
+
+/* Add 1 to counters of one type on the host. Returns their count if it is one for all, else NaN. */
+double prm_count_up(const int64_t *steps, int64_t count, int step_type) {
+    double first = NAN;
+    int same = 1;
+    for (int64_t i = 0; i < count; i++) {
+        take_step(steps[i], step_type);
+        double t = steps_taken(steps[i], step_type);
+        first = i == 0 ? t : first;
+        same = same && t == first;
+    }
+    return same ? first : NAN;
 }
 
 /* Take one step. Returns 0, or 1 when memory is short, and then nothing has changed. */

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from popriskmin.mask import Corrections, Hyperparameters, corrections, floor, largest, loading, mask_name
 from popriskmin.step.compat import bump_versions
+from popriskmin.step.kernels import cpu
 from popriskmin.step.kernels.cuda_table import COLUMNS, Places, Tables, tables_of
 from popriskmin.step.kernels.eligible import KernelMemory, State, origins, packed
 from popriskmin.step.lists import Lists, count_up
@@ -115,12 +116,25 @@ def step(
         return
     device = lists.params[0].device
     memory = {} if state is None else state.memory
-    count_up(state_steps)
+    count = _count_up(state_steps, None if tensor_steps else state)
     # A device that is not the current one must become it: Triton launches on the current one.
     with _on(device):
-        for launch in _launches(lists, state_steps, hyper, state, tensor_steps):
+        for launch in _launches(lists, state_steps, hyper, state, tensor_steps, count):
             launch.run(device, memory)
     bump_versions(lists.params)
+
+
+def _count_up(state_steps: list[Tensor], state: State | None) -> float | None:
+    """Add 1 to the counters. Return their count where all lie on the host and have the same."""
+    if state is None or not state_steps[0].is_cpu:
+        count_up(state_steps)
+        return None
+    count = cpu.count_up(state.addresses[-1], state_steps[0].dtype)
+    if count is None:
+        count_up(state_steps)
+        counts = set(map(Tensor.item, state_steps))
+        count = counts.pop() if len(counts) == 1 else math.nan
+    return None if math.isnan(count) else count
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
@@ -241,9 +255,14 @@ class _Launch(NamedTuple):
 
 
 def _launches(
-    lists: Lists, state_steps: list[Tensor], hyper: Hyperparameters, state: State | None, tensor_steps: bool
+    lists: Lists,
+    state_steps: list[Tensor],
+    hyper: Hyperparameters,
+    state: State | None,
+    tensor_steps: bool,
+    count: float | None,
 ) -> Iterator[_Launch]:
-    """Group the tensors by types and step counts."""
+    """Group the tensors by types and step counts. `count` is that of all, where it was found to be one."""
     device = lists.params[0].device
     # Whether a number on the CPU is one that the kernel reads.
     read_there = tensor_steps and device.type == "cpu"
@@ -258,15 +277,13 @@ def _launches(
         grad_vars=lists.grad_vars or lists.grads,
         starts=lists.starts or lists.params,
     )
-    if state is not None:
-        counts = set(map(Tensor.item, state_steps)) if state_steps[0].is_cpu and not read_there else {None}
-        if len(counts) == 1:
-            params, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, _, steps = state.addresses
-            held = [params, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima or exp_avg_sqs, steps]
-            places = Places._make([state.sizes, *held, state.origins])
-            types = _Types(*(tensors[0].dtype for tensors in (*lists, state_steps) if tensors))
-            yield _Launch(places, _gradients(lists, hyper), types, counts.pop(), lr, hyper)
-            return
+    if state is not None and (count is not None or read_there or not state_steps[0].is_cpu):
+        params, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima, _, steps = state.addresses
+        held = [params, exp_avgs, exp_avg_sqs, exp_avg_vars, maxima or exp_avg_sqs, steps]
+        places = Places._make([state.sizes, *held, state.origins])
+        types = _Types(*(tensors[0].dtype for tensors in (*lists, state_steps) if tensors))
+        yield _Launch(places, _gradients(lists, hyper), types, count, lr, hyper)
+        return
     groups: dict[Any, list[int]] = {}
     for i, tensors in enumerate(zip(*filter(None, lists), state_steps)):
         t = None if read_there or not state_steps[i].is_cpu else state_steps[i].item()

@@ -1,5 +1,6 @@
 """The kernel in C: that it is here, and does what the loop does, on any instruction set and number of threads."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from strategies import made_up_variances, options
 from popriskmin import PRM
 from popriskmin.step.kernels import cpu
 from popriskmin.step.kernels.cpu import LEVELS
+from popriskmin.step.kernels.eligible import packed
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 GUARD = 64
@@ -302,6 +304,19 @@ print("done")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "done\n", done.stderr
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_counters_on_the_host_are_counted_at_once(dtype):
+    steps = [torch.tensor(4.0, dtype=dtype) for _ in range(5)]
+    addresses = packed([step.data_ptr() for step in steps], len(steps))
+    assert cpu.count_up(addresses, dtype) == 5.0
+    assert {step.item() for step in steps} == {5.0}
+    steps[3] += 1
+    assert math.isnan(cpu.count_up(addresses, dtype))
+    assert [step.item() for step in steps] == [6, 6, 6, 7, 6]
+    assert math.isnan(cpu.count_up(b"", dtype))
 
 
 @needs_kernel

@@ -40,7 +40,8 @@ from strategies import made_up_variances, options, problems
 
 from popriskmin.step.coded import coded_prm
 from popriskmin.step.codes import shape_of_codes
-from popriskmin.step.kernels import cuda
+from popriskmin.step.kernels import cpu, cuda
+from popriskmin.step.kernels.eligible import fits_as_usual
 from popriskmin.step.lists import Lists, compute_dtype
 
 HERE = Path(__file__)
@@ -293,7 +294,7 @@ def test_pooled_masks_of_8_bit_state(drawn, monkeypatch):
 
 
 def launches(lists, steps, hyper, tensor_steps=False):
-    return [x.places.tensors for x in cuda._launches(lists, steps, hyper, None, tensor_steps)]
+    return [x.places.tensors for x in cuda._launches(lists, steps, hyper, None, tensor_steps, None)]
 
 
 @interpreted
@@ -375,6 +376,20 @@ def test_in_the_interpreter():
     finished = run_python([*arguments, str(HERE.parents[2]), str(HERE)], TRITON_INTERPRET="1")
     assert finished.returncode == 0, finished.stdout[-10000:] + finished.stderr[-2000:]
     assert re.search(r"\b[1-9]\d* passed", finished.stdout)
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_counters_on_the_host_with_and_without_the_cpu_kernel(library, monkeypatch):
+    if not library:
+        monkeypatch.setattr(cpu, "_load", lambda: "not built")
+    made = Problem([(3, 5), (4,)], (f32,) * 4, False, start=[4.0, 4.0])
+    lists = made.lists([np.zeros((3, 5)), np.zeros(4)])
+    state = fits_as_usual(lists, made.steps, None)
+    assert cuda._count_up(made.steps, state) == 5.0
+    made.steps[1] += 2
+    assert cuda._count_up(made.steps, state) is None
+    assert cuda._count_up(made.steps, None) is None
+    assert [step.item() for step in made.steps] == [7.0, 9.0]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the process has Triton")
