@@ -16,8 +16,9 @@ import torch
 
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 CONTEXT = torch.multiprocessing.get_context(METHOD)
-_first = ["torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.optim"]
-_first += ["torch.distributed.tensor.parallel", "popriskmin", "hypothesis", "pytest"]
+_first = ["torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"]
+_first += ["torch.distributed.optim", "torch.distributed.tensor.parallel", "fsspec"]
+_first += ["popriskmin", "hypothesis", "pytest"]
 
 
 def import_first(*modules):

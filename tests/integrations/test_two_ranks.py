@@ -8,7 +8,7 @@ import torch
 from frameworks import framework
 from ranks import exit_code, import_first, torchrun
 
-import_first("transformers.trainer", "accelerate", "lightning.pytorch")
+import_first("transformers.trainer", "transformers.models.llama.modeling_llama", "accelerate", "lightning.pytorch")
 
 
 def of_ranks(folder):
