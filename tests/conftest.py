@@ -1,5 +1,6 @@
 """Settings for the whole suite."""
 
+import gc
 import os
 
 import pytest
@@ -23,10 +24,24 @@ SANITIZED = "POPRISKMIN_CPU_KERNEL" in os.environ
 
 torch.set_num_threads(1)
 
+# While tests are collected nearly all that is made is kept: code of frameworks, and the tests themselves.
+gc.disable()
+
 # The implementations to be had here, as arguments of PRM; tests/step/kernels fails where a kernel should be here and is
 # not.
 HOW = [{"foreach": False}, {"foreach": True}, *([{"fused": True}] if cpu.unusable() is None else [])]
 IMPLEMENTATIONS = HOW + [{**how, "capturable": True} for how in HOW]
+
+
+def pytest_collection_finish():
+    gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections():
+    """Leave what was imported before out of collections of garbage, which take a second each with all frameworks."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ They are forked from one process that has imported torch and trained nothing, so
 the imports.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -15,8 +16,9 @@ import torch
 
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 CONTEXT = torch.multiprocessing.get_context(METHOD)
-_first = ["torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.optim"]
-_first += ["torch.distributed.tensor.parallel", "popriskmin", "hypothesis", "pytest"]
+_first = ["torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"]
+_first += ["torch.distributed.optim", "torch.distributed.tensor.parallel", "fsspec"]
+_first += ["popriskmin", "hypothesis", "pytest"]
 
 
 def import_first(*modules):
@@ -29,10 +31,15 @@ def import_first(*modules):
 import_first()
 
 
-def _as_a_user(environment, function, arguments):
-    """Go on as a new process of the user's would: with one thread and the environment of now."""
+def _settle(environment):
+    gc.freeze()  # trainers collect garbage, and would go through all that was imported
     os.environ.update(environment)
     torch.set_num_threads(1)
+
+
+def _as_a_user(environment, function, arguments):
+    """Go on as a new process of the user's would: with one thread and the environment of now."""
+    _settle(environment)
     function(*arguments)
 
 
@@ -71,8 +78,7 @@ def torchrun(function, *arguments, ranks=2, restarts=0):
 def _one(rank, world_size, rendezvous, environment, failures, function, arguments):
     import torch.distributed as dist
 
-    os.environ.update(environment)
-    torch.set_num_threads(1)
+    _settle(environment)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     code = 0
     try:

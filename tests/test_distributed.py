@@ -32,7 +32,7 @@ def _train(shard, options):
     model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
     shard(model)
     optimizer = PRM(model.named_parameters(), lr=0.05, weight_decay=0.1, **options)
-    monitor = RiskMonitor(optimizer, every=1, n_dataset=40, batch_size=16)
+    monitor = RiskMonitor(optimizer, every=2, n_dataset=40, batch_size=16)
     x, y = torch.randn(6, 16, 7), torch.randn(6, 16, 3)
     for step in range(6):
         optimizer.zero_grad()

@@ -1,12 +1,7 @@
-"""A small regression in Lightning, the same from the same seed; also one that is killed in the middle.
-
-python small_lightning.py FOLDER: train on two ranks, with and without accumulation, and write down the ends.
-"""
+"""A small regression in Lightning, the same from the same seed; also on two ranks, and one that is killed."""
 
 import os
-import pathlib
 import signal
-import sys
 
 import lightning.pytorch as pl
 import torch
@@ -33,11 +28,10 @@ class Regression(pl.LightningModule):
         return self.build(self.named_parameters(), **{"lr": 0.01, **self.options})
 
 
-def loader(size=4, ranks=1):
+def loader(size=4, rank=0, ranks=1):
     """Return the 32 rows in their order; Lightning's own sampler for several ranks would shuffle them."""
     x = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
     data = torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
-    rank = int(os.environ.get("LOCAL_RANK", 0))
     sampler = torch.utils.data.DistributedSampler(data, ranks, rank, shuffle=False) if ranks > 1 else None
     return torch.utils.data.DataLoader(data, batch_size=size, sampler=sampler)
 
@@ -63,11 +57,22 @@ class Killed(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Rows(pl.Callback):
-    """Keep what is logged, on every rank."""
+class WithRows(Regression):
+    """The model with its data, of which each rank takes its part."""
 
-    def __init__(self):
-        self.rows = []
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def train_dataloader(self):
+        return loader(self.size, self.trainer.global_rank, self.trainer.world_size)
+
+
+class Written(pl.Callback):
+    """Write down the weights and what was logged, on every rank."""
+
+    def __init__(self, folder):
+        self.folder, self.rows = folder, []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index):
         if "prm/mean_q" in trainer.callback_metrics:
@@ -75,24 +80,24 @@ class Rows(pl.Callback):
             if [row] != self.rows[-1:]:
                 self.rows.append(row)
 
-
-def logged_training(folder, accumulate, size, **options):
-    """Return the weights and what was logged; the size is that of the batches on each rank."""
-    rows, module = Rows(), Regression()
-    one = trainer(folder, PRMCallback(every_step), rows, accumulate_grad_batches=accumulate, **options)
-    one.fit(module, loader(size, one.world_size))
-    return [p.detach().clone() for p in module.parameters()], rows.rows
+    def on_train_end(self, trainer, module):
+        weights = [p.detach().clone() for p in module.parameters()]
+        torch.save((weights, self.rows), self.folder / f"{trainer.global_rank}.pt")
 
 
-def on_two_ranks(folder):
-    def end(accumulate):
-        gloo = pl.strategies.DDPStrategy(process_group_backend="gloo")
-        return logged_training(folder / str(accumulate), accumulate, 4, devices=2, strategy=gloo)
+def write(folder, accumulate, size, **options):
+    """Train, and write down what each rank ends with; the size is that of the batches on each rank."""
+    pl.seed_everything(3)
+    folder.mkdir()
+    callbacks = (PRMCallback(every_step), Written(folder))
+    trainer(folder, *callbacks, accumulate_grad_batches=accumulate, **options).fit(WithRows(size))
 
-    ends = {accumulate: end(accumulate) for accumulate in (1, 2)}
-    torch.save(ends, folder / f"{torch.distributed.get_rank()}.pt")
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads can abort while the interpreter shuts down, a matter of torch's
+
+def write_of_two_ranks(folders):
+    """Train with each accumulation on two ranks, which Lightning forks."""
+    for accumulate, folder in folders.items():
+        gloo = pl.strategies.DDPStrategy(process_group_backend="gloo", start_method="fork")
+        write(folder, accumulate, 4, devices=2, strategy=gloo)
 
 
 def train_until_killed(folder, after):
@@ -100,9 +105,3 @@ def train_until_killed(folder, after):
     pl.seed_everything(3)
     doomed = trainer(folder, PRMCallback(every_step), Killed(after))
     doomed.fit(Regression(), loader())
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    pl.seed_everything(3)
-    on_two_ranks(pathlib.Path(sys.argv[1]))

@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 ROOT = pathlib.Path(__file__).parents[2]
 
 import_first("torch.utils.tensorboard", "sklearn.datasets", "transformers.trainer", "accelerate", "lightning.pytorch")
-import_first("trl", "peft", "datasets")
+import_first("transformers.models.llama.modeling_llama", "trl.trainer.dpo_trainer", "peft", "datasets")
 
 
 @dataclass
@@ -36,7 +36,7 @@ EXAMPLES = {
     "with_lightning.py": Example(("lightning.pytorch",), ("--epochs", "4"), 80, 50, 10),
     "with_trainer.py": Example(("transformers", "accelerate"), ("--steps", "60"), 60, 55, 5, "train/"),
     "with_trl.py": Example(("trl", "peft", "datasets"), ("--steps", "60"), 60, 55, 5, "train/"),
-    "with_fsdp2.py": Example((), ("--epochs", "4"), 80, 50, 10, ranks=2),
+    "with_fsdp2.py": Example((), ("--epochs", "2"), 40, 30, 10, ranks=2),
 }
 ALONE = [name for name, example in EXAMPLES.items() if example.ranks == 1]
 
@@ -108,5 +108,5 @@ def test_sharded_over_two_ranks(tmp_path):
     torchrun(run_rank, tmp_path / "resumed.pt", 0, *arguments(name, tmp_path / "run"))
     assert_same(weights(tmp_path / "resumed.pt", 2), weights(tmp_path / "whole.pt", 2))
     undisturbed = logged(tmp_path / "whole", "")
-    assert sorted(undisturbed) == [1, 2, 3, 4]
+    assert sorted(undisturbed) == [1, 2]
     assert logged(tmp_path / "run", "") == undisturbed

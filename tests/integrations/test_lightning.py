@@ -3,7 +3,7 @@
 import csv
 import logging
 import pathlib
-import subprocess
+import runpy
 import sys
 from functools import partial
 
@@ -13,6 +13,7 @@ from frameworks import framework
 from ranks import exit_code, import_first
 from torch import nn
 
+import popriskmin.integrations
 from popriskmin import PRM, RiskMonitor, unwrap
 
 pl = framework("lightning.pytorch")
@@ -158,25 +159,23 @@ def test_what_is_given_wrongly(tmp_path):
         fit(tmp_path, PRMCallback(every_step, stop=True), log_every_n_steps=0)
 
 
-def test_pytorch_lightning_where_the_program_uses_that(tmp_path):
+def test_pytorch_lightning_where_the_program_uses_that(tmp_path, monkeypatch):
     """Its Trainer and Lightning's do not know each other's callbacks."""
-    framework("pytorch_lightning")
-    code = (pathlib.Path(__file__).parent / "small_lightning.py").read_text().partition("if __name__")[0]
-    code = (
-        code.replace("import lightning.pytorch as pl", "import pytorch_lightning as pl")
-        + """
-one = trainer(sys.argv[1], PRMCallback(every_step))
-one.fit(Regression(), loader())
-assert isinstance(one.callbacks[0], pl.Callback)
-print(one.callback_metrics["prm/mean_q"].item())
-"""
-    )
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "lightning" or name.startswith("popriskmin.integrations.lightning"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(popriskmin.integrations, "lightning", None)  # for it to be as before in the end
+    old = framework("pytorch_lightning")
+    code = (pathlib.Path(__file__).parent / "small_lightning.py").read_text()
     path = tmp_path / "old_name.py"
-    path.write_text(code)
-    # A new interpreter: no other process is without Lightning's own name for itself.
-    done = subprocess.run([sys.executable, path, tmp_path / "out"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert 0 < float(done.stdout.split()[-1]) < 1
+    path.write_text(code.replace("import lightning.pytorch as pl", "import pytorch_lightning as pl"))
+    names = runpy.run_path(str(path))
+    one = names["trainer"](tmp_path / "out", names["PRMCallback"](names["every_step"]))
+    one.fit(names["Regression"](), names["loader"]())
+    assert isinstance(one, old.Trainer)
+    assert isinstance(one.callbacks[0], old.Callback)
+    assert not isinstance(one.callbacks[0], pl.Callback)
+    assert 0 < one.callback_metrics["prm/mean_q"].item() < 1
 
 
 def test_a_frozen_tensor_and_one_without_gradients_are_no_trouble(tmp_path):

@@ -1,5 +1,6 @@
 """The recipes of the documentation run, each by itself, as they stand."""
 
+import functools
 import importlib.util
 import pathlib
 import re
@@ -85,8 +86,11 @@ def test_peft(tmp_path, monkeypatch, capsys):
 
 def test_gguf(tmp_path, monkeypatch):
     """On a small model in a file of the same kind, in a package of the same name."""
-    framework("gguf")
+    gguf = framework("gguf")
     from integrations import small_gguf
+
+    # transformers asks for the names of all layers once for each module.
+    monkeypatch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
 
     small_gguf.write_package(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

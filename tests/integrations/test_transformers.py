@@ -19,7 +19,7 @@ from integrations.small_trainer import VOCABULARY, arguments, data, every_step, 
 from popriskmin.integrations import log  # noqa: E402
 from popriskmin.integrations.transformers import FILE, PRMCallback, prm_cls_and_kwargs, prm_optimizer  # noqa: E402
 
-import_first("transformers.trainer", "accelerate")
+import_first("transformers.trainer", "transformers.models.llama.modeling_llama", "accelerate")
 
 FIGURES = {"prm/mean_q", "prm/group0/lr", "prm/group1/softness", "prm/diagnosis/early", "prm/fresh_total"}
 

@@ -3,25 +3,12 @@
 Two ranks with batches of four see the rows that one process sees in batches of eight.
 """
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 import torch
 from frameworks import framework
-from ranks import import_first, torchrun
+from ranks import exit_code, import_first, torchrun
 
-import_first("transformers.trainer", "accelerate")
-
-HERE = pathlib.Path(__file__).parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, sys.path)])}
-
-
-def start(*command):
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-4000:]
+import_first("transformers.trainer", "transformers.models.llama.modeling_llama", "accelerate", "lightning.pytorch")
 
 
 def of_ranks(folder):
@@ -86,15 +73,17 @@ def test_a_rank_of_a_trainer_is_killed_and_torchrun_starts_it_again(undisturbed,
         assert list(map(figures, rows)) == list(map(figures, expected["trainer 1"][1]))
 
 
-def test_lightning_starts_its_second_rank_itself(tmp_path):
-    pl = framework("lightning.pytorch")
+def test_lightning_starts_its_ranks_itself(tmp_path):
+    framework("lightning.pytorch")
     from integrations import small_lightning
 
-    start(HERE / "small_lightning.py", tmp_path)
-    for accumulate in (1, 2):
-        first, second = (rank[accumulate] for rank in of_ranks(tmp_path))
-        assert all(torch.equal(p, q) for p, q in zip(first[0], second[0], strict=True))
-        pl.seed_everything(3)
-        weights, rows = small_lightning.logged_training(tmp_path / str(accumulate), accumulate, size=8)
-        assert_close(first[0], weights)
-        assert_logged_alike(first[1], rows)
+    folders = {accumulate: tmp_path / str(accumulate) for accumulate in (1, 2)}
+    assert exit_code(small_lightning.write_of_two_ranks, folders) == 0
+    for accumulate, folder in folders.items():
+        (first, rows), (second, _) = of_ranks(folder)
+        assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
+        one = tmp_path / f"one process {accumulate}"
+        small_lightning.write(one, accumulate, size=8)
+        weights, expected = torch.load(one / "0.pt", weights_only=True)
+        assert_close(first, weights)
+        assert_logged_alike(rows, expected)
