@@ -1,3 +1,4 @@
+import os
 import pathlib
 import pickle
 import re
@@ -27,6 +28,8 @@ from popriskmin.optax import _MASKS, mask_stats, prm, scale_by_population_risk  
 
 # Compiling takes longer than all else here.
 jax.config.update("jax_disable_most_optimizations", True)
+if jax.__version_info__ < (0, 13):  # XLA ends a process with a flag that it does not know
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_num_cpu_devices", 4)  # for arrays that are sharded; all others lie on the first
 
 ROOT = pathlib.Path(__file__).parents[1]
