@@ -28,7 +28,8 @@ def import_first(*modules):
         CONTEXT.set_forkserver_preload(_first)
 
 
-import_first()
+if __name__ == "ranks":  # and not once more, as where pytest looks for doctests, after the files that import more
+    import_first()
 
 
 def _settle(environment):
