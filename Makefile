@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 	$(BIN)/popriskmin compare digits --jobs $(JOBS)
 
 test: lint docs
-	$(BIN)/python -m pytest -n $$(($(JOBS) + 1)) --dist worksteal
+	$(BIN)/python -m pytest -n $$(($(JOBS) + 1)) --dist loadgroup --no-loadscope-reorder
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -33,6 +33,24 @@ HOW = [{"foreach": False}, {"foreach": True}, *([{"fused": True}] if cpu.unusabl
 IMPLEMENTATIONS = HOW + [{**how, "capturable": True} for how in HOW]
 
 
+# What forks: its server, with all frameworks imported, shall stand in one worker alone.
+FORKING = ("run_ranks", "exit_code", "torchrun", "CONTEXT")
+# These take longest and are few: they come early, or one worker would be left alone with them at the end.
+LONG = ("test_in_the_interpreter", "test_under_both_sanitizers", "test_the_sanitizers_would_notice")
+
+
+def pytest_collection_modifyitems(items):
+    """With `--dist loadgroup`, divide the tests among workers by files."""
+    order = {}
+    for item in items:
+        module = vars(getattr(item, "module", None) or object)
+        forks = not module.keys().isdisjoint(FORKING)
+        group = "ranks" if forks else item.name if item.name in LONG else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+        order[item] = 0 if forks else 1 if item.name in LONG else 2
+    items.sort(key=order.get)
+
+
 def pytest_collection_finish():
     gc.enable()
 

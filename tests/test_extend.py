@@ -1,34 +1,32 @@
 """What the page "Your own mask or optimizer" says, from end to end: a mask and an arm by their paths."""
 
-import os
 import pathlib
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import tiny
 
+from popriskmin import cli
 from popriskmin.compare import compare
 from popriskmin.tasks.digits import Digits
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
-def test_the_command_with_two_jobs(tmp_path):
-    """Every process finds the mask and the arm."""
-    command = [
-        sys.executable, "-m", "popriskmin", "compare", tiny.__file__, "--seeds", "1", "--jobs", "2",
-        "--lr", "0.01", "--out", str(tmp_path),
+@pytest.mark.usefixtures("no_pictures")
+def test_the_command_with_two_jobs(tmp_path, monkeypatch, capsys):
+    """Every process finds the mask and the arm in the folder of the command."""
+    monkeypatch.chdir(EXAMPLES)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    arguments = [
+        "compare", tiny.__file__, "--seeds", "1", "--jobs", "2", "--lr", "0.01", "--out", str(tmp_path),
         "--prm", "mask=own_mask:steep", "softness=0.5", "--arm", "masked=own_mask:MaskedSGD", "softness=0.5",
     ]  # fmt: skip
-    paths = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))
-    ran = subprocess.run(
-        command, cwd=EXAMPLES, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert "prm mask=own_mask:steep" in ran.stdout
-    assert "masked" in ran.stdout
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "prm mask=own_mask:steep" in said
+    assert "masked" in said
 
 
 @pytest.mark.usefixtures("no_pictures")

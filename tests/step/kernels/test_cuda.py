@@ -54,7 +54,7 @@ def _small_blocks(monkeypatch):
 
 
 @interpreted
-@settings(max_examples=16)  # each takes half a second in the interpreter
+@settings(max_examples=12)  # each takes half a second in the interpreter
 @given(
     drawn=options(),
     problem=problems,
@@ -78,7 +78,7 @@ def test_agrees_with_the_single_tensor_form(drawn, problem, types, shapes, how):
 
 
 @interpreted
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(drawn=options(), problem=problems, tensor_steps=st.booleans())
 def test_agrees_with_the_float64_reference(drawn, problem, tensor_steps):
     shapes = [(70,), (3, 5)]
