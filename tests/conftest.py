@@ -39,8 +39,10 @@ FORKING = ("run_ranks", "exit_code", "torchrun", "CONTEXT")
 LONG = ("test_in_the_interpreter", "test_under_both_sanitizers", "test_the_sanitizers_would_notice")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """With `--dist loadgroup`, divide the tests among workers by files."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
     order = {}
     for item in items:
         module = vars(getattr(item, "module", None) or object)

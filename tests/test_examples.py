@@ -99,6 +99,8 @@ def test_step_time_prints_ratios(monkeypatch, capsys):
 
     monkeypatch.setattr(step_time, "CASES", {"tiny": lambda: [(4, 4), (4,)]})
     monkeypatch.setitem(step_time.BARS, "tiny", step_time.BARS["GPT-2-like"])
+    for large in ("gpt2_shapes", "smollm2_shapes"):
+        monkeypatch.setattr(step_time, large, lambda: [(64, 128)])
     monkeypatch.setattr(sys, "argv", ["step_time.py", "--threads", "1", "--repeats", "3"])
     step_time.main()
     out = capsys.readouterr().out

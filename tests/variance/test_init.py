@@ -69,6 +69,8 @@ def test_the_benchmark_prints_its_tables(monkeypatch, capsys):
 
     threads = torch.get_num_threads()
     monkeypatch.setattr(benchmark, "DRIFTS", [0.0, 1.0])
+    drifting = benchmark.drifting
+    monkeypatch.setattr(benchmark, "drifting", lambda steps, width: drifting(steps, width // 10))
     monkeypatch.setattr(benchmark, "STEPS", [2, 3])
     monkeypatch.setattr(benchmark, "SETTINGS", [(8, 1e-3)])
     monkeypatch.setattr(benchmark, "transformer", lambda: nn.Sequential(nn.Embedding(256, 4), nn.Linear(4, 256)))
