@@ -33,7 +33,7 @@ def run(params, optimizer, steps, seed):
         optimizer.step()
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     options=options(), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), how=st.sampled_from(HOW)
 )

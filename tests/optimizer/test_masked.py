@@ -47,7 +47,7 @@ def give_gradients(lists, step, scale=1.0):
 
 
 @given(options(), st.sampled_from([1e-4, 1.0]))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_around_adamw_it_is_prm(drawn, scale):
     drawn = {**drawn, "bias_correction": True, "decoupled_weight_decay": True, "variance": "streaming", "shrinkage": 0}
     kept = {name: drawn[name] for name in (*MASK, "mask_decay") if name in drawn}

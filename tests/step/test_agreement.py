@@ -49,7 +49,7 @@ def reference(problem, shapes=SHAPES, **kwargs):
     return built
 
 
-@settings(max_examples=250)
+@settings(max_examples=160)
 @given(options=options(), problem=problems, implementation=st.sampled_from(IMPLEMENTATIONS))
 def test_agrees_with_the_float64_reference(options, problem, implementation):
     weights, optimizer = train(problem, **options, **implementation)
@@ -62,7 +62,7 @@ def test_agrees_with_the_float64_reference(options, problem, implementation):
         assert row["mean_q"] == pytest.approx(expected.q[i].mean(), rel=0, abs=1e-5)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(options=options(), problem=problems, implementation=st.sampled_from(IMPLEMENTATIONS))
 def test_float32_stays_close_to_the_reference(options, problem, implementation):
     weights, _ = train(problem, dtype=torch.float32, **options, **implementation)
@@ -80,7 +80,7 @@ def test_float32_stays_close_to_the_reference(options, problem, implementation):
             np.testing.assert_allclose(w.numpy(), x, rtol=rtol, atol=1e-4 * options["lr"] * problem["steps"])
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(options=options(), problem=problems, tensor_lr=st.booleans(), pair=st.sampled_from(IMPLEMENTATIONS))
 def test_implementations_agree_to_a_few_units_in_the_last_place(options, problem, tensor_lr, pair):
     if tensor_lr:
@@ -147,7 +147,7 @@ def test_mask_eps_is_in_units_of_the_squared_gradient():
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(
     grads=st.lists(st.lists(finite, min_size=3, max_size=3), min_size=1, max_size=5),
     mask=st.sampled_from(["snr", "soft", "hard", "threshold", "none"]),

@@ -41,8 +41,8 @@ def one_thread():
 
 @parametrize_with_checks(
     [
-        PRMClassifier(**SMALL | {"shrinkage": (0.0, 2.0), "learning_rates": (0.03,)}),
-        PRMRegressor(**SMALL | {"shrinkage": (0.0, 2.0), "learning_rates": (0.03,)}),
+        PRMClassifier(**SMALL | {"max_steps": 30, "shrinkage": (0.0, 2.0), "learning_rates": (0.03,)}),
+        PRMRegressor(**SMALL | {"max_steps": 30, "shrinkage": (0.0, 2.0), "learning_rates": (0.03,)}),
     ],
     expected_failed_checks=lambda estimator: EXPECTED,
 )

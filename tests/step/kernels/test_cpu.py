@@ -97,7 +97,7 @@ needs_kernel = pytest.mark.skipif(cpu.unusable() is not None, reason=str(cpu.unu
 
 
 @needs_kernel
-@settings(max_examples=30 if SANITIZED else 120)
+@settings(max_examples=20 if SANITIZED else 100)
 @given(
     options=options(),
     dtype=st.sampled_from(TYPES),
