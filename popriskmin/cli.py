@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import difflib
@@ -13,6 +14,7 @@ import shlex
 import shutil
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if unknown:
                 parser.error(f"unrecognized arguments: {' '.join(unknown)}")
             return _info()
-        with _current_folder_on_the_path():
+        with _current_folder_on_the_path(), _every_interruption():
             return _compare(compare_parser, known)
     except KeyboardInterrupt:
         print("interrupted; finished runs are kept, and the same command goes on from there", file=sys.stderr)
@@ -87,6 +89,24 @@ def _current_folder_on_the_path() -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(here)
+
+
+@contextlib.contextmanager
+def _every_interruption() -> Iterator[None]:
+    """Interrupt again where Ctrl-C falls into code whose exceptions Python only prints."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _info() -> int:

@@ -16,7 +16,7 @@ TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 SHARDS = TORCH >= (2, 13)
 
 # No test may fail because of time; on CI the same examples every time.
-settings.register_profile("suite", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.register_profile("suite", max_examples=60, deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("suite")
 
 # Of some properties the tests under sanitizers, which take several times as long, try fewer examples.

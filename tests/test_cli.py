@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+import types
 
 import pytest
 
@@ -234,6 +236,18 @@ def test_a_task_that_leaves_python_fails_and_the_others_go_on(capsys, tmp_path):
     assert status == 1
     assert err.count("SystemExit: 3") == 2 * 2 * 2
     assert "[12/12]" in err
+
+
+def test_an_interruption_that_python_would_only_print(capsys):
+    def run():
+        with cli._every_interruption():
+            sys.unraisablehook(types.SimpleNamespace(exc_type=KeyboardInterrupt))
+            for _ in range(1000):
+                time.sleep(0.02)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert capsys.readouterr().err == ""
 
 
 def test_an_interruption_before_anything_is_trained(capsys, tmp_path):

@@ -23,7 +23,9 @@ def study(monkeypatch):
     monkeypatch.setattr(one_default, "MASKS", [{"mask": "soft"}])
     monkeypatch.setattr(one_default, "RATES", (1e-2,))
     for name in small:
-        monkeypatch.setattr(type(one_default.runs_of(name).task), "learning_rates", (1e-3, 1e-2))
+        monkeypatch.setattr(
+            type(one_default.runs_of(name).task), "learning_rates", (1e-3, 1e-2) if name == "inr" else (1e-2,)
+        )
         monkeypatch.setattr(type(one_default.runs_of(name).task), "weight_decays", (0.01,))
     return one_default
 

@@ -9,6 +9,7 @@ import os
 import pickle
 import platform
 import re
+import signal
 import sys
 import threading
 import time
@@ -255,6 +256,9 @@ def _work(call: _Call) -> tuple[int, list[Record]]:
     """Make a run, in a worker or in the caller's own process."""
     if os.getppid() == call.caller:
         _die_with(call.caller)
+        # Ctrl-C reaches every process of a terminal. The caller ends its workers itself.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.getpid() != call.caller:
         # The worker may be older than a folder of the path: it serves several comparisons.
         sys.path += [folder for folder in call.path if folder not in sys.path]
