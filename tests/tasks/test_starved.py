@@ -106,7 +106,7 @@ def test_routing_is_blind_to_which_is_which():
 
 def test_the_failure_and_its_remedy():
     """At one learning rate: AdamW learns to route, PRM does not, and does where the router has no mask."""
-    task, excluded = Starved(steps=500), Starved(steps=500, exclude=True)
+    task, excluded = Starved(steps=600), Starved(steps=600, exclude=True)
     routing = {}
     arms = {"adamw": (task, ADAMW), "prm": (task, make_arms()[1]), "excluded": (excluded, make_arms()[1])}
     for name, (task_, arm) in arms.items():
@@ -115,8 +115,8 @@ def test_the_failure_and_its_remedy():
         if name == "prm":
             stats = optimizer.get_mask_stats(by="group")
             assert stats[1]["mean_q"] < 0.2
-    assert routing["adamw"] > 0.9
-    assert routing["excluded"] > 0.9
+    assert routing["adamw"] > 0.95
+    assert routing["excluded"] > 0.95
     assert routing["prm"] < 0.7
 
 

@@ -255,10 +255,7 @@ class _Workers:
 def _work(call: _Call) -> tuple[int, list[Record]]:
     """Make a run, in a worker or in the caller's own process."""
     if os.getppid() == call.caller:
-        _die_with(call.caller)
-        # Ctrl-C reaches every process of a terminal. The caller ends its workers itself.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _belong_to(call.caller)
     if os.getpid() != call.caller:
         # The worker may be older than a folder of the path: it serves several comparisons.
         sys.path += [folder for folder in call.path if folder not in sys.path]
@@ -310,8 +307,13 @@ def _with_file(trace: str, task: Task, file: str) -> str:
 
 
 @functools.cache
-def _die_with(parent: int) -> None:
-    """Watch for the end of the parent, so that a killed comparison leaves no workers."""
+def _belong_to(parent: int) -> None:
+    """Watch for the end of the parent, so that a killed comparison leaves no workers, and leave Ctrl-C to it.
+
+    Ctrl-C reaches every process of a terminal; the parent ends its workers itself.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -370,12 +370,10 @@ static double steps_taken(int64_t address, int type) {
     return type == TYPE_FLOAT64 ? *(const double *)step : (double)*(const float *)step;
 }
 
-static void take_step(int64_t address, int type) {
+/* Count a step, and return the count. */
+static double take_step(int64_t address, int type) {
     void *step = (void *)(intptr_t)address;
-    if (type == TYPE_FLOAT64)
-        *(double *)step += 1;
-    else
-        *(float *)step += 1;
+    return type == TYPE_FLOAT64 ? (*(double *)step += 1) : (double)(*(float *)step += 1);
 }
 
 /* Count the steps up and work out the numbers of each count; returns 0 when memory is short. */
@@ -466,8 +464,7 @@ double prm_count_up(const int64_t *steps, int64_t count, int step_type) {
     double first = NAN;
     int same = 1;
     for (int64_t i = 0; i < count; i++) {
-        take_step(steps[i], step_type);
-        double t = steps_taken(steps[i], step_type);
+        double t = take_step(steps[i], step_type);
         first = i == 0 ? t : first;
         same = same && t == first;
     }
