@@ -30,13 +30,12 @@ def split_names(group: dict[str, Any]) -> dict[str, Any]:
 
 def bump_versions(tensors: list[Tensor]) -> None:
     """Tell autograd that these were written to, so that a graph that saved one of them refuses to go on."""
-    if any(map(Tensor.is_inference, tensors)):
-        tensors = [tensor for tensor in tensors if not tensor.is_inference()]
     if _VERSION >= (2, 6):
-        torch.autograd.graph.increment_version(tensors)
+        torch.autograd.graph.increment_version(tensors)  # which leaves out inference tensors: they have no version
     else:
         for tensor in tensors:
-            tensor.detach().as_strided((0,), (1,)).zero_()  # writing to an empty part of it counts
+            if not tensor.is_inference():
+                tensor.detach().as_strided((0,), (1,)).zero_()  # writing to an empty part of it counts
 
 
 def run_uncompiled(function: Callable[P, R]) -> Callable[P, R]:
