@@ -562,22 +562,24 @@ def _shrunk(w: Array, update: Array, goal: Array, pull: Array, count: Array) -> 
 
 def _measured(state: PopulationRiskState) -> Iterator[tuple[str, dict[str, Array]]]:
     """Yield each parameter's path, and sums over its scalars."""
-    numbers, kind = state.numbers, state.kind
-    variances = jax.tree.leaves(state.var)
-    for (path, m), s in zip(jax.tree.leaves_with_path(state.mu), variances):
-        if m.size == 0:
-            continue
-        c = _corrections(state.count, m.dtype, _logs(numbers), numbers.warmup_steps, kind)
-        signal, noise = _signal_and_noise(m / c.bias1, s / c.bias_var, c, kind)
-        q = _evaluate(signal, noise, c, numbers, kind)
-        noise = noise * numbers.coefficient.astype(m.dtype)
-        each = m.size / signal.size  # a pooled mask stands for every scalar of its tensor
-        sums = {"mean_q": q, "active_fraction": (signal > noise) * 1.0, "signal_sq": signal, "noise_scale": noise}
-        found = {name: value.sum() * each for name, value in sums.items()}
-        yield (
-            jax.tree_util.keystr(path),
-            {**found, "min_q": q.min(), "max_q": q.max(), "parameter_count": m.size},
-        )
+    for (path, m), s in zip(jax.tree.leaves_with_path(state.mu), jax.tree.leaves(state.var)):
+        if m.size > 0:
+            sums = _compiled_sums(m, s, state.count, state.numbers, state.kind)
+            yield jax.tree_util.keystr(path), {**sums, "parameter_count": m.size}
+
+
+def _sums(m: Array, s: Array, count: Array, numbers: MaskNumbers, kind: _Kind) -> dict[str, Array]:
+    c = _corrections(count, m.dtype, _logs(numbers), numbers.warmup_steps, kind)
+    signal, noise = _signal_and_noise(m / c.bias1, s / c.bias_var, c, kind)
+    q = _evaluate(signal, noise, c, numbers, kind)
+    noise = noise * numbers.coefficient.astype(m.dtype)
+    each = m.size / signal.size  # a pooled mask stands for every scalar of its tensor
+    sums = {"mean_q": q, "active_fraction": (signal > noise) * 1.0, "signal_sq": signal, "noise_scale": noise}
+    return {**{name: value.sum() * each for name, value in sums.items()}, "min_q": q.min(), "max_q": q.max()}
+
+
+# Compiled once for each shape; called as it stands, each of its operations would be.
+_compiled_sums: Callable[..., dict[str, Array]] = jax.jit(_sums)
 
 
 def _row(parts: list[dict[str, Array]]) -> dict[str, float]:
