@@ -14,6 +14,7 @@ rows.
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent / "experiments"))
 from studies import Records
+
+from popriskmin.compare.report.statistics import LEVEL, difference
 
 # Written down before anything was trained on them with these estimators. The odd ones were looked at while the
 # estimators were made, the even ones are set aside for the last run. All but the narrow ones have more columns than
@@ -57,9 +61,11 @@ NARROW: dict[str, dict[str, Any]] = {
 TABLES = WIDE | NARROW
 SET_ASIDE = [*list(WIDE)[1::2], *list(NARROW)[1::2]]
 METHODS = ("prm", "boosted trees", "lightgbm", "L1 linear", "tabm", "realmlp", "lassonet")
+TITLES = {"prm": "PRM", "lightgbm": "LightGBM", "tabm": "TabM", "realmlp": "RealMLP", "lassonet": "LassoNet"}
 NEEDS = {"lightgbm": "lightgbm", "realmlp": "pytabkit", "tabm": "pytabkit", "lassonet": "lassonet"}
 MOST_ROWS, LIMIT = 1000, 300  # rows for training; cpu seconds of a process
 SIZES = ((500, 500), (10_000, 1000))
+Losses = dict[tuple[str, str], dict[int, float]]  # by table and method, then by seed
 
 
 def model_of(method: str, classes: int, seed: int) -> Any:
@@ -212,24 +218,56 @@ def _child(words: list[str], threads: int) -> dict[str, Any]:
     return found
 
 
-def report(path: Path) -> None:
-    """Print a table of mean losses and one of mean seconds, over the seeds that every method has."""
-    rows = [row for row in Records(path) if "loss" in row]
-    for title, name in (("Mean test loss", "loss"), ("Mean seconds", "seconds")):
-        print(f"\n{title}\n\n| table | training rows x columns | seeds | {' | '.join(METHODS)} |")
-        print("| --- | --- | ---: |" + " ---: |" * len(METHODS))
-        for table in TABLES:
-            mine = [row for row in rows if row["table"] == table]
-            if not mine:
-                continue
-            cells = []
-            for method in METHODS:
-                values = [row[name] for row in mine if row["method"] == method]
-                cells.append(f"{np.mean(values):.3g}" if values else "")
-            seeds = len({row["seed"] for row in mine})
-            shape = " x ".join(map(str, mine[0]["shape"]))
-            aside = ", set aside" if table in SET_ASIDE else ""
-            print(f"| {table}{aside} | {shape} | {seeds} | {' | '.join(cells)} |")
+def report(folder: Path) -> None:
+    """Write and print the mean losses, and how PRM stands to each of the others."""
+    rows = [row for row in Records(folder / "results.json") if "loss" in row]
+    found: Losses = {}
+    for row in rows:
+        found.setdefault((row["table"], row["method"]), {})[row["seed"]] = row["loss"]
+    shapes = {row["table"]: " x ".join(map(str, row["shape"])) for row in reversed(rows)}  # of the first seed
+    methods = [method for method in METHODS if any(at[1] == method for at in found)]
+    with (folder / "how-it-compares.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["table", "shape", *(TITLES.get(method, method) for method in methods)])
+        writer.writerows([table, shapes[table], *cells(table, methods, found)] for table in TABLES if table in shapes)
+    print((folder / "how-it-compares.csv").read_text())
+    for method in methods:
+        mine = [row for row in rows if row["method"] == method]
+        print(f"{method}: {np.mean([row['cpu_seconds'] for row in mine]):.3g} s of cpu, mean of {len(mine)} fits")
+        if method != "prm":
+            print(f"  {against(method, found)}")
+
+
+def cells(table: str, methods: Sequence[str], found: Losses) -> Iterator[str]:
+    """Yield the mean loss of each method, the lowest of those with most seeds in bold, others with their seeds."""
+    mine = {method: list(found[table, method].values()) for method in methods if (table, method) in found}
+    most = max(map(len, mine.values()))
+    lowest = min(np.mean(values) for values in mine.values() if len(values) == most)
+    for method in methods:
+        if method not in mine:
+            yield ""
+        elif len(mine[method]) < most:
+            yield f"{np.mean(mine[method]):.3g} ({len(mine[method])} of {most})"
+        else:
+            mean = np.mean(mine[method])
+            yield f"**{mean:.3g}**" if mean == lowest else f"{mean:.3g}"
+
+
+def against(rival: str, found: Losses) -> str:
+    """Return how PRM stands to another method on the wide tables, by the seeds that both have."""
+    means, verdicts = [], []
+    for table in WIDE:
+        ours, theirs = found.get((table, "prm"), {}), found.get((table, rival), {})
+        both = sorted(ours.keys() & theirs.keys())
+        if both:
+            means.append([np.mean([losses[seed] for seed in both]) for losses in (ours, theirs)])
+        if len(both) > 1:
+            apart = difference({seed: ours[seed] for seed in both}, {seed: theirs[seed] for seed in both})
+            clear = apart.p is not None and apart.p < LEVEL
+            verdicts.append("unclear" if not clear else "better" if apart.mean < 0 else "worse")
+    prm, other = np.mean(means, axis=0) if means else (np.nan, np.nan)
+    counts = ", ".join(f"{verdicts.count(word)} {word}" for word in ("better", "unclear", "worse"))
+    return f"{len(means)} wide tables: mean loss of prm {prm:.3f}, of {rival} {other:.3f}; prm is clearly {counts}"
 
 
 def main() -> None:
@@ -255,7 +293,7 @@ def main() -> None:
             records.save()
             print(records[-1], flush=True)
     else:
-        report(args.out / "results.json")
+        report(args.out)
 
 
 if __name__ == "__main__":

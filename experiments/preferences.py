@@ -33,7 +33,7 @@ from popriskmin.tasks.dpo_pairs import Pairs, log_probabilities
 RUNS = Path("docs/results/shrinkage/preferences.jsonl")
 SEEDS = range(3)
 SHARES = (0.3, 0.0, 0.4)
-RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 LINEAR = ["queries_keys_values", "mix", "feed_forward.1", "feed_forward.3"]
 
 
