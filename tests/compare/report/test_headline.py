@@ -71,10 +71,9 @@ def test_the_committed_tables_in_words():
         "stopped early, prm is ahead of adamw, not proven (0.0911 against 0.0986)."
     )
     assert found["table-wine"] == (
-        "Best on this page is boosted trees, test loss 0.0792, and no network beats it (prm "
-        "mask=soft, the best of them: "
-        "0.117, the difference not proven); tuned and stopped early, prm mask=soft takes the network from 0.866 with "
-        "adamw to 0.117 (p = 0.038)."
+        "Best on this page is boosted trees, test loss 0.0792, and no network beats it (prm shrinkage=2, the best of "
+        "them: 0.0917, the difference not proven); tuned and stopped early, prm shrinkage=2 takes the network from "
+        "0.845 with adamw to 0.0917 (p = 0.014)."
     )
 
 
