@@ -38,13 +38,17 @@ def prm_cls_and_kwargs(args: TrainingArguments, **options: Any) -> tuple[Any, di
     args
         Gives the learning rate, both betas, epsilon and the weight decay.
     options
-        Arguments of `PRM`, which take precedence over these.
+        Arguments of `PRM`, which take precedence over these. Beside `n_dataset`, the number of training examples, a
+        `batch_size` is not needed: it is what one step averages over, on all devices, with accumulation.
 
     Examples
     --------
     >>> cls, kwargs = prm_cls_and_kwargs(TrainingArguments(learning_rate=1e-3, report_to="none"), softness=3.0)
     >>> kwargs["lr"], kwargs["softness"], kwargs["betas"]
     (0.001, 3.0, (0.9, 0.999))
+    >>> args = TrainingArguments(per_device_train_batch_size=4, gradient_accumulation_steps=8, report_to="none")
+    >>> prm_cls_and_kwargs(args, shrinkage=3.0, shrink_to="start", n_dataset=1000)[1]["batch_size"]
+    32
     """
     return _Factory, _options(args, options)
 
@@ -68,6 +72,8 @@ def prm_optimizer(model: nn.Module, args: TrainingArguments, **options: Any) -> 
 
 def _options(args: TrainingArguments, options: dict[str, Any]) -> dict[str, Any]:
     own = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if options.get("n_dataset") is not None:
+        own["batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {**own, "weight_decay": args.weight_decay, **options}
 
 

@@ -9,7 +9,7 @@ from frameworks import framework
 from ranks import exit_code, import_first
 from torch import nn
 
-from popriskmin import PRM, RiskMonitor
+from popriskmin import PRM, RiskMonitor, apply_patch, patch, patch_size
 
 transformers = framework("transformers")
 framework("accelerate")
@@ -74,6 +74,24 @@ def test_options_come_before_the_arguments_and_frozen_parameters_are_left_out(tm
         (0.3, 2.0, 0.5), (0.3, 2.0, 0.0),
     ]  # fmt: skip
     assert not any("embed" in name for group in found.param_groups for name in group["param_names"])
+
+
+def test_a_fine_tuning_to_the_start_is_a_patch_and_knows_its_batch(tmp_path):
+    args = arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    how = {"shrinkage": 2.0, "shrink_to": "start", "n_dataset": len(data())}
+    one = transformers.Trainer(
+        model(), args, train_dataset=data(), optimizer_cls_and_kwargs=prm_cls_and_kwargs(args, **how)
+    )
+    one.train()
+    assert {group["batch_size"] for group in one.optimizer.param_groups} == {4}
+    learnt, restored = patch(one.optimizer), model()
+    assert 0 < patch_size(learnt).changed < patch_size(learnt).scalars
+    apply_patch(restored, learnt)
+    tuned = one.model.state_dict()
+    assert all(torch.equal(tensor, tuned[name]) for name, tensor in restored.state_dict().items())
+    given = prm_cls_and_kwargs(args, **how, batch_size=3)[1]
+    assert given["batch_size"] == 3
+    assert "batch_size" not in prm_cls_and_kwargs(args)[1]
 
 
 def test_logs_reach_the_history_and_tensorboard(tmp_path):
