@@ -67,8 +67,8 @@ def test_on_what_is_committed(path):
 def test_the_committed_tables_in_words():
     found = {name: headline(*read(RESULTS / name / "results.json")) for name in ("table", "table-wine")}
     assert found["table"] == (
-        "Best on this page is prm, test loss 0.0911, ahead of adamw (0.0986, the difference not proven); tuned and "
-        "stopped early, prm is ahead of adamw, not proven (0.0911 against 0.0986)."
+        "Best on this page is adamw-l1-0.01, test loss 0.088, ahead of prm (0.0911, the difference not proven); tuned "
+        "and stopped early, prm is ahead of adamw, not proven (0.0911 against 0.103)."
     )
     assert found["table-wine"] == (
         "Best on this page is boosted trees, test loss 0.0792, and no network beats it (prm shrinkage=2, the best of "
