@@ -1,6 +1,6 @@
 """Fine-tuning on preferences of which a share is swapped: accuracy, drift, and how large what was learnt is.
 
-    python experiments/preferences.py run       # two hours on a core; resumes after a kill
+    python experiments/preferences.py run       # three hours on a core; resumes after a kill
     python experiments/preferences.py report    # a table, and docs/results/shrinkage/preferences.csv
 
 The task is `popriskmin compare dpo`'s small transformer. Every arm has the learning rates of `RATES` and the strengths
@@ -174,7 +174,8 @@ def run(shares: Sequence[float], path: Path) -> None:
             continue
         figures = train(job, Dpo(swapped=job.share))
         with path.open("a") as file:
-            file.write(json.dumps({"job": job.key, **figures}) + "\n")
+            rounded = {name: round(value, 6) for name, value in figures.items()}
+            file.write(json.dumps({"job": job.key, **rounded}) + "\n")
         print(*job.key, f"{figures['accuracy']:.3f}", flush=True)
 
 
