@@ -33,7 +33,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).parent.parent / "experiments"))
 from studies import Records
 
-from popriskmin.compare.report.statistics import LEVEL, difference
+from popriskmin.compare.report.statistics import FEWEST_SEEDS, LEVEL, difference
 
 # Written down before anything was trained on them with these estimators. The odd ones were looked at while the
 # estimators were made, the even ones are set aside for the last run. All but the narrow ones have more columns than
@@ -261,13 +261,14 @@ def against(rival: str, found: Losses) -> str:
         both = sorted(ours.keys() & theirs.keys())
         if both:
             means.append([np.mean([losses[seed] for seed in both]) for losses in (ours, theirs)])
-        if len(both) > 1:
+        if len(both) >= FEWEST_SEEDS:
             apart = difference({seed: ours[seed] for seed in both}, {seed: theirs[seed] for seed in both})
             clear = apart.p is not None and apart.p < LEVEL
             verdicts.append("unclear" if not clear else "better" if apart.mean < 0 else "worse")
     prm, other = np.mean(means, axis=0) if means else (np.nan, np.nan)
-    counts = ", ".join(f"{verdicts.count(word)} {word}" for word in ("better", "unclear", "worse"))
-    return f"{len(means)} wide tables: mean loss of prm {prm:.3f}, of {rival} {other:.3f}; prm is clearly {counts}"
+    counts = ", ".join(f"{word} on {verdicts.count(word)}" for word in ("better", "unclear", "worse"))
+    said = f"; of {len(verdicts)} with {FEWEST_SEEDS} seeds prm is clearly {counts}" if verdicts else ""
+    return f"{len(means)} wide tables: mean loss of prm {prm:.3f}, of {rival} {other:.3f}{said}"
 
 
 def main() -> None:
