@@ -101,6 +101,11 @@ def runs_of(name: str) -> TaskRuns:
     return TaskRuns(name, task, make_jobs(list(source.arms), source.rates, [DECAY], SEEDS))
 
 
+def has_own(name: str) -> bool:
+    """Return whether AdamW and PRM are arms of the study itself."""
+    return set(OWN) <= set(SOURCES[name].arms)
+
+
 def committed(name: str, metric: str, results: Path) -> dict[str, Any]:
     """Return AdamW's and PRM's figures by selection, of the seeds of this study."""
     found = json.loads((results / name / "results.json").read_text())
@@ -122,7 +127,7 @@ def judge(name: str, runs: Sequence[Run], results: Path) -> dict[str, Any]:
     """Return what each arm reached, by selection; None where it diverged at every rate."""
     metrics = runs_of(name).task.metrics
     metric, direction = next(iter(metrics.items()))
-    arms = {} if set(OWN) <= set(SOURCES[name].arms) else committed(name, metric, results)
+    arms = {} if has_own(name) else committed(name, metric, results)
     for arm in SOURCES[name].arms:
         arms[arm.name] = {}
         for selection in SELECTIONS:
