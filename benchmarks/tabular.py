@@ -255,20 +255,27 @@ def cells(table: str, methods: Sequence[str], found: Losses) -> Iterator[str]:
 
 def against(rival: str, found: Losses) -> str:
     """Return how PRM stands to another method on the wide tables, by the seeds that both have."""
-    means, verdicts = [], []
+    means, verdicts = {}, []
     for table in WIDE:
         ours, theirs = found.get((table, "prm"), {}), found.get((table, rival), {})
         both = sorted(ours.keys() & theirs.keys())
         if both:
-            means.append([np.mean([losses[seed] for seed in both]) for losses in (ours, theirs)])
+            means[table] = [np.mean([losses[seed] for seed in both]) for losses in (ours, theirs)]
         if len(both) >= FEWEST_SEEDS:
             apart = difference({seed: ours[seed] for seed in both}, {seed: theirs[seed] for seed in both})
             clear = apart.p is not None and apart.p < LEVEL
             verdicts.append("unclear" if not clear else "better" if apart.mean < 0 else "worse")
-    prm, other = np.mean(means, axis=0) if means else (np.nan, np.nan)
-    counts = ", ".join(f"{word} on {verdicts.count(word)}" for word in ("better", "unclear", "worse"))
-    said = f"; of {len(verdicts)} with {FEWEST_SEEDS} seeds prm is clearly {counts}" if verdicts else ""
-    return f"{len(means)} wide tables: mean loss of prm {prm:.3f}, of {rival} {other:.3f}{said}"
+    said = []
+    for name, tables in (
+        ("wide tables", list(means)),
+        ("of them set aside", [one for one in means if one in SET_ASIDE]),
+    ):
+        prm, other = np.mean([means[one] for one in tables], axis=0) if tables else (np.nan, np.nan)
+        said.append(f"{len(tables)} {name}: mean loss of prm {prm:.3f}, of {rival} {other:.3f}")
+    if verdicts:
+        counts = ", ".join(f"{word} on {verdicts.count(word)}" for word in ("better", "unclear", "worse"))
+        said.append(f"of {len(verdicts)} with {FEWEST_SEEDS} seeds prm is clearly {counts}")
+    return "; ".join(said)
 
 
 def main() -> None:
