@@ -33,8 +33,6 @@ import numpy as np
 sys.path.append(str(Path(__file__).parent.parent / "experiments"))
 from studies import Records
 
-from popriskmin.compare.report.statistics import FEWEST_SEEDS, LEVEL, difference
-
 # Written down before anything was trained on them with these estimators. The odd ones were looked at while the
 # estimators were made, the even ones are set aside for the last run. All but the narrow ones have more columns than
 # rows for training, once categories are columns, where need be by taking few rows.
@@ -241,37 +239,40 @@ def report(folder: Path) -> None:
 def cells(table: str, methods: Sequence[str], found: Losses) -> Iterator[str]:
     """Yield the mean loss of each method, the lowest of those with most seeds in bold, others with their seeds."""
     mine = {method: list(found[table, method].values()) for method in methods if (table, method) in found}
+    means = {method: np.mean(values) for method, values in mine.items()}
     most = max(map(len, mine.values()))
-    lowest = min(np.mean(values) for values in mine.values() if len(values) == most)
+    lowest = min(means[method] for method, values in mine.items() if len(values) == most)
     for method in methods:
         if method not in mine:
             yield ""
         elif len(mine[method]) < most:
-            yield f"{np.mean(mine[method]):.3g} ({len(mine[method])} of {most})"
+            yield f"{means[method]:.3g} ({len(mine[method])} of {most})"
         else:
-            mean = np.mean(mine[method])
-            yield f"**{mean:.3g}**" if mean == lowest else f"{mean:.3g}"
+            yield f"**{means[method]:.3g}**" if means[method] == lowest else f"{means[method]:.3g}"
 
 
 def against(rival: str, found: Losses) -> str:
     """Return how PRM stands to another method on the wide tables, by the seeds that both have."""
+    from one_default import verdict  # not above, where every process that is measured would load it
+
+    from popriskmin.compare.report.statistics import FEWEST_SEEDS
+
     means, verdicts = {}, []
     for table in WIDE:
         ours, theirs = found.get((table, "prm"), {}), found.get((table, rival), {})
-        both = sorted(ours.keys() & theirs.keys())
+        both = ours.keys() & theirs.keys()
         if both:
             means[table] = [np.mean([losses[seed] for seed in both]) for losses in (ours, theirs)]
         if len(both) >= FEWEST_SEEDS:
-            apart = difference({seed: ours[seed] for seed in both}, {seed: theirs[seed] for seed in both})
-            clear = apart.p is not None and apart.p < LEVEL
-            verdicts.append("unclear" if not clear else "better" if apart.mean < 0 else "worse")
+            verdicts.append(verdict(ours, theirs, "min"))
     said = []
     for name, tables in (
         ("wide tables", list(means)),
         ("of them set aside", [one for one in means if one in SET_ASIDE]),
     ):
-        prm, other = np.mean([means[one] for one in tables], axis=0) if tables else (np.nan, np.nan)
-        said.append(f"{len(tables)} {name}: mean loss of prm {prm:.3f}, of {rival} {other:.3f}")
+        if tables:
+            prm, other = np.mean([means[one] for one in tables], axis=0)
+            said.append(f"{len(tables)} {name}: mean loss of prm {prm:.3f}, of {rival} {other:.3f}")
     if verdicts:
         counts = ", ".join(f"{word} on {verdicts.count(word)}" for word in ("better", "unclear", "worse"))
         said.append(f"of {len(verdicts)} with {FEWEST_SEEDS} seeds prm is clearly {counts}")
