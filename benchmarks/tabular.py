@@ -237,7 +237,7 @@ def report(folder: Path) -> None:
 
 
 def cells(table: str, methods: Sequence[str], found: Losses) -> Iterator[str]:
-    """Yield the mean loss of each method, the lowest of those with most seeds in bold, others with their seeds."""
+    """Yield the mean loss of each method, the lowest of those with most seeds in bold, others with theirs."""
     mine = {method: list(found[table, method].values()) for method in methods if (table, method) in found}
     means = {method: np.mean(values) for method, values in mine.items()}
     most = max(map(len, mine.values()))
@@ -246,7 +246,7 @@ def cells(table: str, methods: Sequence[str], found: Losses) -> Iterator[str]:
         if method not in mine:
             yield ""
         elif len(mine[method]) < most:
-            yield f"{means[method]:.3g} ({len(mine[method])} of {most})"
+            yield f"{means[method]:.3g} ({len(mine[method])})"
         else:
             yield f"**{means[method]:.3g}**" if means[method] == lowest else f"{means[method]:.3g}"
 
