@@ -6,9 +6,9 @@
     python benchmarks/tabular.py report
 
 Three quarters of a table's rows, at most 1,000, are for training, the rest for the test. Each fit is a process of its
-own, so that its memory is its own; seconds are those of `fit` and `predict`, and a process ends after 300 of the
-processor's. The loss is the cross entropy in nats, of a number the squared error over the variance among the training
-rows.
+own, so that its memory is its own; seconds are those of `fit` and `predict`, and a process ends after so many of the
+processor's as `--limit` says. The loss is the cross entropy in nats, of a number the squared error over the variance
+among the training rows.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 sys.path.append(str(Path(__file__).parent.parent / "experiments"))
 from studies import Records
@@ -56,12 +57,17 @@ NARROW: dict[str, dict[str, Any]] = {
     "concrete": {"data": "modeldata/concrete", "target": "compressive_strength"},
     "credit_data": {"data": "modeldata/credit_data", "target": "Status"},
 }
-TABLES = WIDE | NARROW
+# Tables of `experiments/tables.py` with columns that say nothing; its rows for validation are for training here.
+PROBED: dict[str, dict[str, Any]] = {
+    f"{name} + 500": {"study": name, "probes": 500}
+    for name in ("breast_cancer", "wine", "cells", "diabetes", "hitters", "iris", "concrete", "leaf_id_flavia")
+}
+TABLES = WIDE | NARROW | PROBED
 SET_ASIDE = [*list(WIDE)[1::2], *list(NARROW)[1::2]]
 METHODS = ("prm", "boosted trees", "lightgbm", "L1 linear", "tabm", "realmlp", "lassonet")
 TITLES = {"prm": "PRM", "lightgbm": "LightGBM", "tabm": "TabM", "realmlp": "RealMLP", "lassonet": "LassoNet"}
 NEEDS = {"lightgbm": "lightgbm", "realmlp": "pytabkit", "tabm": "pytabkit", "lassonet": "lassonet"}
-MOST_ROWS, LIMIT = 1000, 300  # rows for training; cpu seconds of a process
+MOST_ROWS = 1000  # for training
 SIZES = ((500, 500), (10_000, 1000))
 Losses = dict[tuple[str, str], dict[int, float]]  # by table and method, then by seed
 
@@ -107,6 +113,13 @@ def divide(table: str, seed: int) -> tuple[Any, ...]:
     from popriskmin.tasks.table_data import CLASSIFICATION, read_table
 
     options = dict(TABLES[table])
+    if study := options.pop("study", None):
+        from tables_data import make_task
+
+        prepared = make_task(study, options["probes"], Path("runs/tables")).prepare(seed)
+        training, validation, test = ([part.numpy() for part in pair] for pair in prepared[:3])
+        x, y = (np.concatenate(parts) for parts in zip(training, validation))
+        return pd.DataFrame(x), y, pd.DataFrame(test[0]), test[1], prepared.classifies
     rows = options.pop("rows", round(MOST_ROWS / 0.75))
     if made := options.pop("made", None):
         from tables_data import make_task
@@ -197,19 +210,20 @@ def run(args: argparse.Namespace) -> None:
                 absent = method in NEEDS and importlib.util.find_spec(NEEDS[method]) is None
                 if absent or records.find(table=table, seed=seed, method=method):
                     continue
-                found = _child(["one", "--tables", table, "--seeds", str(seed), "--methods", method], args.threads)
+                found = _child(["one", "--tables", table, "--seeds", str(seed), "--methods", method], args)
                 records.append({"table": table, "seed": seed, "method": method, "threads": args.threads} | found)
                 records.save()
                 print(records[-1], flush=True)
 
 
-def _child(words: list[str], threads: int) -> dict[str, Any]:
-    environment = os.environ | {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+def _child(words: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    words = [*words, "--limit", str(args.limit)]
+    environment = os.environ | {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     done = subprocess.run(  # noqa: S603 - this file, with words of its own
         [sys.executable, __file__, *words], capture_output=True, text=True, env=environment
     )
     if done.returncode == -signal.SIGXCPU:
-        return {"error": f"took more than {LIMIT} s of cpu"}
+        return {"error": f"took more than {args.limit} s of cpu"}
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else str(done.returncode)}
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -252,13 +266,19 @@ def cells(table: str, methods: Sequence[str], found: Losses) -> Iterator[str]:
 
 
 def against(rival: str, found: Losses) -> str:
-    """Return how PRM stands to another method on the wide tables, by the seeds that both have."""
+    """Return how PRM stands to another method, on the wide tables and on those with columns that say nothing."""
+    found_by = {"wide tables": WIDE, "tables with 500 columns that say nothing": PROBED}
+    return "; ".join(part for name, tables in found_by.items() for part in standing(rival, name, list(tables), found))
+
+
+def standing(rival: str, title: str, tables: Sequence[str], found: Losses) -> list[str]:
+    """Return the mean losses of PRM and another method and the verdicts, by the seeds that both have."""
     from one_default import verdict  # not above, where every process that is measured would load it
 
     from popriskmin.compare.report.statistics import FEWEST_SEEDS
 
     means, verdicts = {}, []
-    for table in WIDE:
+    for table in tables:
         ours, theirs = found.get((table, "prm"), {}), found.get((table, rival), {})
         both = ours.keys() & theirs.keys()
         if both:
@@ -266,17 +286,14 @@ def against(rival: str, found: Losses) -> str:
         if len(both) >= FEWEST_SEEDS:
             verdicts.append(verdict(ours, theirs, "min"))
     said = []
-    for name, tables in (
-        ("wide tables", list(means)),
-        ("of them set aside", [one for one in means if one in SET_ASIDE]),
-    ):
-        if tables:
-            prm, other = np.mean([means[one] for one in tables], axis=0)
-            said.append(f"{len(tables)} {name}: mean loss of prm {prm:.3f}, of {rival} {other:.3f}")
+    for name, some in ((title, list(means)), ("of them set aside", [one for one in means if one in SET_ASIDE])):
+        if some:
+            prm, other = np.mean([means[one] for one in some], axis=0)
+            said.append(f"{len(some)} {name}: mean loss of prm {prm:.3f}, of {rival} {other:.3f}")
     if verdicts:
         counts = ", ".join(f"{word} on {verdicts.count(word)}" for word in ("better", "unclear", "worse"))
         said.append(f"of {len(verdicts)} with {FEWEST_SEEDS} seeds prm is clearly {counts}")
-    return "; ".join(said)
+    return said
 
 
 def main() -> None:
@@ -287,11 +304,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=5, help="how many; of one, which")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--limit", type=int, default=300, help="seconds of the processor that a fit may take")
     parser.add_argument("--out", type=Path, default=Path("docs/results/tabular"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.action == "one":
-        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 10))
+        resource.setrlimit(resource.RLIMIT_CPU, (args.limit, args.limit + 10))
         print(json.dumps(fit(args.tables[0], args.seeds, args.methods[0])))
     elif args.action == "run":
         run(args)

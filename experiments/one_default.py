@@ -9,25 +9,26 @@ trained to the last step. It is held against AdamW as torch sets it (learning ra
 decay 0.01), and against AdamW tuned on validation data over the task's whole grid. One
 half of the tasks chooses the candidate, the other tells what it is worth. Runs are
 those of `popriskmin compare`, in the same form: what a comparison has left in
-`runs/default/TASK` is not made again.
+`runs/default/TASK` is not made again. `run --masks shrinkage` makes the runs of the
+candidates with that option alone; what they lack of the others, `report` takes from the
+results that are there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from task_runs import TaskRuns, make_parser, present, task_named
+from task_runs import TaskRuns, make_parser, task_named
 
-from popriskmin.compare import Task
 from popriskmin.compare.report.run_summary import Choice, Run, choose, chosen_runs
 from popriskmin.compare.report.statistics import FEWEST_SEEDS, LEVEL, difference
 from popriskmin.compare.training.arms import ADAMW, Arm, make_arms
-from popriskmin.compare.training.runner import Job, make_jobs
+from popriskmin.compare.training.runner import make_jobs
 from popriskmin.compare.training.store import write_whole
 
 SEEDS = range(5)
@@ -40,6 +41,9 @@ MASKS: list[dict[str, Any]] = [
     {"mask": "threshold", "softness": 1},
     {"mask": "threshold", "softness": 4},
     {"mask": "threshold", "softness": 9},
+    {"shrinkage": 0.5},
+    {"shrinkage": 1},
+    {"mask": "none", "shrinkage": 0.5},
 ]
 
 
@@ -50,6 +54,7 @@ class Source:
     task: str
     options: Mapping[str, Any]
     chosen_on: bool
+    drawn: int | None = None  # examples in a training, where each is new and there is no number for `n_dataset`
 
 
 # Written down before anything was trained: each half has images, a table, many inputs
@@ -58,7 +63,7 @@ SOURCES = {
     "digits": Source("digits", {}, True),
     "sparse": Source("sparse", {}, True),
     "breast cancer, 500 probes": Source("table", {"data": "breast_cancer", "probes": 500}, True),
-    "text": Source("text", {}, True),
+    "text": Source("text", {}, True, drawn=12_800),
     "pinn": Source("pinn", {}, True),
     "label-noise": Source("label-noise", {}, False),
     "wine, 500 probes": Source("table", {"data": "wine", "probes": 500}, False),
@@ -70,22 +75,23 @@ SOURCES = {
 WIDE = ("sparse", "breast cancer, 500 probes", "wine, 500 probes")
 
 
-def runs_of(name: str) -> TaskRuns:
-    """Return all runs of a task."""
-    task = task_named(SOURCES[name].task, SOURCES[name].options)
-    return TaskRuns(name, task, jobs_of(task))
-
-
 def candidates() -> list[Arm]:
     """Return the arms of PRM, named as `popriskmin compare` names them."""
     return [arm for arm in make_arms(MASKS) if arm.kind == "prm"]
 
 
-def jobs_of(task: Task) -> list[Job]:
-    """Return AdamW's runs, over the whole grid and with torch's defaults, and the candidates'."""
-    tuned = make_jobs([ADAMW], task.learning_rates, task.weight_decays, SEEDS)
+def parts_of(name: str) -> dict[str, TaskRuns]:
+    """Return the runs of a task: AdamW's, over its whole grid and with torch's defaults, and each candidate's."""
+    source = SOURCES[name]
+    task = task_named(source.task, source.options)
     plain = make_jobs([ADAMW], [ADAMW_RATE], [DECAY], SEEDS)
-    return list(dict.fromkeys([*tuned, *plain, *make_jobs(candidates(), RATES, [DECAY], SEEDS)]))
+    tuned = make_jobs([ADAMW], task.learning_rates, task.weight_decays, SEEDS)
+    jobs = {ADAMW.name: list(dict.fromkeys([*tuned, *plain]))}
+    for arm in candidates():
+        if source.drawn and arm.options.get("shrinkage"):
+            arm = dataclasses.replace(arm, options={**arm.options, "n_dataset": source.drawn})
+        jobs[arm.name] = make_jobs([arm], RATES, [DECAY], SEEDS)
+    return {part: TaskRuns(name, task, mine) for part, mine in jobs.items()}
 
 
 def values_of(runs: Sequence[Run], arm: str, lr: float, decay: float, metric: str) -> dict[int, float]:
@@ -97,32 +103,59 @@ def values_of(runs: Sequence[Run], arm: str, lr: float, decay: float, metric: st
     return found
 
 
-def judge(name: str, runs: Sequence[Run]) -> dict[str, Any]:
-    """Return the results of AdamW and of each candidate on a task, with statements."""
-    metrics = runs_of(name).task.metrics
+def adamw_results(name: str, runs: Sequence[Run]) -> dict[str, Any]:
+    """Return what AdamW reaches on a task with torch's defaults, and tuned."""
+    metrics = task_named(SOURCES[name].task, SOURCES[name].options).metrics
     metric, direction = next(iter(metrics.items()))
-    tuned_at, _ = choose([one for one in runs if one.job.arm == ADAMW], "final", metrics)
+    tuned_at, _ = choose(runs, "final", metrics)
     if tuned_at is None:
         raise SystemExit(f"{name}: AdamW diverged at every configuration")
     plain = values_of(runs, ADAMW.name, ADAMW_RATE, DECAY, metric)
     tuned = values_of(runs, ADAMW.name, tuned_at.lr, tuned_at.weight_decay, metric)
-    found: dict[str, Any] = {
+    return {
         "task": name,
         "metric": metric,
         "direction": direction,
         "chosen on": SOURCES[name].chosen_on,
         "adamw": {"values": list(plain.values())},
         "adamw tuned": {"values": list(tuned.values()), "lr": tuned_at.lr, "weight_decay": tuned_at.weight_decay},
-        "candidates": {},
     }
+
+
+def judge(name: str, runs: Mapping[str, Sequence[Run] | None], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the results of AdamW and of each candidate on a task, with statements.
+
+    Parameters
+    ----------
+    runs
+        Of each part of `parts_of`; None where some are missing.
+    before
+        Results of the task that are there already and stand in for missing runs; may be empty.
+
+    Raises
+    ------
+    LookupError
+        Where neither has a part.
+    """
+    mine = runs[ADAMW.name]
+    if mine is None and not before:
+        raise LookupError(ADAMW.name)
+    found = (dict(before) if mine is None else adamw_results(name, mine)) | {"candidates": {}}
+    known = before.get("candidates", {})
+    rivals = {rival: dict(zip(SEEDS, found[rival]["values"])) for rival in ("adamw", "adamw tuned")}
     for arm in candidates():
         for lr in RATES:
-            mine = values_of(runs, arm.name, lr, DECAY, metric)
-            found["candidates"][f"{arm.name} at {lr:g}"] = {
-                "values": list(mine.values()),
-                "against adamw": verdict(mine, plain, direction),
-                "against adamw tuned": verdict(mine, tuned, direction),
+            title, mine = f"{arm.name} at {lr:g}", runs[arm.name]
+            if mine is not None:
+                values = values_of(mine, arm.name, lr, DECAY, found["metric"])
+            elif title in known:
+                values = dict(zip(SEEDS, known[title]["values"]))
+            else:
+                raise LookupError(title)
+            verdicts = {
+                f"against {rival}": verdict(values, theirs, found["direction"]) for rival, theirs in rivals.items()
             }
+            found["candidates"][title] = {"values": list(values.values())} | verdicts
     return found
 
 
@@ -160,9 +193,20 @@ def rank(found: Mapping[str, Any]) -> tuple[int, int]:
     return found["better than adamw"] + found["not worse than adamw tuned"], found["better than adamw tuned"]
 
 
+def judged_tasks(folder: Path, before: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the results of the tasks of which runs or results are there, and say which are left out."""
+    for name in SOURCES:
+        runs = {part: its.read(folder) for part, its in parts_of(name).items()}
+        try:
+            yield judge(name, runs, before.get(name, {}))
+        except LookupError as error:
+            print(f"{name}: runs of {error} are missing, so it is left out")
+
+
 def report(folder: Path, out: Path) -> None:
     """Write `results.json` for the tasks whose runs are all there, and print the tables."""
-    judged = [judge(name, runs) for name, runs in present(map(runs_of, SOURCES), folder)]
+    there = json.loads((out / "results.json").read_text())["tasks"] if (out / "results.json").exists() else []
+    judged = list(judged_tasks(folder, {one["task"]: one for one in there}))
     halves = {half: [one for one in judged if one["chosen on"] == half] for half in (True, False)}
     names = [f"{arm.name} at {lr:g}" for arm in candidates() for lr in RATES]
     scores = {name: {"chosen on": score(halves[True], name), "tested on": score(halves[False], name)} for name in names}
@@ -208,12 +252,16 @@ def task_table(judged: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
 
 def main() -> None:
     """Run what is missing, or report what is there."""
-    args = make_parser("Which PRM a newcomer should start from.", list(SOURCES), "default").parse_args()
-    if args.action == "run":
-        for name in args.tasks:
-            runs_of(name).make(args.runs, args.jobs)
-    else:
+    parser = make_parser("Which PRM a newcomer should start from.", list(SOURCES), "default")
+    parser.add_argument("--masks", default="", help="of run: candidates whose name has this word, without AdamW")
+    args = parser.parse_args()
+    if args.action == "report":
         report(args.runs, args.out)
+        return
+    for name in args.tasks:
+        for part, runs in parts_of(name).items():
+            if not args.masks or (part != ADAMW.name and args.masks in part):
+                runs.make(args.runs, args.jobs)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,12 @@ NINTH = [
     dataclasses.replace(SIXTH[1], name="adamw, decoupled L1, stronger", decays=(3.0, 10.0)),
     dataclasses.replace(SIXTH[2], name="snr, decoupled L1, stronger", decays=(3.0, 10.0)),
 ]
-GROUPS = (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH, EIGHTH, NINTH)
+BOUNDS = (0.25, 0.5, 0.75)
+TENTH = [
+    _shrunk("snr, bounded shrinkage of both layers", "bounded shrinkage of all", BOUNDS),
+    _shrunk("snr, bounded shrinkage", "bounded shrinkage", BOUNDS),
+]
+GROUPS = (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH, EIGHTH, NINTH, TENTH)
 ARMS = {arm.name: arm for group in GROUPS for arm in group}
 REFERENCES = "references"
 PACKED = "runs.jsonl.gz"

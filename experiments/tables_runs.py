@@ -25,6 +25,8 @@ from popriskmin.tasks.table import Table
 functional = nn.functional
 
 LOOKS = (0.1, 0.3, 1.0)  # shares of the steps after which it is noted how open the masks are
+MOST = 3.0  # standard errors, of a shrinkage with a bound
+SMALLEST = torch.finfo(torch.float32).tiny
 CACHED = 50_000  # scalars that are worked on at a time, so that they stay in the cache
 
 
@@ -43,7 +45,8 @@ class Arm:
     axis
         What is tuned beside the rate: "decay", the weight decay; or, without a decay and on the first layer alone,
         "l1", the weight of the absolute values in the loss; "decoupled l1", by how much of a rate each weight is
-        drawn to zero after a step; "shrinkage", PRM's; "shrinkage of all", PRM's on both layers.
+        drawn to zero after a step; "shrinkage", PRM's; "shrinkage of all", PRM's on both layers; "bounded shrinkage"
+        and "bounded shrinkage of all", the bound of `bind`.
     average
         Whether an exponential average of the weights over about 50 steps is what is measured.
     holds
@@ -176,7 +179,7 @@ def train(
     networks = list(itertools.product(range(len(stack.seeds)), range(len(grid))))
     parts = [[nn.Parameter(w[s, c]) for w in weights] for s, c in networks]
     groups = [group for (_, c), part in zip(networks, parts) for group in grouped(arm, part, *grid[c])]
-    shrinks = arm.axis.startswith("shrinkage")
+    shrinks = "shrinkage" in arm.axis
     optimizer = build(arm, groups, {"batch_size": stack.batch_size, "n_dataset": stack.x.shape[1]} if shrinks else None)
     strength = torch.tensor([value for _, value in grid]) if arm.axis == "l1" else None
     drawn = torch.tensor([rate * value for rate, value in grid]) if arm.axis == "decoupled l1" else None
@@ -201,6 +204,8 @@ def train(
             optimizer.step()
         else:
             step_matched(optimizer, factors[number - 1].flatten().tolist())
+        if arm.axis.startswith("bounded"):
+            bind(optimizer, number)
         if was_zero is not None:
             hold(optimizer, was_zero.flatten(0, 1), number)
         if drawn is not None:
@@ -230,6 +235,11 @@ def grouped(arm: Arm, part: Sequence[nn.Parameter], rate: float, value: float) -
     group = {"lr": rate, "weight_decay": 0.0}
     if arm.axis == "shrinkage":
         return [group | {"params": [part[0]], "shrinkage": value}, group | {"params": list(part[1:])}]
+    if arm.axis.startswith("bounded"):
+        bound = {"shrinkage": MOST, "bound": value}
+        layers = part[:2] if arm.axis.endswith("of all") else part[:1]  # a group each, so that each has its own
+        others = group | {"params": list(part[len(layers) :])}
+        return [*(group | bound | {"params": [layer]} for layer in layers), others]
     if arm.axis == "shrinkage of all":
         return [group | {"params": list(part), "shrinkage": value}]
     return [group | {"params": list(part)}]
@@ -239,6 +249,23 @@ def grouped(arm: Arm, part: Sequence[nn.Parameter], rate: float, value: float) -
 def draw(weight: Tensor, by: Tensor) -> None:
     """Draw each weight to zero by so much, and no further."""
     weight.copy_(weight.sign() * (weight.abs() - by).clamp(min=0))
+
+
+@torch.no_grad()
+def bind(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Let no layer be pulled by more than a share of its largest mean gradient, both in standard errors.
+
+    A group with a `bound` has one parameter. Its shrinkage in the next step is `MOST` or, where this is less, the bound
+    times the largest `|m^| / sqrt(c * s^)` of the layer, so that the layer's strongest weights are never held at zero.
+    """
+    for group in optimizer.param_groups:
+        if "bound" in group:
+            hyper = Hyperparameters.of_group(group)
+            c = corrections(step, hyper)
+            state = optimizer.state[group["params"][0]]
+            mean, noise = state["exp_avg"] / c.bias1, state["exp_avg_var"] / c.bias_var
+            largest = (mean.square() / (hyper.mean_coefficient * noise).clamp(min=SMALLEST)).max().sqrt().item()
+            group["shrinkage"] = max(SMALLEST, min(MOST, group["bound"] * largest))  # 0 would need no counts
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ IN_THE_LOSS = {
     for arm in ("adamw", "snr")
 }
 SHRUNK = "snr, shrinkage"
+BOUND = ("snr, bounded shrinkage", "snr, bounded shrinkage of both layers")
 ARMS = (
     "adamw-matched to snr",
     "snr",
@@ -41,6 +42,7 @@ ARMS = (
     "threshold z=2, shrinkage",
     "snr, shrinkage of both layers",
     "snr, shrinkage that holds zeros",
+    *BOUND,
 )
 SHOWN = {
     BASE: "AdamW",
@@ -57,6 +59,8 @@ SHOWN = {
     "threshold z=2, shrinkage": "PRM, `threshold` (2 errors), shrinkage",
     "snr, shrinkage of both layers": "PRM, `snr`, shrinkage of both layers",
     "snr, shrinkage that holds zeros": "PRM, `snr`, shrinkage that holds zeros",
+    BOUND[0]: "PRM, `snr`, bounded shrinkage",
+    BOUND[1]: "PRM, `snr`, bounded shrinkage of both layers",
     "L1 linear": "L1 linear model",
     "boosted trees": "boosted trees",
     "best reference, in hindsight": "the best of these two and a forest, in hindsight",
@@ -70,9 +74,10 @@ def write(rows: Sequence[Cell], out: Path, cache: Path) -> None:
     cells = {key: arms for key, arms in gather(rows).items() if SHRUNK in arms and key[1] in LEVELS + FEW}
     if not cells:
         raise SystemExit(f"no run of {SHRUNK!r} is there yet: make some with the action run")
-    lines = {(row["table"], row["probes"]): row for row in rows if row["arm"] == SHRUNK}
+    lines = of_arm_by_table(rows, SHRUNK)
     levels = [level for level in LEVELS + FEW if any(probes == level for _, probes in cells)]
-    found = {str(level): summary(cells, lines, level) for level in levels}
+    bounded = {arm: of_arm_by_table(rows, arm) for arm in BOUND}
+    found = {str(level): summary(cells, lines, bounded, level) for level in levels}
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.json").write_text(json.dumps(found, indent=1) + "\n")
     for level in LEVELS:
@@ -94,6 +99,11 @@ def write(rows: Sequence[Cell], out: Path, cache: Path) -> None:
             )
 
 
+def of_arm_by_table(rows: Sequence[Cell], arm: str) -> dict[Key, Cell]:
+    """Return an arm's lines by table and number of columns that say nothing."""
+    return {(row["table"], row["probes"]): row for row in rows if row["arm"] == arm}
+
+
 def rules(
     cells: Mapping[Key, Mapping[str, Cell]], lines: Mapping[Key, Cell], properties: Path, cache: Path
 ) -> list[dict[str, str]]:
@@ -105,8 +115,13 @@ def rules(
     return shrinkage_rules.judged(mine, shrinkage_rules.properties(list(mine), properties, cache), grid, SHRUNK)
 
 
-def summary(cells: Mapping[Key, Mapping[str, Cell]], lines: Mapping[Key, Cell], level: int) -> dict[str, Any]:
-    """Return the figures of a number of columns that say nothing: of each arm, and of each z throughout."""
+def summary(
+    cells: Mapping[Key, Mapping[str, Cell]],
+    lines: Mapping[Key, Cell],
+    bounded: Mapping[str, Mapping[Key, Cell]],
+    level: int,
+) -> dict[str, Any]:
+    """Return the figures of a number of columns that say nothing: of each arm, each z and each bound throughout."""
     mine = {table: dict(arms) for (table, probes), arms in cells.items() if probes == level}
     penalties = [name for name in PENALTIES if all(name in arms for arms in mine.values())]
     for arms in mine.values():
@@ -127,6 +142,12 @@ def summary(cells: Mapping[Key, Mapping[str, Cell]], lines: Mapping[Key, Cell], 
         "tables": list(mine),
         "arms": {name: of_arm(mine, name) for name in [*names, "best reference, in hindsight"] if of_arm(mine, name)},
         "z": {z: of_z(mine, lines, level, z) for z in grid_values(lines)},
+        "bounds": {
+            f"{SHOWN[arm]}: {bound}": of_z(mine, its, level, bound)
+            for arm, its in bounded.items()
+            if all((table, level) in its for table in mine)
+            for bound in grid_values(its)
+        },
     }
 
 
@@ -160,7 +181,7 @@ def grid_values(lines: Mapping[Key, Cell]) -> list[str]:
 
 
 def of_z(mine: Mapping[str, Mapping[str, Cell]], lines: Mapping[Key, Cell], level: int, z: str) -> dict[str, Any]:
-    """Return the mean loss with one z throughout, only the rate chosen, and the zeros at the middle rate."""
+    """Return the mean loss with one z or bound throughout, only the rate chosen, and the zeros at the middle rate."""
     ratios, zeros = [], []
     for table, arms in mine.items():
         line = lines[table, level]
@@ -186,6 +207,7 @@ def one_setting(rows: Sequence[Cell], cells: Mapping[Key, Mapping[str, Cell]], l
         "snr, decoupled L1",
         "none, shrinkage",
         SHRUNK,
+        *BOUND,
     ):
         arm = IN_THE_LOSS[name][1] if name in IN_THE_LOSS else name  # one grid, with as many settings as the others
         mine = {row["table"]: row for row in rows if row["arm"] == arm and row["probes"] == level}
@@ -260,13 +282,14 @@ def of_tables(one: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 
 def z_table(found: Mapping[str, Any]) -> list[str]:
-    """Return a line for each z: loss over AdamW's, the worst table's, and the shares of exact zeros."""
+    """Return a line for each z and bound: loss over AdamW's, the worst table's, and the shares of exact zeros."""
     figures = ("loss", "worst table", "zero weights", "zero columns")
-    lines = heading(["z", *(f"{columns_named(level)}: {f}" for level in found for f in figures)])
-    for z in next(iter(found.values()))["z"]:
+    lines = heading(["z or bound", *(f"{columns_named(level)}: {f}" for level in found for f in figures)])
+    levels = [level["z"] | level["bounds"] for level in found.values()]
+    for z in levels[0]:
         cells = [z]
-        for level in found.values():
-            one = level["z"][z]
+        for level in levels:
+            one = level[z]
             shares = [f"{one['zeros'][name]:.2f}" for name in ("weights", "columns")]
             cells += [f"{one['over adamw']:.3f}", f"{one['worst']:.2f}", *shares]
         lines.append(f"| {' | '.join(cells)} |")

@@ -23,10 +23,9 @@ def study(monkeypatch):
     monkeypatch.setattr(one_default, "MASKS", [{"mask": "soft"}])
     monkeypatch.setattr(one_default, "RATES", (1e-2,))
     for name in small:
-        monkeypatch.setattr(
-            type(one_default.runs_of(name).task), "learning_rates", (1e-3, 1e-2) if name == "inr" else (1e-2,)
-        )
-        monkeypatch.setattr(type(one_default.runs_of(name).task), "weight_decays", (0.01,))
+        task = type(one_default.parts_of(name)["adamw"].task)
+        monkeypatch.setattr(task, "learning_rates", (1e-3, 1e-2) if name == "inr" else (1e-2,))
+        monkeypatch.setattr(task, "weight_decays", (0.01,))
     return one_default
 
 
@@ -39,7 +38,7 @@ def test_runs_are_made_once_and_reported_by_halves(study, monkeypatch, tmp_path,
     runs, out = tmp_path / "runs", tmp_path / "out"
     call(study, monkeypatch, "run", "--runs", runs, "--tasks", "flow")
     call(study, monkeypatch, "report", "--runs", runs, "--out", out)
-    assert "inr: runs are missing, so it is left out" in capsys.readouterr().out
+    assert "inr: runs of adamw are missing, so it is left out" in capsys.readouterr().out
     call(study, monkeypatch, "run", "--runs", runs)
     call(study, monkeypatch, "report", "--runs", runs, "--out", out)
     said, found = capsys.readouterr().out, json.loads((out / "results.json").read_text())
@@ -51,11 +50,29 @@ def test_runs_are_made_once_and_reported_by_halves(study, monkeypatch, tmp_path,
         assert one["adamw tuned"]["lr"] in (1e-3, 1e-2)
         for name in found["scores"]:
             assert f"{np.mean(one['candidates'][name]['values']):.3f}" in said
-    store = study.runs_of("flow").read(runs)
+    store = study.parts_of("flow")["prm"].read(runs)
     metric = "loss"
     mine = study.values_of(store, "prm", 1e-2, 0.01, metric)
     flow = next(one for one in found["tasks"] if one["task"] == "flow")
     assert list(mine.values()) == flow["candidates"]["prm at 0.01"]["values"]
+
+
+def test_a_new_candidate_stands_beside_results_whose_runs_are_gone(study, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "out"
+    call(study, monkeypatch, "run", "--runs", tmp_path / "old", "--tasks", "flow")
+    call(study, monkeypatch, "report", "--runs", tmp_path / "old", "--out", out)
+    before = json.loads((out / "results.json").read_text())["tasks"][0]
+    monkeypatch.setattr(study, "MASKS", [*study.MASKS, {"shrinkage": 1.0}])
+    call(study, monkeypatch, "report", "--runs", tmp_path / "new", "--out", tmp_path / "empty")
+    assert "flow: runs of adamw are missing" in capsys.readouterr().out
+    call(study, monkeypatch, "run", "--runs", tmp_path / "new", "--tasks", "flow", "--masks", "shrinkage")
+    capsys.readouterr()
+    call(study, monkeypatch, "report", "--runs", tmp_path / "new", "--out", out)
+    after = json.loads((out / "results.json").read_text())["tasks"][0]
+    added = after["candidates"].pop("prm shrinkage=1 at 0.01")
+    assert after == before
+    assert len(added["values"]) == 5
+    assert added["values"] != before["candidates"]["prm at 0.01"]["values"]
 
 
 def test_verdicts(study):
