@@ -43,7 +43,6 @@ MASKS: list[dict[str, Any]] = [
     {"mask": "threshold", "softness": 9},
     {"shrinkage": 0.5},
     {"shrinkage": 1},
-    {"mask": "none", "shrinkage": 0.5},
 ]
 
 
@@ -213,7 +212,8 @@ def report(folder: Path, out: Path) -> None:
     order = sorted(names, key=lambda name: rank(scores[name]["chosen on"]), reverse=True)
     found = {"seeds": len(SEEDS), "tasks": judged, "scores": {name: scores[name] for name in order}}
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "results.json", json.dumps(found, indent=1) + "\n")
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
+    write_whole(out / "results.json", "{\n" + ",\n".join(lines) + "\n}\n")
     print("\n".join([*score_table(found["scores"]), "", *task_table(judged, order[:4])]))
 
 

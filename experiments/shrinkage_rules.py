@@ -47,12 +47,16 @@ def measured(x: np.ndarray) -> dict[str, float]:
 
 
 def judged(
-    cells: Mapping[Key, Mapping[str, Cell]], known: Mapping[Key, Mapping[str, float]], grid: Sequence[str], base: str
+    cells: Mapping[Key, Mapping[str, Cell]],
+    known: Mapping[Key, Mapping[str, float]],
+    grid: Sequence[str],
+    base: str,
+    further: Sequence[str] = (),
 ) -> list[dict[str, str]]:
     """Return a line for each rule: mean loss over AdamW's on the tables it was chosen on, on the others, the worst.
 
     `cells` has, beside AdamW's, arms named by z, each at its best rate, and the arm `base`, which chooses z by
-    validation data.
+    validation data. Those of `further` are rules of their own.
     """
 
     def figure(pick: Pick, chosen_on: bool) -> list[float]:
@@ -72,6 +76,7 @@ def judged(
         tries = [(of, edge, *pair) for edge in edges for pair in itertools.permutations(grid, 2)]
         of, edge, low, high = min(tries, key=lambda rule: mean_ratio(figure(above(*rule), True)))
         rules[f"z = {high} where the {of} is above {edge:.2g}, else {low}"] = above(of, edge, low, high)
+    rules |= {name: take(name) for name in further}
     rules["z by validation data"] = take(base)
     rules["the best z on test data, which nobody knows"] = lambda key: min(
         grid, key=lambda z: ratio(dict(cells[key]), z)

@@ -88,7 +88,7 @@ def write(rows: Sequence[Cell], out: Path, cache: Path) -> None:
         "arms": arms_table(usual),
         "one-z": z_table(usual),
         "few": arms_table(few),
-        "rules": shrinkage_rules.table(rules(cells, lines, out / "properties.csv", cache)),
+        "rules": shrinkage_rules.table(rules(cells, lines, bounded, out / "properties.csv", cache)),
         "one-setting": setting_table({str(level): one_setting(rows, cells, level) for level in LEVELS}),
     }
     for name, table in shown.items():
@@ -105,14 +105,26 @@ def of_arm_by_table(rows: Sequence[Cell], arm: str) -> dict[Key, Cell]:
 
 
 def rules(
-    cells: Mapping[Key, Mapping[str, Cell]], lines: Mapping[Key, Cell], properties: Path, cache: Path
+    cells: Mapping[Key, Mapping[str, Cell]],
+    lines: Mapping[Key, Cell],
+    bounded: Mapping[str, Mapping[Key, Cell]],
+    properties: Path,
+    cache: Path,
 ) -> list[dict[str, str]]:
     """Return what rules for z come to; properties of tables that the file lacks are measured and written."""
     grid = grid_values(lines)
     mine = {
         key: {**arms, **{z: at_one_z(lines[key], z) for z in grid}} for key, arms in cells.items() if key[1] in LEVELS
     }
-    return shrinkage_rules.judged(mine, shrinkage_rules.properties(list(mine), properties, cache), grid, SHRUNK)
+    further = []
+    for arm, its in bounded.items():
+        if mine.keys() <= its.keys():
+            for bound in grid_values(its):
+                further.append(f"{SHOWN[arm]}: {bound}")
+                for key, arms in mine.items():
+                    arms[further[-1]] = at_one_z(its[key], bound)
+    known = shrinkage_rules.properties(list(mine), properties, cache)
+    return shrinkage_rules.judged(mine, known, grid, SHRUNK, further)
 
 
 def summary(

@@ -2,7 +2,7 @@
 
 import sys
 
-from popriskmin.diagnosis import SoftnessController, controller, diagnose, noise
+from popriskmin.diagnosis import ShrinkageController, SoftnessController, controller, diagnose, noise
 from popriskmin.optimizer import PRM, Masked, groups
 from popriskmin.optimizer.groups import param_groups
 from popriskmin.optimizer.patch import apply_patch, patch, patch_size
@@ -19,6 +19,7 @@ __all__ = [
     "Microbatches",
     "Ranks",
     "RiskMonitor",
+    "ShrinkageController",
     "SoftnessController",
     "__version__",
     "apply_patch",

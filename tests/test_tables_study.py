@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.ensemble import RandomForestClassifier
 
+from popriskmin import PRM, ShrinkageController
 from popriskmin.compare.training import arms as compared
 from popriskmin.compare.training.runner import factors
 from popriskmin.compare.training.train import Configuration, run
@@ -194,6 +195,22 @@ def test_the_study_resumes_and_reports(monkeypatch, tmp_path, capsys):
     written.write_text("no marks")
     with pytest.raises(SystemExit, match="page.md needs the lines"):
         tables_report.write(tables.read(out), out, written)
+
+
+def test_the_bound_of_the_study_is_the_controllers():
+    counts = {"batch_size": 10, "n_dataset": 40}
+    ours, theirs = (torch.nn.Parameter(torch.ones(6, 5)) for _ in range(2))
+    bound = PRM([{"params": [ours], "shrinkage": tables_runs.MOST, "bound": 0.4}], **counts)
+    controlled = PRM([theirs], shrinkage=tables_runs.MOST, **counts)
+    ShrinkageController(controlled, share=0.4)
+    for number in range(1, 20):
+        ours.grad = theirs.grad = torch.randn(6, 5)
+        bound.step()
+        tables_runs.bind(bound, number)
+        controlled.step()
+        if number > 1:  # the controller waits for a variance of two gradients
+            assert bound.param_groups[0]["shrinkage"] == pytest.approx(controlled.param_groups[0]["shrinkage"])
+    assert 0 < bound.param_groups[0]["shrinkage"] < tables_runs.MOST
 
 
 def test_the_committed_tables_of_shrinkage_are_those_of_the_runs(tmp_path):

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from numbers import Integral, Real
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from popriskmin.diagnosis.control import Controller, number_between
 from popriskmin.diagnosis.noise import enough_steps, mean_and_variance, weights
 from popriskmin.mask import corrections
-from popriskmin.optimizer.checkpoint_probe import made_state_alone
 from popriskmin.optimizer.mask_state import ParamState, param_states, recompute, to_host
-from popriskmin.optimizer.unwrap import unwrapped_prm
 from popriskmin.step.lists import sum_dtype
 from popriskmin.step.shards import whole
 
@@ -53,7 +51,7 @@ class Reading(NamedTuple):
     held: bool
 
 
-class SoftnessController:
+class SoftnessController(Controller):
     """Hold the mask of parameter groups at a target, by moving their `softness`.
 
     The target is a mean `q` or a share of open scalars. After every `every`-th step
@@ -145,62 +143,23 @@ class SoftnessController:
             raise ValueError(
                 f"give one target, mean_q or active_fraction, got mean_q={mean_q} and active_fraction={active_fraction}"
             )
-        self.optimizer = optimizer = unwrapped_prm(optimizer, "SoftnessController").optimizer
+        super().__init__(optimizer, groups, every)
         self.measure = "mean_q" if active_fraction is None else "active_fraction"
-        self.target = _number(self.measure, mean_q if active_fraction is None else active_fraction, 0, 1)
-        self.groups = None if groups is None else list(groups)
-        self.every = _whole("every", every)
-        self.rate = _number("rate", rate, 0, math.inf)
-        self.floor = 0.0 if floor == 0 else _number("floor", floor, 0, math.inf)
+        self.target = number_between(self.measure, mean_q if active_fraction is None else active_fraction, 0, 1)
+        self.rate = number_between("rate", rate, 0, math.inf)
+        self.floor = 0.0 if floor == 0 else number_between("floor", floor, 0, math.inf)
         least, largest = bounds
-        self.bounds = _number("bounds[0]", least, 0, math.inf), _number("bounds[1]", largest, 0, math.inf)
+        self.bounds = number_between("bounds[0]", least, 0, math.inf), number_between("bounds[1]", largest, 0, math.inf)
         if self.bounds[0] > self.bounds[1]:
             raise ValueError(f"bounds must be the least and the largest softness, got {bounds!r}")
-        last = len(optimizer.param_groups) - 1
-        for number in self.groups or ():
-            if number not in range(last + 1):
-                raise ValueError(f"groups must be numbers of parameter groups, from 0 to {last}, got {number!r}")
         self.readings: list[Reading] = []
-        self._steps = 0
-        # The softness of each group before this controller moved it.
-        self._start: dict[int, float] = {}
         for number in self._controlled():
-            softness = optimizer.param_groups[number]["softness"]
+            softness = self.optimizer.param_groups[number]["softness"]
             if not self.bounds[0] <= softness <= self.bounds[1]:
                 raise ValueError(f"group {number} has softness={softness!r}, which is not within bounds={self.bounds}")
-        self._handle = optimizer.register_step_post_hook(self._after_step)
-
-    def remove(self) -> None:
-        """Detach from the optimizer; the softness stays as it is."""
-        self._handle.remove()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs beside the optimizer's state.
-
-        `torch.load(..., weights_only=True)` reads it.
-        """
-        return {"steps": self._steps, "start": dict(self._start)}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; the target and the other settings stay as built.
-
-        Raises
-        ------
-        ValueError
-            For what is not from `state_dict()` of a controller of such an optimizer.
-        """
-        if set(state_dict) != {"steps", "start"}:
-            raise ValueError(f"a SoftnessController's state holds steps and start, got {', '.join(state_dict)}")
-        start = {int(group): float(softness) for group, softness in state_dict["start"].items()}
-        if not set(start) <= set(range(len(self.optimizer.param_groups))):
-            raise ValueError(
-                f"the state is of parameter groups {', '.join(map(str, start))}; this optimizer has "
-                f"{len(self.optimizer.param_groups)}"
-            )
-        self._steps, self._start = int(state_dict["steps"]), start
+        self._attach()
 
     def _controlled(self) -> list[int]:
-        """Return the numbers of the groups to control; raise if one cannot be."""
         groups = self.optimizer.param_groups
         numbers = (
             [i for i, group in enumerate(groups) if group["mask"] != "none"] if self.groups is None else self.groups
@@ -224,12 +183,8 @@ class SoftnessController:
                 )
         return numbers
 
-    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if made_state_alone(self.optimizer, counted=0):
-            return  # a distributed checkpoint has begun to load
-        self._steps += 1
-        if self._steps % self.every == 0:
-            self.readings = [self._correct(*read) for read in self._read(self._controlled())]
+    def _correct_all(self, numbers: list[int]) -> None:
+        self.readings = [self._correct(*read) for read in self._read(numbers)]
 
     def _read(self, numbers: list[int]) -> list[tuple[int, float, float]]:
         """Return number, measure and ratio of each group that can be judged."""
@@ -301,16 +256,3 @@ def _stride(count: int) -> int:
 def _logit(share: float) -> float:
     share = max(NEAREST, min(1 - NEAREST, share))
     return math.log(share / (1 - share))
-
-
-def _number(name: str, value: object, least: float, largest: float) -> float:
-    if not (isinstance(value, Real) and least < float(value) < largest):
-        limits = f"between {least} and {largest}" if largest < math.inf else f"above {least}, and finite"
-        raise ValueError(f"{name} must be a number {limits}, got {value!r}")
-    return float(value)
-
-
-def _whole(name: str, value: object) -> int:
-    if not isinstance(value, Integral) or int(value) < 1:
-        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-    return int(value)

@@ -1,0 +1,102 @@
+"""What controllers share: they act after a step on an option of parameter groups, and resume with it."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+from torch.optim import Optimizer
+
+from popriskmin.optimizer.checkpoint_probe import made_state_alone
+from popriskmin.optimizer.unwrap import unwrapped_prm
+
+
+class Controller(abc.ABC):
+    """Moves one option of parameter groups after every `every`-th step.
+
+    Parameters
+    ----------
+    optimizer
+        A `PRM` or `Masked`, wrapped by a framework or not.
+    groups
+        Numbers of the groups to control; None takes those that `_controlled` finds.
+    every
+        Steps between two corrections.
+    """
+
+    def __init__(self, optimizer: Optimizer, groups: Iterable[int] | None, every: int) -> None:
+        self.optimizer = unwrapped_prm(optimizer, type(self).__name__).optimizer
+        self.groups = None if groups is None else list(groups)
+        self.every = whole_number("every", every)
+        last = len(self.optimizer.param_groups) - 1
+        for number in self.groups or ():
+            if number not in range(last + 1):
+                raise ValueError(f"groups must be numbers of parameter groups, from 0 to {last}, got {number!r}")
+        self._steps = 0
+        # The option of each group before this controller moved it.
+        self._start: dict[int, float] = {}
+
+    def _attach(self) -> None:
+        self._handle = self.optimizer.register_step_post_hook(self._after_step)
+
+    def remove(self) -> None:
+        """Detach from the optimizer; what was moved stays as it is."""
+        self._handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs beside the optimizer's state.
+
+        `torch.load(..., weights_only=True)` reads it.
+        """
+        return {"steps": self._steps, "start": dict(self._start)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; the target and the other settings stay as built.
+
+        Raises
+        ------
+        ValueError
+            For what is not from `state_dict()` of a controller of such an optimizer.
+        """
+        if set(state_dict) != {"steps", "start"}:
+            raise ValueError(f"a {type(self).__name__}'s state holds steps and start, got {', '.join(state_dict)}")
+        start = {int(group): float(value) for group, value in state_dict["start"].items()}
+        if not set(start) <= set(range(len(self.optimizer.param_groups))):
+            raise ValueError(
+                f"the state is of parameter groups {', '.join(map(str, start))}; this optimizer has "
+                f"{len(self.optimizer.param_groups)}"
+            )
+        self._steps, self._start = int(state_dict["steps"]), start
+
+    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if made_state_alone(self.optimizer, counted=0):
+            return  # a distributed checkpoint has begun to load
+        self._steps += 1
+        if self._steps % self.every == 0:
+            self._correct_all(self._controlled())
+
+    @abc.abstractmethod
+    def _controlled(self) -> list[int]:
+        """Return the numbers of the groups to control; raise if one cannot be."""
+
+    @abc.abstractmethod
+    def _correct_all(self, numbers: list[int]) -> None:
+        """Read these groups and move their option."""
+
+
+def number_between(name: str, value: object, least: float, largest: float) -> float:
+    """Return an argument as a float, or raise unless it is a number between the two."""
+    if not (isinstance(value, Real) and least < float(value) < largest):
+        limits = f"between {least} and {largest}" if largest < math.inf else f"above {least}, and finite"
+        raise ValueError(f"{name} must be a number {limits}, got {value!r}")
+    return float(value)
+
+
+def whole_number(name: str, value: object) -> int:
+    """Return an argument as an int, or raise unless it is 1 or more."""
+    if not isinstance(value, Integral) or int(value) < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    return int(value)
