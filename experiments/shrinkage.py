@@ -137,9 +137,10 @@ def judge(name: str, runs: Sequence[Run], results: Path) -> dict[str, Any]:
     metric, direction = next(iter(metrics.items()))
     arms = {} if has_own(name) else committed(name, metric, results)
     for arm in SOURCES[name].arms:
-        arms[arm.name] = {}
+        its = [one for one in runs if one.job.arm == arm]
+        arms[arm.name] = {"last step by rate": by_rate(its, metric)}
         for selection in SELECTIONS:
-            chosen, _ = choose([one for one in runs if one.job.arm == arm], selection, metrics)
+            chosen, _ = choose(its, selection, metrics)
             if chosen is None:
                 arms[arm.name][selection] = None
                 continue
@@ -152,6 +153,17 @@ def judge(name: str, runs: Sequence[Run], results: Path) -> dict[str, Any]:
                 reached = [first_step(one.steps, one.test[metric], goal, direction) for one in mine]
                 arms[arm.name][selection]["first step at the goal"] = reached
     return {"task": name, "metric": metric, "direction": direction, "arms": arms}
+
+
+def by_rate(runs: Sequence[Run], metric: str) -> dict[str, float | None]:
+    """Return an arm's mean test metric after the last step at each rate and decay; None where a run diverged."""
+    found: dict[str, list[tuple[float, float] | None]] = {}
+    for one in runs:
+        found.setdefault(f"{one.place.lr:g} {one.place.weight_decay:g}", []).append(one.figures["final"][metric])
+    return {
+        place: None if None in pairs else float(np.mean([pair[1] for pair in pairs if pair]))
+        for place, pairs in found.items()
+    }
 
 
 def report(folder: Path, out: Path, results: Path) -> None:

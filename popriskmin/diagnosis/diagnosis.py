@@ -228,8 +228,8 @@ def _closed(one: Evidence) -> _Finding:
     return _Finding(
         "closed",
         f"all its weights that have gradients are exactly 0, shrinkage={one.hyper.shrinkage:g}",
-        "shrinkage=0.0 for its group (popriskmin.param_groups), as the last layers may need it, or a smaller "
-        "shrinkage; in a first layer it says that no input matters",
+        "shrinkage=0.0 for its group (popriskmin.param_groups), as the last layers may need it, a smaller "
+        "shrinkage, or popriskmin.ShrinkageController; in a first layer it says that no input matters",
     )
 
 
