@@ -64,6 +64,12 @@ def decoupled(strength: float) -> Arm:
     return dataclasses.replace(l1(strength), name=f"adamw, decoupled L1 {strength:g}", options=options)
 
 
+def bounded(batch_size: int, n_dataset: int, shrink_to: str = "zero") -> Arm:
+    """Return an arm of PRM with a shrinkage of 3 that a `ShrinkageController` bounds, a layer at a time."""
+    options = {"shrinkage": 3.0, "shrink_to": shrink_to, "batch_size": batch_size, "n_dataset": n_dataset}
+    return Arm("snr, bounded shrinkage", "optimizer", options, optimizer="bounded_prm:BoundedPRM")
+
+
 LINEAR = (
     *(shrunk(1), shrunk(2), shrunk(3), shrunk(2, "none"), l1(0.03), l1(0.1), l1(0.3)),
     *map(decoupled, (0.03, 0.1, 0.3, 1)),
@@ -96,6 +102,12 @@ SOURCES = {
         "label-noise",
         {"data": "fashion"},
     ),
+    "sparse, bounded": Source((3e-3, 1e-2, 3e-2), (bounded(32, 400),), "sparse"),
+    "inr, bounded": Source((3e-3, 1e-2, 3e-2), (bounded(512, 3686),), "inr"),
+    "label-noise, bounded": Source((1e-3, 3e-3, 1e-2, 3e-2), (bounded(64, 1000),), "label-noise"),
+    "dpo, bounded": Source((3e-4, 1e-3, 3e-3), (bounded(16, 300, "start"),), "dpo"),
+    "flow, bounded": Source((1e-3, 3e-3, 1e-2), (bounded(64, 200),), "flow"),
+    "pinn, bounded": Source((1e-3, 3e-3, 1e-2), (bounded(32, 100),), "pinn"),
     # The published sizes, a fifth of the published steps; ten minutes a run.
     "grokking, p = 97": Source((3e-3,), LONG, "grokking", {"scale": "paper", "steps": 6000}, range(2)),
 }
@@ -115,7 +127,7 @@ def has_own(name: str) -> bool:
 
 def committed(name: str, metric: str, results: Path) -> dict[str, Any]:
     """Return AdamW's and PRM's figures by selection, of the seeds of this study."""
-    found = json.loads((results / name / "results.json").read_text())
+    found = json.loads((results / (SOURCES[name].task or name) / "results.json").read_text())
     places = [found["seeds"].index(seed) for seed in SEEDS]
     return {
         arm: {
