@@ -5,7 +5,8 @@
     python benchmarks/tabular.py speed               # 500 x 500 and 10,000 x 1,000, of PRM alone
     python benchmarks/tabular.py report
 
-Three quarters of a table's rows, at most 1,000, are for training, the rest for the test. Each fit is a process of its
+Three quarters of a table's rows, at most 1,000, are for training, the rest for the test; the tables with columns that
+say nothing have the rows of their study. Each fit is a process of its
 own, so that its memory is its own; seconds are those of `fit` and `predict`, and a process ends after so many of the
 processor's as `--limit` says. The loss is the cross entropy in nats, of a number the squared error over the variance
 among the training rows.
@@ -208,7 +209,11 @@ def run(args: argparse.Namespace) -> None:
         for table in args.tables:
             for method in args.methods:
                 absent = method in NEEDS and importlib.util.find_spec(NEEDS[method]) is None
-                if absent or records.find(table=table, seed=seed, method=method):
+                there = records.find(table=table, seed=seed, method=method)
+                if there is not None and there.get("limit", args.limit) < args.limit:
+                    records.remove(there)  # it was stopped, and may take longer now
+                    there = None
+                if absent or there is not None:
                     continue
                 found = _child(["one", "--tables", table, "--seeds", str(seed), "--methods", method], args)
                 records.append({"table": table, "seed": seed, "method": method, "threads": args.threads} | found)
@@ -223,7 +228,7 @@ def _child(words: list[str], args: argparse.Namespace) -> dict[str, Any]:
         [sys.executable, __file__, *words], capture_output=True, text=True, env=environment
     )
     if done.returncode == -signal.SIGXCPU:
-        return {"error": f"took more than {args.limit} s of cpu"}
+        return {"error": f"took more than {args.limit} s of cpu", "limit": args.limit}
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else str(done.returncode)}
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -256,7 +256,7 @@ def bind(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Let no layer be pulled by more than a share of its largest mean gradient, both in standard errors.
 
     A group with a `bound` has one parameter. Its shrinkage in the next step is `MOST` or, where this is less, the bound
-    times the largest `|m^| / sqrt(c * s^)` of the layer, so that the layer's strongest weights are never held at zero.
+    times the largest `|m^| / sqrt(c * s^)` of the layer, so that the layer's strongest weights lie beyond it.
     """
     for group in optimizer.param_groups:
         if "bound" in group:

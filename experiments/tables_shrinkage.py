@@ -304,6 +304,8 @@ def z_table(found: Mapping[str, Any]) -> list[str]:
     lines = heading(["z or bound", *(f"{columns_named(level)}: {f}" for level in found for f in figures)])
     levels = [level["z"] | level["bounds"] for level in found.values()]
     for z in levels[0]:
+        if any(z not in level for level in levels):
+            continue  # not run on all tables of a level yet
         cells = [z]
         for level in levels:
             one = level[z]

@@ -29,12 +29,8 @@ class Controller(abc.ABC):
 
     def __init__(self, optimizer: Optimizer, groups: Iterable[int] | None, every: int) -> None:
         self.optimizer = unwrapped_prm(optimizer, type(self).__name__).optimizer
-        self.groups = None if groups is None else list(groups)
+        self.groups = None if groups is None else _numbers(groups, len(self.optimizer.param_groups) - 1)
         self.every = whole_number("every", every)
-        last = len(self.optimizer.param_groups) - 1
-        for number in self.groups or ():
-            if number not in range(last + 1):
-                raise ValueError(f"groups must be numbers of parameter groups, from 0 to {last}, got {number!r}")
         self._steps = 0
         # The option of each group before this controller moved it.
         self._start: dict[int, float] = {}
@@ -63,7 +59,12 @@ class Controller(abc.ABC):
         """
         if set(state_dict) != {"steps", "start"}:
             raise ValueError(f"a {type(self).__name__}'s state holds steps and start, got {', '.join(state_dict)}")
-        start = {int(group): float(value) for group, value in state_dict["start"].items()}
+        try:
+            start = {int(group): float(value) for group, value in state_dict["start"].items()}
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(f"start must map groups to numbers, got {state_dict['start']!r}") from None
+        for group, value in start.items():
+            number_between(f"start of group {group}", value, 0, math.inf)
         if not set(start) <= set(range(len(self.optimizer.param_groups))):
             raise ValueError(
                 f"the state is of parameter groups {', '.join(map(str, start))}; this optimizer has "
@@ -85,6 +86,15 @@ class Controller(abc.ABC):
     @abc.abstractmethod
     def _correct_all(self, numbers: list[int]) -> None:
         """Read these groups and move their option."""
+
+
+def _numbers(groups: Iterable[int], last: int) -> list[int]:
+    given = list(groups) if isinstance(groups, Iterable) else [None]
+    wrong = [number for number in given if not (isinstance(number, Integral) and 0 <= number <= last)]
+    if wrong:
+        got = wrong[0] if isinstance(groups, Iterable) else groups
+        raise ValueError(f"groups must be numbers of parameter groups, from 0 to {last}, got {got!r}")
+    return [int(number) for number in given if number is not None]
 
 
 def number_between(name: str, value: object, least: float, largest: float) -> float:

@@ -147,6 +147,28 @@ def test_a_run_that_overflowed_is_left_alone():
     assert math.isnan(controller.readings[0].largest)
 
 
+def test_a_layer_that_overflowed_speaks_for_its_group():
+    for means in ([math.nan, 0.0], [0.0, math.nan]):
+        optimizer = optimizer_of([(6, 5), (4, 3)], together=True)
+        ShrinkageController(optimizer)
+        (before,) = run(optimizer, [0.0, 0.0], 5)
+        assert run(optimizer, means, 3) == [before]
+
+
+def test_a_second_controller_starts_from_the_same_strongest_pull():
+    optimizer = optimizer_of()
+    ShrinkageController(optimizer).remove()
+    assert run(optimizer, [0.0], 5) == [3.0]
+    first = ShrinkageController(optimizer)
+    assert run(optimizer, [0.0], 5)[0] < 3.0
+    first.remove()
+    resumed = optimizer_of()
+    resumed.load_state_dict(optimizer.state_dict())
+    for one in (optimizer, resumed):
+        ShrinkageController(one)
+        assert run(one, [5.0], 300) == [3.0]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.complex64])
 def test_types(dtype):
     optimizer = optimizer_of(dtype=dtype)
@@ -167,7 +189,10 @@ def test_a_group_added_later_is_controlled_too():
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 4))], "shrinkage": 2.0})
     run(optimizer, [0.0, 0.0], 10)
     assert [reading.group for reading in controller.readings] == [0, 1]
-    assert controller.state_dict()["start"] == {0: 3.0, 1: 2.0}
+    assert [group["max_shrinkage"] for group in optimizer.param_groups] == [3.0, 2.0]
+    del optimizer.param_groups[0]  # what is left keeps its own
+    run(optimizer, [5.0], 300)
+    assert [reading.shrinkage for reading in controller.readings] == [2.0]
     given_one = optimizer_of([(6, 5), (4, 3)])
     ShrinkageController(given_one, groups=[1])
     found = run(given_one, [0.0, 0.0], 10)
@@ -235,6 +260,8 @@ def test_ranks_bound_it_as_one_process_does(tmp_path):
         ({"share": 0}, "share must be a number between 0 and 1, got 0"),
         ({"share": "half"}, "share must be a number between 0 and 1, got 'half'"),
         ({"every": 0}, "every must be a whole number >= 1, got 0"),
+        ({"groups": 1}, "groups must be numbers of parameter groups, from 0 to 1, got 1"),
+        ({"groups": [1.0]}, "groups must be numbers of parameter groups, from 0 to 1, got 1.0"),
         ({"groups": [3]}, "groups must be numbers of parameter groups, from 0 to 1, got 3"),
         ({"groups": [1]}, "group 1 has shrinkage=0: set the strongest pull that it may have, such as 3"),
         ({"groups": []}, "there is no parameter group to control: all have shrinkage=0"),
@@ -260,3 +287,7 @@ def test_other_optimizers_and_states_are_refused():
         controller.load_state_dict({"softness": 1})
     with pytest.raises(ValueError, match="parameter groups 4"):
         controller.load_state_dict({"steps": 1, "start": {4: 1.0}})
+    with pytest.raises(ValueError, match="start of group 0 must be a number above 0"):
+        controller.load_state_dict({"steps": 1, "start": {0: math.nan}})
+    with pytest.raises(ValueError, match=r"start must map groups to numbers, got \[3.0\]"):
+        controller.load_state_dict({"steps": 1, "start": [3.0]})
