@@ -45,7 +45,7 @@ class ShrinkageController(Controller):
 
     A layer closes where the mean gradients of all its weights lie within `shrinkage`
     standard errors of zero: then all are pulled to zero and stay there. So after every
-    `every`-th step each group gets
+    `every`-th step each group gets::
 
         z = min(z0, share * min over its layers of max |m^| / sqrt(c * s^))
 
