@@ -6,10 +6,9 @@
     python benchmarks/tabular.py report
 
 Three quarters of a table's rows, at most 1,000, are for training, the rest for the test; the tables with columns that
-say nothing have the rows of their study. Each fit is a process of its
-own, so that its memory is its own; seconds are those of `fit` and `predict`, and a process ends after so many of the
-processor's as `--limit` says. The loss is the cross entropy in nats, of a number the squared error over the variance
-among the training rows.
+say nothing have the rows of their study. Each fit is a process of its own, so that its memory is its own; seconds are
+those of `fit` and `predict`, and a process ends after so many of the processor's as `--limit` says. The loss is the
+cross entropy in nats, of a number the squared error over the variance among the training rows.
 """
 
 from __future__ import annotations

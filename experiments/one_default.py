@@ -143,8 +143,9 @@ def judge(name: str, runs: Mapping[str, Sequence[Run] | None], before: Mapping[s
     known = before.get("candidates", {})
     rivals = {rival: dict(zip(SEEDS, found[rival]["values"])) for rival in ("adamw", "adamw tuned")}
     for arm in candidates():
+        mine = runs[arm.name]
         for lr in RATES:
-            title, mine = f"{arm.name} at {lr:g}", runs[arm.name]
+            title = f"{arm.name} at {lr:g}"
             if mine is not None:
                 values = values_of(mine, arm.name, lr, DECAY, found["metric"])
             elif title in known:

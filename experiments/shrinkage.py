@@ -4,12 +4,11 @@
     python experiments/shrinkage.py report --runs runs/shrinkage --out docs/results/shrinkage
 
 Every arm of a task has the same learning rates, a weight decay of 0.01 and five seeds, where `SOURCES` names no
-others. Its rate is chosen on
-validation data, once for the last step and once for the step where the validation figure is best; all figures are from
-test data. AdamW is an arm like the others where a study has it, and PRM; else theirs are those of
-`docs/results/TASK/results.json`, tuned there over grids that are no smaller, and are taken at the same seeds. The
-numbers of standard errors were read off a prototype on all tasks but Fashion-MNIST, so the table shows that the method
-repeats, not that the numbers were foreseen.
+others. Its rate is chosen on validation data, once for the last step and once for the step where the validation figure
+is best; all figures are from test data. AdamW is an arm like the others where a study has it, and PRM; else theirs are
+those of `docs/results/TASK/results.json`, tuned there over grids that are no smaller, and are taken at the same seeds.
+The numbers of standard errors were read off a prototype on all tasks but Fashion-MNIST, so the table shows that the
+method repeats, not that the numbers were foreseen.
 """
 
 from __future__ import annotations

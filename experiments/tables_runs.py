@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from popriskmin import PRM
 from popriskmin.compare.training.drivers import step_matched
 from popriskmin.compare.training.train import seed_everything
+from popriskmin.diagnosis.shrinkage_controller import largest_square
 from popriskmin.mask import Hyperparameters, corrections, variance_of_mean
-from popriskmin.optimizer.mask_state import recompute
+from popriskmin.optimizer.mask_state import ParamState, recompute
 from popriskmin.tasks.table import Table
 
 functional = nn.functional
@@ -260,11 +261,9 @@ def bind(optimizer: torch.optim.Optimizer, step: int) -> None:
     """
     for group in optimizer.param_groups:
         if "bound" in group:
-            hyper = Hyperparameters.of_group(group)
-            c = corrections(step, hyper)
-            state = optimizer.state[group["params"][0]]
-            mean, noise = state["exp_avg"] / c.bias1, state["exp_avg_var"] / c.bias_var
-            largest = (mean.square() / (hyper.mean_coefficient * noise).clamp(min=SMALLEST)).max().sqrt().item()
+            (param,) = group["params"]
+            one = ParamState(0, 0, param, optimizer.state[param], step, Hyperparameters.of_group(group))
+            largest = largest_square(one)[0].sqrt().item()
             group["shrinkage"] = max(SMALLEST, min(MOST, group["bound"] * largest))  # 0 would need no counts
 
 

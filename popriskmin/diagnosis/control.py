@@ -89,12 +89,14 @@ class Controller(abc.ABC):
 
 
 def _numbers(groups: Iterable[int], last: int) -> list[int]:
-    given = list(groups) if isinstance(groups, Iterable) else [None]
-    wrong = [number for number in given if not (isinstance(number, Integral) and 0 <= number <= last)]
-    if wrong:
-        got = wrong[0] if isinstance(groups, Iterable) else groups
-        raise ValueError(f"groups must be numbers of parameter groups, from 0 to {last}, got {got!r}")
-    return [int(number) for number in given if number is not None]
+    expected = f"groups must be numbers of parameter groups, from 0 to {last}"
+    if not isinstance(groups, Iterable):
+        raise ValueError(f"{expected}, got {groups!r}")
+    numbers = list(groups)
+    for number in numbers:
+        if not (isinstance(number, Integral) and 0 <= number <= last):
+            raise ValueError(f"{expected}, got {number!r}")
+    return numbers
 
 
 def number_between(name: str, value: object, least: float, largest: float) -> float:

@@ -14,10 +14,10 @@ from popriskmin.diagnosis.control import Controller, number_between
 from popriskmin.mask import corrections
 from popriskmin.optimizer import Masked
 from popriskmin.optimizer.mask_state import ParamState, as_wide_reals, param_states, to_host
+from popriskmin.step.foreach import CPU_BLOCK
 from popriskmin.step.lists import as_real, shrinks
 from popriskmin.step.shards import local_part, over_ranks
 
-IN_CACHE = 2**15  # scalars that are read at a time on the CPU, so that what is made of them stays in the cache
 MOST = "max_shrinkage"  # the key of a group
 LEAST_STEPS = 2  # from the second step of a tensor on there is a variance, and a pull
 
@@ -149,7 +149,7 @@ class ShrinkageController(Controller):
             for one in param_states(self.optimizer)
             if one.group in numbers and one.step >= LEAST_STEPS and shrinks(one.hyper, one.param)
         ]
-        squares = over_ranks([_largest_square(one) for one in ready], [one.param for one in ready], "max")
+        squares = over_ranks([largest_square(one) for one in ready], [one.param for one in ready], "max")
         found: dict[int, list[float]] = {}
         for one, (square, overflowed) in zip(ready, to_host(squares)):
             found.setdefault(one.group, []).append(math.nan if overflowed else math.sqrt(square))
@@ -166,13 +166,13 @@ class ShrinkageController(Controller):
 
 
 @torch.no_grad()
-def _largest_square(one: ParamState) -> Tensor:
+def largest_square(one: ParamState) -> Tensor:
     """Return the largest squared mean gradient of this rank's part, in squared standard errors, and if one is NaN.
 
     They are of shape (2,), the second 0 or 1, because a maximum over ranks need not keep NaN.
     """
     flat = [as_real(local_part(one.state[name])).reshape(-1) for name in ("exp_avg", "exp_avg_var")]
-    block = IN_CACHE if flat[0].is_cpu else max(1, flat[0].numel())
+    block = CPU_BLOCK if flat[0].is_cpu else max(1, flat[0].numel())
     tops = [_largest_ratio(*as_wide_reals(m, s)) for m, s in zip(*(torch.split(x, block) for x in flat)) if m.numel()]
     # This rank may have no part of the tensor.
     largest = torch.stack(tops).amax() if tops else as_wide_reals(flat[0].new_zeros(()))[0]

@@ -249,7 +249,7 @@ def _on_two_ranks(rank):
     assert min(traces[0][::2]) < 3.0
 
 
-@pytest.mark.skipif(not SHARDS, reason="needs FSDP2")
+@pytest.mark.skipif(not SHARDS, reason="FSDP2 over gloo: see conftest.py")
 def test_ranks_bound_it_as_one_process_does(tmp_path):
     run_ranks(tmp_path, 2, _on_two_ranks)
 
