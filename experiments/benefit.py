@@ -22,7 +22,7 @@ CAPTION = "left of the line: better than AdamW"
 ROWS = (
     ("adamw", "AdamW"),
     ("adamw-matched to snr", "AdamW, smaller steps"),
-    ("boosted trees", "boosted trees"),
+    ("boosted trees", "boosted trees, untuned"),
     ("L1 linear", "L1 linear model"),
     ("adamw, decoupled L1", "AdamW, decoupled L1"),
     ("snr", "PRM"),

@@ -62,8 +62,8 @@ SHOWN = {
     BOUND[0]: "PRM, `snr`, bounded shrinkage",
     BOUND[1]: "PRM, `snr`, bounded shrinkage of both layers",
     "L1 linear": "L1 linear model",
-    "boosted trees": "boosted trees",
-    "best reference, in hindsight": "the best of these two and a forest, in hindsight",
+    "boosted trees": "boosted trees, at their defaults",
+    "best reference, in hindsight": "the best of these two and a forest, also untuned, in hindsight",
     "best arm, in hindsight": "the best arm of each table, in hindsight",
 }
 HINDSIGHT = ("best reference, in hindsight", "best arm, in hindsight")  # by test data
