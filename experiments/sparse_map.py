@@ -35,11 +35,16 @@ SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
 PER_INPUT = (0.5, 1.0, 2.0, 5.0)
 NOISES = (0.3, 1.0, 3.0)
 RATES, DECAYS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (0.0, 0.1)
+PULLS = [
+    Arm("adamw, decoupled L1", "adamw", RATES, (0.01, 0.03, 0.1, 0.3, 1.0), axis="decoupled l1"),
+    Arm("snr, shrinkage", "prm", RATES, (1.0, 2.0, 3.0), axis="shrinkage"),
+]
 ARMS = [
     Arm("adamw", "adamw", RATES, DECAYS),
     Arm("snr", "prm", RATES, DECAYS),
     Arm("soft", "prm", RATES, DECAYS, options={"mask": "soft"}),
     Arm("threshold z=2", "prm", RATES, DECAYS, options={"mask": "threshold", "softness": 4.0}),
+    *PULLS,
 ]
 DEFAULT_ARMS = [
     *ARMS,
@@ -59,6 +64,7 @@ class SparseStack(Stack):
         training = [data.training for data in prepared if isinstance(data.training, Reused)]
         self.classifies = False
         self.columns = [task.inputs for _ in seeds]
+        self.probes, self.batch_size = 0, task.batch_size
         self.x, self.y = self._joined([(data.x, data.y) for data in training])
         self.held_out = [self._joined([getattr(data, part) for data in prepared]) for part in ("validation", "test")]
         self.batches = torch.stack([torch.stack(list(data.batches)) for data in training], 1)
@@ -74,7 +80,7 @@ class SparseStack(Stack):
         """Return zeros where linear models start, and each network's own weights."""
         if not self.linear:
             return super().weights(copies)
-        return [torch.zeros(len(self.seeds), copies, self.x.shape[2]), torch.zeros(len(self.seeds), copies)]
+        return [torch.zeros(len(self.seeds), copies, 1, self.x.shape[2]), torch.zeros(len(self.seeds), copies)]
 
     def real_share(self) -> Tensor:
         """Return ones: nothing is filled."""
@@ -85,7 +91,7 @@ class SparseStack(Stack):
         if not self.linear:
             return super().answers(weights, x)
         weight, bias = weights
-        return (torch.bmm(weight, x.mT) + bias[:, :, None])[..., None]
+        return (torch.bmm(weight[:, :, 0], x.mT) + bias[:, :, None])[..., None]
 
 
 def best_risk(stack: SparseStack, arm: Arm) -> tuple[str, list[float]]:

@@ -1,13 +1,16 @@
 """The study of tables: networks side by side are trained as each alone, it resumes, and reports what was run."""
 
 import json
+import math
 import pathlib
 import sys
 
+import lightgbm
 import numpy as np
 import pytest
 import torch
-from sklearn.ensemble import RandomForestClassifier
+from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
+from sklearn.linear_model import ElasticNet
 
 from popriskmin import PRM, ShrinkageController
 from popriskmin.compare.training import arms as compared
@@ -25,6 +28,7 @@ import shrinkage_rules  # noqa: E402
 import sparse_map  # noqa: E402
 import tables  # noqa: E402
 import tables_data  # noqa: E402
+import tables_references  # noqa: E402
 import tables_report  # noqa: E402
 import tables_runs  # noqa: E402
 import tables_shrinkage  # noqa: E402
@@ -97,6 +101,49 @@ def test_an_average_and_a_penalty_do_what_they_say():
     assert one["0.01 0"] == other["0.01 0"] != other["0.01 0.1"]
 
 
+def by_hand(name, classifies, training, validation, seed):
+    """Return the learner of the last configuration of the test below, fitted."""
+    if name == "boosted trees, tuned":
+        kind = lightgbm.LGBMClassifier if classifies else lightgbm.LGBMRegressor
+        model = kind(n_estimators=1000, learning_rate=0.12, num_leaves=4, min_child_samples=5, colsample_bytree=0.3,
+                     random_state=seed, verbose=-1)  # fmt: skip
+        return model.fit(*training, eval_set=[validation], callbacks=[lightgbm.early_stopping(50, verbose=False)])
+    if name == "forest, tuned":
+        kind = RandomForestClassifier if classifies else RandomForestRegressor
+        return kind(100, max_features=0.1, min_samples_leaf=10, random_state=seed).fit(*training)
+    ratio = 0.5 if name == "elastic net, tuned" else 1.0
+    if not classifies:
+        return ElasticNet(0.01, l1_ratio=ratio).fit(*training)
+    return table.sparse_linear(0.01, True, len(training[1]), seed).set_params(l1_ratio=ratio).fit(*training)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the penalty's name, and of passes that did not suffice
+@pytest.mark.parametrize("data", ["wine", "diabetes"])
+@pytest.mark.parametrize("name", list(tables_references.LEARNERS))
+def test_learners_are_tuned_as_arms_are(monkeypatch, name, data):
+    """Of fifteen configurations each; the losses are those of a fit by hand, and read as an arm's."""
+    assert len(tables_references.BOOSTED) == len(tables_references.FOREST) == len(tables_references.PENALTIES) == 15
+    assert math.prod(map(len, tables_references.ELASTIC)) == 15
+    monkeypatch.setattr(tables_references, "BOOSTED", tables_references.BOOSTED[-2:])
+    monkeypatch.setattr(tables_references, "FOREST", ((1.0, 3), (0.1, 10)))
+    monkeypatch.setattr(tables_references, "PENALTIES", (0.1, 0.01))
+    monkeypatch.setattr(tables_references, "ELASTIC", ((0.5,), (0.1, 0.01)))
+    task, classifies = Table(data=data, probes=7), data == "wine"
+    row = tables_references.tuned(name, task, [0, 3])
+    assert len(row["configurations"]) == 2
+    found = list(row["configurations"].values())[-1]["best"]
+    for place, seed in enumerate((0, 3)):
+        prepared = task.prepare(seed)
+        parts = [(x.numpy().astype(float), y.numpy()) for x, y in prepared[:3]]
+        model = by_hand(name, classifies, *parts[:2], seed)
+        for mine, part in zip(found, parts[1:]):
+            expected = list(prepared.judge(model, *part).values())
+            assert [metric[place] for metric in mine] == pytest.approx(expected, rel=0.01)
+    kept = tables_report.reached({**row, "arm": name})
+    assert kept["chosen"] in row["configurations"]
+    assert kept["loss"] in [one["best"][1][0] for one in row["configurations"].values()]
+
+
 @pytest.fixture
 def _short(monkeypatch):
     monkeypatch.setattr(tables_data, "STEPS", 10)
@@ -114,6 +161,7 @@ def test_the_study_resumes_and_reports(monkeypatch, tmp_path, capsys):
     references_alone = []
     monkeypatch.setattr(tables, "THIRD", references_alone)
     monkeypatch.setattr(tables, "GROUPS", (few[:3], few[3:], references_alone))
+    monkeypatch.setattr(tables_references, "LEARNERS", {})
     tables.main()
     made = {path.name: path.read_text() for path in out.glob("*.jsonl")}
     assert sorted(made) == ["iris.jsonl", "wine.jsonl"]

@@ -163,25 +163,19 @@ class Table(Task):
             (a.numpy().astype(np.float64), b.numpy()) for a, b in prepared[:3]
         )
 
-        def measured(model: Any, x: np.ndarray, y: np.ndarray) -> Metrics:
-            if not prepared.classifies:
-                return {"error": float(np.square(model.predict(x) - y).mean())}
-            p = np.clip(model.predict_proba(x), 1e-7, 1)
-            return {
-                "loss": float(-np.log(p[np.arange(len(y)), y]).mean()),
-                "accuracy": float((p.argmax(1) == y).mean()),
-            }
-
         metric = "loss" if prepared.classifies else "error"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the penalty that got far enough is chosen
             warnings.simplefilter("ignore", FutureWarning)  # of how the penalty is named, from scikit-learn 1.8 on
             linear = [sparse_linear(penalty, prepared.classifies, len(y), seed).fit(x, y) for penalty in PENALTIES]
-        best = min(linear, key=lambda model: measured(model, x_validation, y_validation)[metric])
+        best = min(linear, key=lambda model: prepared.judge(model, x_validation, y_validation)[metric])
         guess = DummyClassifier() if prepared.classifies else DummyRegressor()
-        found = {GUESS: measured(guess.fit(x, y), x_test, y_test), "L1 linear": measured(best, x_test, y_test)}
+        found = {
+            GUESS: prepared.judge(guess.fit(x, y), x_test, y_test),
+            "L1 linear": prepared.judge(best, x_test, y_test),
+        }
         for name, model in trees(prepared.classifies, seed).items():
-            found[name] = measured(model.fit(x, y), x_test, y_test)
+            found[name] = prepared.judge(model.fit(x, y), x_test, y_test)
         return found
 
 
@@ -214,6 +208,16 @@ class Prepared(NamedTuple):
         if not self.classifies:
             return {"error": loss}
         return {"loss": loss, "accuracy": (answers.argmax(1) == y).float().mean().item()}
+
+    def judge(self, model: Any, x: np.ndarray, y: np.ndarray) -> Metrics:
+        """Return the metrics of a fitted estimator of scikit-learn's kind."""
+        if not self.classifies:
+            return {"error": float(np.square(model.predict(x) - y).mean())}
+        p = np.clip(model.predict_proba(x), 1e-7, 1)
+        return {
+            "loss": float(-np.log(p[np.arange(len(y)), y]).mean()),
+            "accuracy": float((p.argmax(1) == y).mean()),
+        }
 
 
 def network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
