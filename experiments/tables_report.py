@@ -39,18 +39,16 @@ Key = tuple[str, int]
 
 
 def write(rows: Sequence[Cell], out: Path, into: Path | None = None) -> None:
-    """Write `results.json` and the pictures for all that is there, and print the tables, or put them into a page."""
+    """Write summary and rules as `results.json`, and the pictures; print the tables, or put them into a page."""
     cells = gather(rows)
     if not cells:
         raise SystemExit(f"{out} holds no runs yet: make some with the action run")
     common = studied(cells)
     found = {
-        "cells": [{"table": table, "probes": probes, "arms": arms} for (table, probes), arms in cells.items()],
         "summary": {str(probes): summary(cells, probes) for probes in sorted({key[1] for key in common})},
         "rules": rules(common),
     }
-    lines = (f'"{key}": {_by_record(value)}' for key, value in found.items())
-    (out / RESULTS).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    (out / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
     draw_ratios(common, out / "ratios.png")
     draw_rule(common, out / "rule.png")
     draw_masks(out / "masks.png")
@@ -63,13 +61,6 @@ def write(rows: Sequence[Cell], out: Path, into: Path | None = None) -> None:
         if not mark:
             raise SystemExit(f"{into} needs the lines {MARKS[0]} and {MARKS[1]}, between which the tables go")
         into.write_text(f"{head}{MARKS[0]}\n\n{long_tables_as_files(tables, out, into)}\n{MARKS[1]}{tail}")
-
-
-def _by_record(value: Any) -> str:
-    """Return a list as JSON with an entry on each line, what is no list on one."""
-    if not isinstance(value, list):
-        return json.dumps(value)
-    return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
 
 
 def long_tables_as_files(text: str, out: Path, page: Path) -> str:

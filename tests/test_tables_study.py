@@ -200,10 +200,10 @@ def test_the_study_resumes_and_reports(monkeypatch, tmp_path, capsys):
     assert "| soft | 2 |" in printed
     found = json.loads((out / "results.json").read_text())
     assert found["rules"]["always soft"]["cases"] == [2, 2]
-    cell = next(cell for cell in found["cells"] if (cell["table"], cell["probes"]) == ("wine", 3))
+    reached = tables_report.gather(rows)["wine", 3]
     row = next(row for row in before if (row["probes"], row["arm"]) == (3, "soft"))
     best = min(row["configurations"].values(), key=lambda one: sum(one["best"][0][0]))
-    assert cell["arms"]["soft"]["loss"] == best["best"][1][0]
+    assert reached["soft"]["loss"] == best["best"][1][0]
     for name in ("ratios", "rule", "masks"):
         assert (out / f"{name}.png").stat().st_size > 5000
         monkeypatch.setattr(tables_report, f"draw_{name}", lambda *given: None)  # each takes a second

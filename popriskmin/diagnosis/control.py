@@ -32,8 +32,6 @@ class Controller(abc.ABC):
         self.groups = None if groups is None else _numbers(groups, len(self.optimizer.param_groups) - 1)
         self.every = whole_number("every", every)
         self._steps = 0
-        # The option of each group before this controller moved it.
-        self._start: dict[int, float] = {}
 
     def _attach(self) -> None:
         self._handle = self.optimizer.register_step_post_hook(self._after_step)
@@ -47,7 +45,7 @@ class Controller(abc.ABC):
 
         `torch.load(..., weights_only=True)` reads it.
         """
-        return {"steps": self._steps, "start": dict(self._start)}
+        return {"steps": self._steps}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; the target and the other settings stay as built.
@@ -55,22 +53,14 @@ class Controller(abc.ABC):
         Raises
         ------
         ValueError
-            For what is not from `state_dict()` of a controller of such an optimizer.
+            For what is not from a controller's `state_dict()`.
         """
-        if set(state_dict) != {"steps", "start"}:
-            raise ValueError(f"a {type(self).__name__}'s state holds steps and start, got {', '.join(state_dict)}")
-        try:
-            start = {int(group): float(value) for group, value in state_dict["start"].items()}
-        except (AttributeError, TypeError, ValueError):
-            raise ValueError(f"start must map groups to numbers, got {state_dict['start']!r}") from None
-        for group, value in start.items():
-            number_between(f"start of group {group}", value, 0, math.inf)
-        if not set(start) <= set(range(len(self.optimizer.param_groups))):
-            raise ValueError(
-                f"the state is of parameter groups {', '.join(map(str, start))}; this optimizer has "
-                f"{len(self.optimizer.param_groups)}"
-            )
-        self._steps, self._start = int(state_dict["steps"]), start
+        if set(state_dict) != {"steps"}:
+            raise ValueError(f"a {type(self).__name__}'s state holds steps alone, got {', '.join(state_dict)}")
+        steps = state_dict["steps"]
+        if not isinstance(steps, Integral) or int(steps) < 0:
+            raise ValueError(f"steps must be a whole number >= 0, got {steps!r}")
+        self._steps = int(steps)
 
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         if made_state_alone(self.optimizer, counted=0):

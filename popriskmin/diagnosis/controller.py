@@ -23,6 +23,7 @@ GAIN = 0.5
 # Of larger tensors about this many scalars, evenly spaced, stand for all: their mean is
 # as good, and costs little.
 SAMPLE = 16_384
+FIRST = "first_softness"  # the key of a group: its softness before a controller moved it
 # Shares nearer to 0 or 1 count as this near, for log(q / (1 - q)).
 NEAREST = 1e-3
 
@@ -109,9 +110,10 @@ class SoftnessController(Controller):
 
     Notes
     -----
-    The softness is saved with the optimizer, the count of steps with the controller's
-    `state_dict()`. With both loaded, a resumed run equals the uninterrupted one bit for
-    bit. A captured graph keeps the softness that it was captured with.
+    The softness is saved with the optimizer, and so is the group's first one, as
+    `first_softness`; the count of steps with the controller's `state_dict()`. With both
+    loaded, a resumed run equals the uninterrupted one bit for bit. A captured graph keeps
+    the softness that it was captured with.
 
     Examples
     --------
@@ -228,7 +230,7 @@ class SoftnessController(Controller):
     def _correct(self, i: int, measured: float, ratio: float) -> Reading:
         group = self.optimizer.param_groups[i]
         softness = float(group["softness"])
-        start = self._start.setdefault(i, softness)
+        start = float(group.setdefault(FIRST, softness))
         if not (math.isfinite(measured) and not math.isnan(ratio)):
             # The mask of a run that has overflowed is not opened.
             return Reading(i, measured, ratio, softness, True)

@@ -361,7 +361,31 @@ def test_another_optimizer_and_another_state():
     with pytest.raises(TypeError, match=r"needs a popriskmin.PRM, got AdamW"):
         SoftnessController(torch.optim.AdamW([nn.Parameter(torch.zeros(1))]), mean_q=0.3)
     controller = SoftnessController(optimizer_of(), mean_q=0.3)
-    with pytest.raises(ValueError, match="holds steps and start, got state, param_groups"):
+    with pytest.raises(ValueError, match="holds steps alone, got state, param_groups"):
         controller.load_state_dict(controller.optimizer.state_dict())
-    with pytest.raises(ValueError, match="of parameter groups 0, 4; this optimizer has 1"):
-        controller.load_state_dict({"steps": 1, "start": {0: 1.0, 4: 1.0}})
+    with pytest.raises(ValueError, match=r"steps must be a whole number >= 0, got 1\.5"):
+        controller.load_state_dict({"steps": 1.5})
+
+
+def test_the_first_softness_stays_with_its_group():
+    """Without its first group, the second goes back to its own start and not to that of the first."""
+    torch.manual_seed(0)
+    parts = [nn.Parameter(torch.zeros(64)) for _ in range(2)]
+    optimizer = PRM([{"params": [part], "softness": softness} for part, softness in zip(parts, (4.0, 0.5))])
+    controller = SoftnessController(optimizer, mean_q=0.9, every=1, rate=0.1, floor=0.5)
+
+    def step():
+        for group in optimizer.param_groups:
+            (part,) = group["params"]
+            part.grad = torch.randn_like(part)  # no signal: the softness may not fall below the start
+        optimizer.step()
+
+    for _ in range(20):
+        step()
+    assert [group["first_softness"] for group in optimizer.param_groups] == [4.0, 0.5]
+    del optimizer.param_groups[0]
+    optimizer.param_groups[0]["softness"] = 0.25
+    for _ in range(20):
+        step()
+    assert optimizer.param_groups[0]["softness"] == pytest.approx(0.5)
+    assert controller.readings[0].held
