@@ -22,9 +22,9 @@ CAPTION = "left of the line: better than AdamW"
 ROWS = (
     ("adamw", "AdamW"),
     ("adamw-matched to snr", "AdamW, smaller steps"),
-    ("boosted trees", "boosted trees, untuned"),
-    ("L1 linear", "L1 linear model"),
+    ("L1 linear model, tuned", "L1 linear model"),
     ("adamw, decoupled L1", "AdamW, decoupled L1"),
+    ("boosted trees, tuned", "boosted trees"),
     ("snr", "PRM"),
     ("snr, shrinkage", "PRM with shrinkage"),
 )

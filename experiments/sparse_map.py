@@ -1,4 +1,4 @@
-"""Where selection pays: PRM's excess risk over AdamW's on sparse linear regression.
+"""Where selection pays: the excess risk of PRM, penalties and the Lasso over AdamW's on sparse linear regression.
 
 The map has three axes: the share of informative inputs, the noise, and the examples per
 input.
@@ -46,6 +46,7 @@ ARMS = [
     Arm("threshold z=2", "prm", RATES, DECAYS, options={"mask": "threshold", "softness": 4.0}),
     *PULLS,
 ]
+DRAWN = ("snr", "soft", "adamw, decoupled L1", "snr, shrinkage", "Lasso")
 DEFAULT_ARMS = [
     *ARMS,
     Arm("debias", "prm", RATES, DECAYS, options={"debias": True}),
@@ -149,14 +150,14 @@ def complete(point: Record) -> bool:
 
 
 def draw(points: Sequence[Record], path: Path) -> None:
-    """Draw the ratio to AdamW of each arm of PRM, a row for each and a column for each noise."""
+    """Draw the ratio to AdamW of several arms and the Lasso, a row for each and a column for each noise."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    arms = [arm.name for arm in ARMS[1:] if arm.name in points[0]]
-    size = (2.7 * len(NOISES) + 1, 2.1 * len(arms) + 0.5)
+    arms = [name for name in DRAWN if name in points[0]]
+    size = (2.7 * len(NOISES) + 1, 1.9 * len(arms) + 0.5)
     figure, axes = plt.subplots(len(arms), len(NOISES), figsize=size, squeeze=False, layout="constrained")
     for (row, arm), (column, noise) in itertools.product(enumerate(arms), enumerate(NOISES)):
         values = np.full((len(PER_INPUT), len(SHARES)), np.nan)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import shrinkage_rules
 from tables_data import SOURCES
+from tables_references import LEARNERS
 from tables_report import BASE, REFERENCES, Cell, Key, best_of, counts, gather, heading, mean_ratio, reached, verdict
 
 PENALTIES = (
@@ -61,9 +62,12 @@ SHOWN = {
     "snr, shrinkage that holds zeros": "PRM, `snr`, shrinkage that holds zeros",
     BOUND[0]: "PRM, `snr`, bounded shrinkage",
     BOUND[1]: "PRM, `snr`, bounded shrinkage of both layers",
-    "L1 linear": "L1 linear model",
-    "boosted trees": "boosted trees, at their defaults",
-    "best reference, in hindsight": "the best of these two and a forest, also untuned, in hindsight",
+    "L1 linear model, tuned": "L1 linear model",
+    "elastic net, tuned": "elastic net, a linear model",
+    "forest, tuned": "forest",
+    "boosted trees, tuned": "boosted trees",
+    "boosted trees": "other boosted trees, at their defaults",
+    "best reference, in hindsight": "the best of the four that are no networks and are tuned, in hindsight",
     "best arm, in hindsight": "the best arm of each table, in hindsight",
 }
 HINDSIGHT = ("best reference, in hindsight", "best arm, in hindsight")  # by test data
@@ -144,15 +148,16 @@ def summary(
         )
         arms["best penalty"] = arms[best_of(arms, penalties)]
         arms |= {name: arms[best_of(arms, grids)] for name, grids in IN_THE_LOSS.items() if arms.keys() & set(grids)}
-        if REFERENCES in arms:
-            references = {name: value for name, value in arms[REFERENCES].items() if "loss" in value}
-            best = min(references, key=lambda name: float(np.mean(references[name]["loss"])))
-            arms["best reference, in hindsight"] = references[best]
-            arms |= {name: value for name, value in references.items() if name not in arms}
+        tuned = [arms[name] for name in LEARNERS if name in arms]
+        if tuned:
+            arms["best reference, in hindsight"] = min(tuned, key=lambda one: float(np.mean(one["loss"])))
+        references = arms.get(REFERENCES, {}).items()
+        arms |= {name: value for name, value in references if "loss" in value and name not in arms}
     names = [
         *ARMS,
         "best penalty",
         *IN_THE_LOSS,
+        *LEARNERS,
         *sorted({n for arms in mine.values() for n in arms.get(REFERENCES, {})}),
     ]
     return {
@@ -318,7 +323,7 @@ def z_table(found: Mapping[str, Any]) -> list[str]:
 def write_losses(cells: Mapping[Key, Mapping[str, Cell]], level: int, path: Path) -> None:
     """Write every table's test losses, the chosen rate and z, and the references."""
     mine = {table: arms for (table, probes), arms in cells.items() if probes == level}
-    names = [BASE, *(name for name in ARMS if any(name in arms for arms in mine.values()))]
+    names = [BASE, *(name for name in (*ARMS, *LEARNERS) if any(name in arms for arms in mine.values()))]
     references = sorted({name for arms in mine.values() for name in arms.get(REFERENCES, {})})
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
