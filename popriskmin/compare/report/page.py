@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
 import torch
+from markupsafe import Markup
 
 from popriskmin.compare.report import plots
 from popriskmin.compare.report.command import command, wider_command
@@ -52,10 +54,13 @@ def write_report(results: Results, records: Mapping[Job, Sequence[Record]]) -> P
     return path
 
 
-def _description(results: Results) -> str:
+def _description(results: Results) -> Markup:
+    """Return the task's docstring, in which what stands between backticks is code."""
     doc = type(results.task).__doc__ or ""
-    # A dataclass without a docstring gets its signature in place of one.
-    return "" if doc.startswith(f"{type(results.task).__name__}(") else " ".join(doc.split())
+    if doc.startswith(f"{type(results.task).__name__}("):
+        return Markup()  # a dataclass without a docstring gets its signature in place of one
+    parts = re.split(r"`+", " ".join(doc.split()))
+    return Markup().join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
 
 
 def _costs(results: Results) -> list[dict[str, object]]:

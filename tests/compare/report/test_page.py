@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import types
 
 import pytest
 from tiny import Tiny
@@ -16,6 +17,7 @@ from popriskmin.cli import main
 from popriskmin.compare import compare
 from popriskmin.compare.report.command import command, wider_command
 from popriskmin.compare.report.goals import Arrival, Goal, goal_lines
+from popriskmin.compare.report.page import _description
 from popriskmin.compare.report.run_summary import Choice
 from popriskmin.compare.report.statements import OPENINGS
 from popriskmin.tasks.digits import Digits
@@ -45,6 +47,15 @@ def test_it_is_light_and_its_drawings_hold_text_rather_than_outlines(page):
     # The cells are pixels: of paths there are axes and ticks alone.
     assert drawing.count("data:image/png") >= 3
     assert drawing.count("<path") < 100
+
+
+class Marked(Tiny):
+    """Of `a < b` and ``c``, <b>not</b> marked up."""
+
+
+def test_code_in_the_docstring_of_a_task_is_shown_as_code():
+    shown = _description(types.SimpleNamespace(task=Marked()))
+    assert shown == "Of <code>a &lt; b</code> and <code>c</code>, &lt;b&gt;not&lt;/b&gt; marked up."
 
 
 class Links(html.parser.HTMLParser):
