@@ -67,6 +67,6 @@ def test_the_script(monkeypatch, tmp_path, capsys):
     of_penalties = [found[name]["arm"] for name in beyond_columns.PENALTIES]
     assert [name.split()[0] for name in of_penalties] == ["L1", "decoupled"]
     assert set(of_penalties) < set(beyond_columns.ARMS)
-    assert found["snr with shrinkage"]["arm"] in [f"prm shrinkage={z}" for z in ("1", "2", "3")]
+    assert found["snr with shrinkage"]["arm"] in [f"prm shrinkage={z}" for z in ("0.5", "1", "2", "3")]
     assert found["snr"]["arm"] == "prm"
     assert all(len(arm["loss"]) == 5 and arm["loss"][0] == pytest.approx(np.log(4), rel=0.2) for arm in found.values())
