@@ -66,8 +66,8 @@ SHOWN = {
     "elastic net, tuned": "elastic net, a linear model",
     "forest, tuned": "forest",
     "boosted trees, tuned": "boosted trees",
-    "boosted trees": "other boosted trees, at their defaults",
-    "best reference, in hindsight": "the best of the four that are no networks and are tuned, in hindsight",
+    "best reference, in hindsight": "the best of these four, in hindsight",
+    "boosted trees": "scikit-learn's boosted trees, untuned",
     "best arm, in hindsight": "the best arm of each table, in hindsight",
 }
 HINDSIGHT = ("best reference, in hindsight", "best arm, in hindsight")  # by test data
