@@ -307,7 +307,7 @@ def test_the_map_resumes_and_draws(monkeypatch, tmp_path):
 
 
 def test_the_default_of_the_sparse_task(monkeypatch, tmp_path):
-    monkeypatch.setitem(sparse.SCALES, "default", {"inputs": 20, "informative": 2, "examples": 30, "steps": 5})
+    monkeypatch.setitem(sparse.SCALES, "default", {"inputs": 20, "informative": 2, "examples": 40, "steps": 5})
     monkeypatch.setattr(sys, "argv", ["sparse_map.py", "--default", "--out", str(tmp_path)])
     sparse_map.main()
     text = (tmp_path / "default.json").read_text()
