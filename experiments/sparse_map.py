@@ -35,16 +35,13 @@ SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
 PER_INPUT = (0.5, 1.0, 2.0, 5.0)
 NOISES = (0.3, 1.0, 3.0)
 RATES, DECAYS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (0.0, 0.1)
-PULLS = [
-    Arm("adamw, decoupled L1", "adamw", RATES, (0.01, 0.03, 0.1, 0.3, 1.0), axis="decoupled l1"),
-    Arm("snr, shrinkage", "prm", RATES, (1.0, 2.0, 3.0), axis="shrinkage"),
-]
 ARMS = [
     Arm("adamw", "adamw", RATES, DECAYS),
     Arm("snr", "prm", RATES, DECAYS),
     Arm("soft", "prm", RATES, DECAYS, options={"mask": "soft"}),
     Arm("threshold z=2", "prm", RATES, DECAYS, options={"mask": "threshold", "softness": 4.0}),
-    *PULLS,
+    Arm("adamw, decoupled L1", "adamw", RATES, (0.01, 0.03, 0.1, 0.3, 1.0), axis="decoupled l1"),
+    Arm("snr, shrinkage", "prm", RATES, (1.0, 2.0, 3.0), axis="shrinkage"),
 ]
 DRAWN = ("snr", "soft", "adamw, decoupled L1", "snr, shrinkage", "Lasso")
 DEFAULT_ARMS = [

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
-from sklearn.linear_model import ElasticNet, LogisticRegression
 
-from popriskmin.tasks.table import Table
+from popriskmin.tasks.table import Table, sparse_linear
 
 Part = tuple[np.ndarray, np.ndarray]
 Fitted = Iterator[tuple[str, Any]]  # the name of a configuration, and a model that is read before the next is made
@@ -29,7 +28,6 @@ FOREST_TREES = 100
 FOREST = tuple(itertools.product(("sqrt", 0.1, 0.25, 0.5, 1.0), (1, 3, 10)))
 PENALTIES = tuple(np.geomspace(1.0, 1e-4, 15))  # on top of the mean loss of a row
 ELASTIC = ((0.1, 0.5, 0.9), tuple(np.geomspace(0.3, 1e-3, 5)))
-PASSES = 300
 
 
 def boosted(training: Part, validation: Part, classifies: bool, seed: int) -> Fitted:
@@ -54,13 +52,10 @@ def forests(training: Part, validation: Part, classifies: bool, seed: int) -> Fi
 def linear(ratios: Sequence[float], penalties: Sequence[float], training: Part, classifies: bool, seed: int) -> Fitted:
     """Yield linear models by the share of L1 in the penalty and the penalty."""
     for ratio in ratios:
-        if classifies:
-            model = LogisticRegression(penalty="elasticnet", l1_ratio=ratio, solver="saga", max_iter=PASSES,
-                                       warm_start=True, random_state=seed)  # fmt: skip
-        else:
-            model = ElasticNet(l1_ratio=ratio, warm_start=True)
+        model = None
         for penalty in penalties:
-            model.set_params(**{"C": 1 / (penalty * len(training[1]))} if classifies else {"alpha": penalty})
+            wanted = sparse_linear(penalty, classifies, len(training[1]), seed, ratio).set_params(warm_start=True)
+            model = wanted if model is None else model.set_params(**wanted.get_params())
             yield f"{ratio:g} {penalty:.2g}", model.fit(*training)
 
 

@@ -19,7 +19,7 @@ from sklearn.ensemble import (
     RandomForestRegressor,
 )
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import Lasso, LogisticRegression
+from sklearn.linear_model import ElasticNet, LogisticRegression
 from torch import Tensor, nn
 
 from popriskmin.compare.report.headline import GUESS
@@ -251,14 +251,17 @@ def passes(n: int, batch_size: int, steps: int, seed: int) -> list[Tensor]:
     return batches[:steps]
 
 
-def sparse_linear(penalty: float, classifies: bool, rows: int, seed: int) -> Any:
-    """Return a linear model of scikit-learn with this L1 penalty on top of the mean loss of a row."""
+def sparse_linear(penalty: float, classifies: bool, rows: int, seed: int, ratio: float = 1.0) -> Any:
+    """Return a linear model of scikit-learn with this penalty on top of the mean loss of a row.
+
+    `ratio` is the share of L1 in the penalty; the rest is L2.
+    """
     if not classifies:
-        return Lasso(alpha=penalty)
+        return ElasticNet(alpha=penalty, l1_ratio=ratio)
     # In the one spelling that all versions of scikit-learn understand.
     return LogisticRegression(
         penalty="elasticnet",
-        l1_ratio=1.0,
+        l1_ratio=ratio,
         C=1 / (penalty * rows),
         solver="saga",
         max_iter=300,
