@@ -64,10 +64,38 @@ def decoupled(strength: float) -> Arm:
     return dataclasses.replace(l1(strength), name=f"adamw, decoupled L1 {strength:g}", options=options)
 
 
+def form(name: str, optimizer: str, batch_size: int, n_dataset: int, **options: Any) -> Arm:
+    """Return an arm of one of the forms in `shrinkage_variants`."""
+    counts = {"batch_size": batch_size, "n_dataset": n_dataset}
+    return Arm(name, "optimizer", {**options, **counts}, optimizer=f"shrinkage_variants:{optimizer}")
+
+
 def bounded(batch_size: int, n_dataset: int, shrink_to: str = "zero") -> Arm:
     """Return an arm of PRM with a shrinkage of 3 that a `ShrinkageController` bounds, a layer at a time."""
-    options = {"shrinkage": 3.0, "shrink_to": shrink_to, "batch_size": batch_size, "n_dataset": n_dataset}
-    return Arm("snr, bounded shrinkage", "optimizer", options, optimizer="bounded_prm:BoundedPRM")
+    options = {"shrinkage": 3.0, "shrink_to": shrink_to}
+    return form("snr, bounded shrinkage", "BoundedPRM", batch_size, n_dataset, **options)
+
+
+def forms(z: float, batch_size: int, n_dataset: int, mask: str = "snr", shrink_to: str = "zero") -> tuple[Arm, Arm]:
+    """Return an arm that holds zeros, or the start, and one that shrinks the first layer or the embeddings alone."""
+    counts, options = (batch_size, n_dataset), {"mask": mask, "shrinkage": z, "shrink_to": shrink_to}
+    name = shrunk(z, mask, shrink_to).name
+    return (
+        form(f"{name}, held", "HoldingPRM", *counts, **options),
+        form(f"{name}, first layer", "FirstLayerPRM", *counts, **options),
+    )
+
+
+def of_all_drawn(z: float, batch_size: int, steps: int) -> Arm:
+    """Return an arm of PRM that is told that every point of the run is another one."""
+    options = {"shrinkage": z, "batch_size": batch_size, "n_dataset": batch_size * steps}
+    return Arm(f"snr, shrinkage {z:g}, n of all points drawn", "prm", options)
+
+
+def in_parts(z: float) -> Arm:
+    """Return an arm that takes the noise of the two parts of a physics-informed network apart."""
+    options = {"shrinkage": float(z), "batch_size": 32, "n_dataset": 100}
+    return Arm(f"snr, shrinkage {z:g}, in parts", "optimizer", options, optimizer="pinn_in_parts:PartsPRM")
 
 
 LINEAR = (
@@ -111,6 +139,26 @@ SOURCES = {
     "dpo, bounded": Source((3e-4, 1e-3, 3e-3), (bounded(16, 300, "start"),), "dpo"),
     "flow, bounded": Source((1e-3, 3e-3, 1e-2), (bounded(64, 200),), "flow"),
     "pinn, bounded": Source((1e-3, 3e-3, 1e-2), (bounded(32, 100),), "pinn"),
+    # The forms at the z that was best, or level, in the other arms.
+    "sparse, forms": Source((3e-3, 1e-2, 3e-2), forms(2, 32, 400)[:1], "sparse"),
+    "inr, forms": Source((3e-3, 1e-2, 3e-2), forms(1, 512, 3686), "inr"),
+    "label-noise, forms": Source((1e-3, 3e-3, 1e-2, 3e-2), forms(1, 64, 1000), "label-noise"),
+    "dpo, forms": Source(
+        (3e-4, 1e-3, 3e-3),
+        (*forms(3, 16, 300, shrink_to="start"), *forms(4, 16, 300, shrink_to="start")),
+        "dpo",
+    ),
+    "grokking, forms": Source((3e-3, 1e-2), forms(0.5, 128, 1369, "none"), "grokking"),
+    "text, forms": Source((3e-3, 1e-2, 3e-2), forms(0.5, 32, 12_800, "none"), "text", {"examples": 12_800}),
+    "flow, forms": Source((1e-3, 3e-3, 1e-2), (*forms(1, 64, 200), of_all_drawn(1, 64, 3000)), "flow"),
+    "pinn, forms": Source((1e-3, 3e-3, 1e-2), (*forms(1, 32, 100), of_all_drawn(1, 32, 3000)), "pinn"),
+    # A loss of two parts, of which one has new points in every batch.
+    "pinn, in parts": Source(
+        (1e-3, 3e-3, 1e-2),
+        tuple(in_parts(z) for z in (0.5, 1, 2)),
+        str(Path(__file__).with_name("pinn_in_parts.py")),
+        beside="pinn",
+    ),
     # The published sizes, a fifth of the published steps; ten minutes a run.
     "grokking, p = 97": Source((3e-3,), LONG, "grokking", {"scale": "paper", "steps": 6000}, range(2)),
 }

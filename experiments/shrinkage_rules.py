@@ -20,6 +20,7 @@ from tables_report import Cell, Key, heading, mean_ratio, ratio
 CORRELATED = 0.95
 COLUMNS = "columns per training row"
 SHARE = "share of columns that another equals nearly"
+IN_USE = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # shares of the permuted columns
 Pick = Callable[[Key], str]
 
 
@@ -52,11 +53,13 @@ def judged(
     grid: Sequence[str],
     base: str,
     further: Sequence[str] = (),
+    used: Mapping[Key, Mapping[str, tuple[float, float]]] | None = None,
 ) -> list[dict[str, str]]:
     """Return a line for each rule: mean loss over AdamW's on the tables it was chosen on, on the others, the worst.
 
     `cells` has, beside AdamW's, arms named by z, each at its best rate, and the arm `base`, which chooses z by
-    validation data. Those of `further` are rules of their own.
+    validation data. Those of `further` are rules of their own. `used` has, by z, the shares of columns in use, of the
+    table's and of permuted ones.
     """
 
     def figure(pick: Pick, chosen_on: bool) -> list[float]:
@@ -77,6 +80,12 @@ def judged(
         of, edge, low, high = min(tries, key=lambda rule: mean_ratio(figure(above(*rule), True)))
         rules[f"z = {high} where the {of} is above {edge:.2g}, else {low}"] = above(of, edge, low, high)
     rules |= {name: take(name) for name in further}
+    if used:
+        share = min(IN_USE, key=lambda most: mean_ratio(figure(few_in_use(used, grid, most), True)))
+        rules[f"the least z at which {share:.0%} of permuted columns at most are in use"] = few_in_use(
+            used, grid, share
+        )
+        rules["z at which most more of the table's columns than of permuted ones are in use"] = told_apart(used, grid)
     rules["z by validation data"] = take(base)
     rules["the best z on test data, which nobody knows"] = lambda key: min(
         grid, key=lambda z: ratio(dict(cells[key]), z)
@@ -90,6 +99,16 @@ def judged(
         }
         for name, pick in rules.items()
     ]
+
+
+def few_in_use(used: Mapping[Key, Mapping[str, tuple[float, float]]], grid: Sequence[str], most: float) -> Pick:
+    """Take the least z at which no more of the permuted columns are in use, or the largest of all."""
+    return lambda key: next((z for z in grid if used[key][z][1] <= most), grid[-1])
+
+
+def told_apart(used: Mapping[Key, Mapping[str, tuple[float, float]]], grid: Sequence[str]) -> Pick:
+    """Take the z at which the share of the table's columns in use is furthest above that of permuted ones."""
+    return lambda key: max(grid, key=lambda z: used[key][z][0] - used[key][z][1])
 
 
 def table(lines: Sequence[Mapping[str, str]]) -> list[str]:

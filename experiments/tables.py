@@ -95,11 +95,20 @@ NINTH = [
     dataclasses.replace(SIXTH[2], name="snr, decoupled L1, stronger", decays=(3.0, 10.0)),
 ]
 BOUNDS = (0.25, 0.5, 0.75)
+SHARES = (0.25, 0.5, 0.75)  # of sqrt(2 * log(inputs)): 1.8 of 500 inputs at a half
 TENTH = [
     _shrunk("snr, bounded shrinkage of both layers", "bounded shrinkage of all", BOUNDS),
     _shrunk("snr, bounded shrinkage", "bounded shrinkage", BOUNDS),
 ]
-GROUPS = (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH, EIGHTH, NINTH, TENTH)
+ELEVENTH = [
+    _shrunk("snr, fan-in shrinkage of both layers", "fan-in shrinkage of all", SHARES),
+    _shrunk("snr, fan-in shrinkage", "fan-in shrinkage", SHARES),
+    _shrunk("snr, followed shrinkage", "followed shrinkage", (1.0,)),
+]
+# What z does to columns that are known to say nothing is read off at one rate.
+PROBED = "snr, shrinkage, at one rate"
+TWELFTH = [dataclasses.replace(FIFTH[0], name=PROBED, rates=(1e-2,))]
+GROUPS = (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH, EIGHTH, NINTH, TENTH, ELEVENTH, TWELFTH)
 ARMS = {arm.name: arm for group in GROUPS for arm in group}
 REFERENCES = "references"
 PACKED = "runs.jsonl.gz"

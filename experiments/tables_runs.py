@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from shrinkage_variants import by_fan_in, within_noise
 from torch import Tensor, nn
 
 from popriskmin import PRM
 from popriskmin.compare.training.drivers import step_matched
 from popriskmin.compare.training.train import seed_everything
 from popriskmin.diagnosis.shrinkage_controller import largest_square
-from popriskmin.mask import Hyperparameters, corrections, variance_of_mean
+from popriskmin.mask import Hyperparameters
 from popriskmin.optimizer.mask_state import ParamState, recompute
 from popriskmin.tasks.table import Table
 
@@ -47,7 +49,8 @@ class Arm:
         What is tuned beside the rate: "decay", the weight decay; or, without a decay and on the first layer alone,
         "l1", the weight of the absolute values in the loss; "decoupled l1", by how much of a rate each weight is
         drawn to zero after a step; "shrinkage", PRM's; "shrinkage of all", PRM's on both layers; "bounded shrinkage"
-        and "bounded shrinkage of all", the bound of `bind`.
+        and "bounded shrinkage of all", the bound of `bind`; "fan-in shrinkage" and "fan-in shrinkage of all", the
+        share of `by_fan_in`; "followed shrinkage", where `Follower` starts.
     average
         Whether an exponential average of the weights over about 50 steps is what is measured.
     holds
@@ -188,6 +191,7 @@ def train(
     watch = Watch(stack, [w.clone() for w in weights] if arm.average else weights)
     looks = {max(1, round(steps * look)): look for look in LOOKS} if arm.kind == "prm" else {}
     opened, kept = {}, []
+    follower = Follower(stack, optimizer) if arm.axis == "followed shrinkage" else None
     watch.look(0)
     for number, rows in enumerate(stack.batches, 1):
         leaves = [w.detach().requires_grad_() for w in weights]
@@ -207,6 +211,8 @@ def train(
             step_matched(optimizer, factors[number - 1].flatten().tolist())
         if arm.axis.startswith("bounded"):
             bind(optimizer, number)
+        if follower is not None:
+            follower.step(weights)
         if was_zero is not None:
             hold(optimizer, was_zero.flatten(0, 1), number)
         if drawn is not None:
@@ -226,6 +232,8 @@ def train(
     found = watch.results(grid) | ({"opened": opened} if opened else {})
     if shrinks or drawn is not None:
         found["zeros"] = zeros(stack, weights[0])
+    if follower is not None:
+        found["shrinkage at the end"] = _rounded(torch.tensor(follower.found).view(len(stack.seeds), -1))
     return found, torch.stack(kept) if kept else None
 
 
@@ -234,13 +242,17 @@ def grouped(arm: Arm, part: Sequence[nn.Parameter], rate: float, value: float) -
     if arm.axis == "decay":
         return [{"params": list(part), "lr": rate, "weight_decay": value}]
     group = {"lr": rate, "weight_decay": 0.0}
-    if arm.axis == "shrinkage":
+    if arm.axis in ("shrinkage", "followed shrinkage"):
         return [group | {"params": [part[0]], "shrinkage": value}, group | {"params": list(part[1:])}]
     if arm.axis.startswith("bounded"):
         bound = {"shrinkage": MOST, "bound": value}
         layers = part[:2] if arm.axis.endswith("of all") else part[:1]  # a group each, so that each has its own
         others = group | {"params": list(part[len(layers) :])}
         return [*(group | bound | {"params": [layer]} for layer in layers), others]
+    if arm.axis.startswith("fan-in"):
+        count = 2 if arm.axis.endswith("of all") else 1
+        layers = [group | {"params": [layer], "shrinkage": by_fan_in(value, layer)} for layer in part[:count]]
+        return [*layers, group | {"params": list(part[count:])}]
     if arm.axis == "shrinkage of all":
         return [group | {"params": list(part), "shrinkage": value}]
     return [group | {"params": list(part)}]
@@ -272,13 +284,48 @@ def hold(optimizer: torch.optim.Optimizer, was_zero: Tensor, step: int) -> None:
     """Put weights of the first layers back to zero that have left it on no more than the noise of the running mean."""
     for group, zero in zip(optimizer.param_groups[::2], was_zero):  # each network has two groups, see `grouped`
         if group["shrinkage"]:
-            hyper = Hyperparameters.of_group(group)
-            c = corrections(step, hyper)
-            seen = hyper.mean_coefficient + variance_of_mean(hyper.beta1, step)
             state = optimizer.state[group["params"][0]]
-            mean, noise = state["exp_avg"] / c.bias1, state["exp_avg_var"] / c.bias_var
-            held = zero & (mean.square() <= hyper.shrinkage**2 * seen * noise)
+            held = zero & within_noise(state, step, Hyperparameters.of_group(group))
             group["params"][0].masked_fill_(held, 0.0)
+
+
+class Follower:
+    """Lets the shrinkage of each network's first layer follow a few held-out rows.
+
+    A little more shrinkage moves the weights that are not zero towards it, in proportion to `sqrt(s) / sqrt(v)`. Where
+    that lowers the loss of the held-out rows the shrinkage rises, else it falls, by Adam on its logarithm.
+    """
+
+    rows = 50  # of the validation data
+    rate = 0.05
+    least, most = 0.01, 5.0
+
+    def __init__(self, stack: Stack, optimizer: torch.optim.Optimizer) -> None:
+        self.stack = stack
+        self.optimizer = optimizer
+        self.groups = optimizer.param_groups[::2]  # each network has two, see `grouped`
+        self.logs = nn.Parameter(torch.tensor([group["shrinkage"] for group in self.groups]).log())
+        self.own = torch.optim.Adam([self.logs], lr=self.rate, betas=(0.9, 0.99))
+        self.found: list[float] = []
+
+    def step(self, weights: Sequence[Tensor]) -> None:
+        """Set every shrinkage anew."""
+        leaf = weights[0].detach().requires_grad_()
+        x, y = (part[:, : self.rows] for part in self.stack.held_out[0])
+        loss = self.stack.losses(self.stack.answers([leaf, *weights[1:]], x), y).sum()
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        states = [self.optimizer.state[group["params"][0]] for group in self.groups]
+        noise, square = (torch.stack([one[name] for one in states]) for name in ("exp_avg_var", "exp_avg_sq"))
+        pull = -leaf.detach().flatten(0, 1).sign() * noise.sqrt() / (square.sqrt() + SMALLEST)
+        along = (gradient.flatten(0, 1) * pull).sum((1, 2))
+        # A layer that has closed has nothing to pull, and is to open.
+        self.logs.grad = torch.where((pull != 0).any(2).any(1), along / gradient.flatten(0, 1).norm(dim=(1, 2)), 1.0)
+        self.own.step()
+        with torch.no_grad():
+            self.logs.clamp_(math.log(self.least), math.log(self.most))
+        self.found = self.logs.detach().exp().tolist()
+        for group, value in zip(self.groups, self.found):
+            group["shrinkage"] = value
 
 
 def zeros(stack: Stack, first: Tensor) -> dict[str, Any]:

@@ -28,6 +28,10 @@ IN_THE_LOSS = {
 }
 SHRUNK = "snr, shrinkage"
 BOUND = ("snr, bounded shrinkage", "snr, bounded shrinkage of both layers")
+FAN_IN = ("snr, fan-in shrinkage", "snr, fan-in shrinkage of both layers")
+FOLLOWED = "snr, followed shrinkage"
+PROBED = "snr, shrinkage, at one rate"
+PERMUTED = 100  # columns that `PROBED` was given beside those of a table
 ARMS = (
     "adamw-matched to snr",
     "snr",
@@ -44,6 +48,8 @@ ARMS = (
     "snr, shrinkage of both layers",
     "snr, shrinkage that holds zeros",
     *BOUND,
+    *FAN_IN,
+    FOLLOWED,
 )
 SHOWN = {
     BASE: "AdamW",
@@ -62,6 +68,9 @@ SHOWN = {
     "snr, shrinkage that holds zeros": "PRM, `snr`, shrinkage that holds zeros",
     BOUND[0]: "PRM, `snr`, bounded shrinkage",
     BOUND[1]: "PRM, `snr`, bounded shrinkage of both layers",
+    FAN_IN[0]: "PRM, `snr`, shrinkage by fan-in",
+    FAN_IN[1]: "PRM, `snr`, shrinkage of both layers by fan-in",
+    FOLLOWED: "PRM, `snr`, shrinkage that follows 50 held-out rows",
     "L1 linear model, tuned": "L1 linear model",
     "elastic net, tuned": "elastic net, a linear model",
     "forest, tuned": "forest",
@@ -82,7 +91,7 @@ def write(rows: Sequence[Cell], out: Path, cache: Path) -> None:
         raise SystemExit(f"no run of {SHRUNK!r} is there yet: make some with the action run")
     lines = of_arm_by_table(rows, SHRUNK)
     levels = [level for level in LEVELS + FEW if any(probes == level for _, probes in cells)]
-    bounded = {arm: of_arm_by_table(rows, arm) for arm in BOUND}
+    bounded = {arm: of_arm_by_table(rows, arm) for arm in (*BOUND, *FAN_IN)}
     found = {str(level): summary(cells, lines, bounded, level) for level in levels}
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -94,7 +103,7 @@ def write(rows: Sequence[Cell], out: Path, cache: Path) -> None:
         "arms": arms_table(usual),
         "one-z": z_table(usual),
         "few": arms_table(few),
-        "rules": shrinkage_rules.table(rules(cells, lines, bounded, out / "properties.csv", cache)),
+        "rules": shrinkage_rules.table(rules(rows, cells, lines, bounded, out / "properties.csv", cache)),
         "one-setting": setting_table({str(level): one_setting(rows, cells, level) for level in LEVELS}),
     }
     for name, table in shown.items():
@@ -111,6 +120,7 @@ def of_arm_by_table(rows: Sequence[Cell], arm: str) -> dict[Key, Cell]:
 
 
 def rules(
+    rows: Sequence[Cell],
     cells: Mapping[Key, Mapping[str, Cell]],
     lines: Mapping[Key, Cell],
     bounded: Mapping[str, Mapping[Key, Cell]],
@@ -129,8 +139,28 @@ def rules(
                 further.append(f"{SHOWN[arm]}: {bound}")
                 for key, arms in mine.items():
                     arms[further[-1]] = at_one_z(its[key], bound)
+    if all(FOLLOWED in arms for arms in mine.values()):
+        further.append(SHOWN[FOLLOWED])
+        for arms in mine.values():
+            arms[further[-1]] = arms[FOLLOWED]
     known = shrinkage_rules.properties(list(mine), properties, cache)
-    return shrinkage_rules.judged(mine, known, grid, SHRUNK, further)
+    used = columns_in_use(of_arm_by_table(rows, PROBED))
+    return shrinkage_rules.judged(mine, known, grid, SHRUNK, further, used if mine.keys() <= used.keys() else {})
+
+
+def columns_in_use(probed: Mapping[Key, Cell]) -> dict[Key, dict[str, tuple[float, float]]]:
+    """Return by z which shares of a table's columns and of those that were permuted for it are not wholly zero.
+
+    A table's columns are its own and those that were added as useless, which the rule does not know from its own.
+    """
+    found: dict[Key, dict[str, tuple[float, float]]] = {}
+    for (table, probes), line in probed.items():
+        added, own = probes - PERMUTED, float(np.mean(line["columns"])) - probes
+        for place, name in enumerate(line["configurations"]):
+            real, useless = (1 - line["zeros"][kind][place] for kind in ("columns", "columns that say nothing"))
+            shares = (own * real + added * useless) / (own + added), useless
+            found.setdefault((table, added), {})[name.split()[1]] = shares
+    return found
 
 
 def summary(
