@@ -21,6 +21,7 @@ CORRELATED = 0.95
 COLUMNS = "columns per training row"
 SHARE = "share of columns that another equals nearly"
 IN_USE = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # shares of the permuted columns
+PROBE = "1"  # the z at which the table's columns are held beside permuted ones
 Pick = Callable[[Key], str]
 
 
@@ -85,6 +86,11 @@ def judged(
         rules[f"the least z at which {share:.0%} of permuted columns at most are in use"] = few_in_use(
             used, grid, share
         )
+        pairs = list(itertools.permutations(grid, 2))
+        low, high = min(pairs, key=lambda pair: mean_ratio(figure(fewer_than_permuted(used, *pair), True)))
+        rules[
+            f"z = {low} where at z = {PROBE} fewer of the table's columns than of permuted ones are in use, else {high}"
+        ] = fewer_than_permuted(used, low, high)
         rules["z at which most more of the table's columns than of permuted ones are in use"] = told_apart(used, grid)
     rules["z by validation data"] = take(base)
     rules["the best z on test data, which nobody knows"] = lambda key: min(
@@ -104,6 +110,11 @@ def judged(
 def few_in_use(used: Mapping[Key, Mapping[str, tuple[float, float]]], grid: Sequence[str], most: float) -> Pick:
     """Take the least z at which no more of the permuted columns are in use, or the largest of all."""
     return lambda key: next((z for z in grid if used[key][z][1] <= most), grid[-1])
+
+
+def fewer_than_permuted(used: Mapping[Key, Mapping[str, tuple[float, float]]], low: str, high: str) -> Pick:
+    """Take `low` where the table's columns close before permuted ones do, which have no others to stand in for them."""
+    return lambda key: low if used[key][PROBE][0] < used[key][PROBE][1] else high
 
 
 def told_apart(used: Mapping[Key, Mapping[str, tuple[float, float]]], grid: Sequence[str]) -> Pick:

@@ -20,7 +20,7 @@ import gzip
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,7 @@ GROUPS = (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH, EIGHTH, NINTH, TE
 ARMS = {arm.name: arm for group in GROUPS for arm in group}
 REFERENCES = "references"
 PACKED = "runs.jsonl.gz"
+MORE_SEEDS = "more-seeds"  # a folder with lines of the seeds from 5 on
 
 
 def wanted(tables: list[str], probes: list[int]) -> Iterator[tuple[str, int, list[str]]]:
@@ -155,16 +156,23 @@ def append(folder: Path, row: dict[str, Any]) -> None:
         file.write(("" if text.endswith("\n") or not text else "\n") + json.dumps(row, separators=(",", ":")) + "\n")
 
 
-def run(tables: list[str], probes: list[int], arms_wanted: list[str], folder: Path, cache: Path) -> None:
+def run(
+    tables: list[str], probes: list[int], arms_wanted: list[str], folder: Path, cache: Path, first_seed: int = 0
+) -> None:
     """Make what is missing."""
-    done = {(row["table"], row["probes"], row["arm"]) for row in read(folder)}
+    seeds = range(first_seed, first_seed + SEEDS)
+    there = read(folder)
+    others = {row.get("first seed", 0) for row in there} - {first_seed}
+    if others:
+        raise SystemExit(f"{folder} has the seeds from {min(others)} on: those from {first_seed} on need another --out")
+    done = {(row["table"], row["probes"], row["arm"]) for row in there}
     for table, number, arms in wanted(tables, probes):
         missing = [arm for arm in arms if arm in arms_wanted and (table, number, arm) not in done]
         if not missing:
             continue
         try:
             task = make_task(table, number, cache)
-            stack = Stack(task, range(SEEDS))
+            stack = Stack(task, seeds)
         except (ImportError, ValueError) as error:
             print(f"{table}: not possible here: {error}", flush=True)
             continue
@@ -172,24 +180,24 @@ def run(tables: list[str], probes: list[int], arms_wanted: list[str], folder: Pa
         for name in missing:
             start = time.perf_counter()
             try:
-                made = _made(name, task, stack, traces)
+                made = _made(name, task, stack, traces, seeds)
             except ImportError as error:
                 print(f"{table}, {name}: not possible here: {error}", flush=True)
                 continue
-            row = {"table": table, "probes": number, "arm": name, "seeds": SEEDS, **made}
+            row = {"table": table, "probes": number, "arm": name, "seeds": SEEDS, "first seed": first_seed, **made}
             row["seconds"] = round(time.perf_counter() - start, 1)
             append(folder, row)
             print(f"{table} + {number}, {name}: {row['seconds']} s", flush=True)
 
 
-def _made(name: str, task: Table, stack: Stack, traces: dict[str, Any]) -> dict[str, Any]:
+def _made(name: str, task: Table, stack: Stack, traces: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
     """Return what an arm, the references or a tuned learner reach."""
     if name == REFERENCES:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return {"values": [task.references(seed) for seed in range(SEEDS)]}
+            return {"values": [task.references(seed) for seed in seeds]}
     if name in tables_references.LEARNERS:
-        return tables_references.tuned(name, task, range(SEEDS))
+        return tables_references.tuned(name, task, seeds)
     return {"rows": stack.x.shape[1], "columns": stack.columns, **_train(stack, ARMS[name], traces)}
 
 
@@ -209,6 +217,9 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", choices=list(SOURCES), default=list(SOURCES))
     parser.add_argument("--probes", nargs="+", type=int, default=list(PROBES))
     parser.add_argument("--arms", nargs="+", choices=names, default=names)
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="the first of five; others than 0 need a folder --out"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/results/tables"), help="folder of the results")
     parser.add_argument("--cache", type=Path, default=Path("runs/tables"), help="folder for tables that are made")
     parser.add_argument("--page", type=Path, help="of report: a page that the tables go into")
@@ -216,9 +227,10 @@ def main() -> None:
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.action == "run":
-        run(args.tables, args.probes, args.arms, args.out, args.cache)
+        run(args.tables, args.probes, args.arms, args.out, args.cache, args.first_seed)
     elif args.action == "shrinkage":
-        tables_shrinkage.write(read(args.out), args.out.parent / "shrinkage", args.cache)
+        more = read(args.out / MORE_SEEDS)
+        tables_shrinkage.write(read(args.out), more, args.out.parent / "shrinkage", args.cache)
     elif args.action == "pack":
         pack(args.out)
     else:

@@ -84,8 +84,11 @@ LEVELS = (500, 0)
 FEW = (100, 2000)  # of a few tables
 
 
-def write(rows: Sequence[Cell], out: Path, cache: Path) -> None:
-    """Write `tables.json`, the losses of every table and rules for z as CSV, and print what a page shows."""
+def write(rows: Sequence[Cell], more: Sequence[Cell], out: Path, cache: Path) -> None:
+    """Write `tables.json`, the losses of every table and rules for z as CSV, and print what a page shows.
+
+    `more` has lines of further seeds.
+    """
     cells = {key: arms for key, arms in gather(rows).items() if SHRUNK in arms and key[1] in LEVELS + FEW}
     if not cells:
         raise SystemExit(f"no run of {SHRUNK!r} is there yet: make some with the action run")
@@ -93,6 +96,8 @@ def write(rows: Sequence[Cell], out: Path, cache: Path) -> None:
     levels = [level for level in LEVELS + FEW if any(probes == level for _, probes in cells)]
     bounded = {arm: of_arm_by_table(rows, arm) for arm in (*BOUND, *FAN_IN)}
     found = {str(level): summary(cells, lines, bounded, level) for level in levels}
+    if more:
+        found["ten seeds"] = with_more_seeds(rows, more)
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.json").write_text(json.dumps(found, indent=1) + "\n")
     for level in LEVELS:
@@ -112,6 +117,32 @@ def write(rows: Sequence[Cell], out: Path, cache: Path) -> None:
             csv.writer(file, lineterminator="\n").writerows(
                 line[2:-2].split(" | ") for line in table if "---" not in line
             )
+
+
+def with_more_seeds(rows: Sequence[Cell], more: Sequence[Cell]) -> dict[str, Any]:
+    """Return the summary with 500 columns that say nothing of the tables and arms that `more` has, over all seeds."""
+    known = {(row["table"], row["probes"], row["arm"]): row for row in rows}
+    joined = [over_seeds(known[row["table"], row["probes"], row["arm"]], row) for row in more]
+    cells = gather(joined)
+    most = max(len(arms) for arms in cells.values())
+    whole = {key: arms for key, arms in cells.items() if len(arms) == most}
+    lines = of_arm_by_table(joined, SHRUNK)
+    bounded = {arm: of_arm_by_table(joined, arm) for arm in BOUND}
+    found = summary(whole, lines, bounded, LEVELS[0])
+    return {"tables": found["tables"], "arms": found["arms"]}
+
+
+def over_seeds(one: Cell, other: Cell) -> Cell:
+    """Return the figures of an arm's configurations over the seeds of both lines."""
+    configurations = {
+        name: {
+            when: [[a + b for a, b in zip(*parts)] for parts in zip(found[when], other["configurations"][name][when])]
+            for when in ("best", "final")
+        }
+        for name, found in one["configurations"].items()
+    }
+    kept = {name: one[name] for name in ("table", "probes", "arm", "rows", "zeros") if name in one}
+    return kept | {"configurations": configurations, "columns": one["columns"] + other["columns"]}
 
 
 def of_arm_by_table(rows: Sequence[Cell], arm: str) -> dict[Key, Cell]:

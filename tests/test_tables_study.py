@@ -264,7 +264,8 @@ def test_the_bound_of_the_study_is_the_controllers():
 def test_the_committed_tables_of_shrinkage_are_those_of_the_runs(tmp_path):
     committed = ROOT / "docs/results/shrinkage"
     (tmp_path / "properties.csv").write_bytes((committed / "properties.csv").read_bytes())
-    tables_shrinkage.write(tables.read(ROOT / "docs/results/tables"), tmp_path, tmp_path)
+    runs = ROOT / "docs/results/tables"
+    tables_shrinkage.write(tables.read(runs), tables.read(runs / tables.MORE_SEEDS), tmp_path, tmp_path)
     made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert {"tables.json", "tables-0.csv", "tables-500.csv", "rules.csv"} <= set(made)
     assert made == {name: (committed / name).read_bytes() for name in made}
