@@ -167,16 +167,21 @@ def rules(
     for arm, its in bounded.items():
         if mine.keys() <= its.keys():
             for bound in grid_values(its):
-                further.append(f"{SHOWN[arm]}: {bound}")
+                further.append(f"{of_rule(arm)}: {bound}")
                 for key, arms in mine.items():
                     arms[further[-1]] = at_one_z(its[key], bound)
     if all(FOLLOWED in arms for arms in mine.values()):
-        further.append(SHOWN[FOLLOWED])
+        further.append(of_rule(FOLLOWED))
         for arms in mine.values():
             arms[further[-1]] = arms[FOLLOWED]
     known = shrinkage_rules.properties(list(mine), properties, cache)
     used = columns_in_use(of_arm_by_table(rows, PROBED))
     return shrinkage_rules.judged(mine, known, grid, SHRUNK, further, used if mine.keys() <= used.keys() else {})
+
+
+def of_rule(arm: str) -> str:
+    """Return how a table names an arm among forms of shrinkage."""
+    return SHOWN[arm].removeprefix("PRM, `snr`, ")
 
 
 def columns_in_use(probed: Mapping[Key, Cell]) -> dict[Key, dict[str, tuple[float, float]]]:
@@ -226,7 +231,7 @@ def summary(
         "arms": {name: of_arm(mine, name) for name in [*names, *HINDSIGHT] if of_arm(mine, name)},
         "z": {z: of_z(mine, lines, level, z) for z in grid_values(lines)},
         "bounds": {
-            f"{SHOWN[arm]}: {bound}": of_z(mine, its, level, bound)
+            f"{of_rule(arm)}: {bound}": of_z(mine, its, level, bound)
             for arm, its in bounded.items()
             if all((table, level) in its for table in mine)
             for bound in grid_values(its)
