@@ -17,7 +17,7 @@ from common import header
 from popriskmin import PRM
 
 CASES = {
-    "9.4M scalars in 2 tensors": [(4096, 1024), (4096, 1280)],
+    "37.7M scalars in 3 tensors": [(4096, 4096), (4096, 4096), (4096, 1024)],
     "600 small tensors": [(64, 64), (64,)] * 300,
 }
 
