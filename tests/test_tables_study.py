@@ -173,6 +173,11 @@ def test_the_study_resumes_and_reports(monkeypatch, tmp_path, capsys):
     tables.main()
     made_again = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wine + ")]
     assert [line.split(":")[0] for line in made_again] == ["wine + 3, references"]
+    # Further seeds do not mix with these.
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [*sys.argv, "--first-seed", "5"])
+        with pytest.raises(SystemExit, match="out has the seeds from 0 on: those from 5 on need another --out"):
+            tables.main()
     again = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     before = [json.loads(line) for line in made["wine.jsonl"].splitlines()]
     assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in before]
@@ -269,6 +274,20 @@ def test_the_committed_tables_of_shrinkage_are_those_of_the_runs(tmp_path):
     made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert {"tables.json", "tables-0.csv", "tables-500.csv", "rules.csv"} <= set(made)
     assert made == {name: (committed / name).read_bytes() for name in made}
+
+
+def test_seeds_are_joined():
+    """A configuration is chosen over all of them."""
+
+    def line(validation, test):
+        pairs = zip("ab", validation, test)
+        found = {name: {when: [[v], [t]] for when in ("best", "final")} for name, v, t in pairs}
+        return {"table": "wine", "probes": 0, "arm": "adamw", "rows": 9, "columns": [3], "configurations": found}
+
+    joined = tables_shrinkage.over_seeds(line([[1.0], [2.0]], [[5.0], [6.0]]), line([[9.0], [2.0]], [[7.0], [8.0]]))
+    found = tables_report.reached(joined)
+    assert (found["chosen"], found["validation"], found["columns"]) == ("b", [2.0, 2.0], [3, 3])
+    assert found["loss"] == [6.0, 8.0]
 
 
 def test_a_rule_is_chosen_on_one_half_of_the_tables_and_tested_on_the_other():
