@@ -1,6 +1,6 @@
 """Shrinkage on problems that are no tables, beside the tuned AdamW and the PRM of the committed comparisons.
 
-    python experiments/shrinkage.py run --runs runs/shrinkage     # an hour on a core; resumes after a kill
+    python experiments/shrinkage.py run --runs runs/shrinkage     # hours on a core; resumes after a kill
     python experiments/shrinkage.py report --runs runs/shrinkage --out docs/results/shrinkage
 
 Every arm of a task has the same learning rates, a weight decay of 0.01 and five seeds, where `SOURCES` or the arm
@@ -65,15 +65,15 @@ def decoupled(strength: float) -> Arm:
 
 
 def form(name: str, optimizer: str, batch_size: int, n_dataset: int, **options: Any) -> Arm:
-    """Return an arm of one of the forms in `shrinkage_variants`."""
+    """Return an arm of a form of shrinkage, by the path of its optimizer."""
     counts = {"batch_size": batch_size, "n_dataset": n_dataset}
-    return Arm(name, "optimizer", {**options, **counts}, optimizer=f"shrinkage_variants:{optimizer}")
+    return Arm(name, "optimizer", {**options, **counts}, optimizer=optimizer)
 
 
 def bounded(batch_size: int, n_dataset: int, shrink_to: str = "zero") -> Arm:
     """Return an arm of PRM with a shrinkage of 3 that a `ShrinkageController` bounds, a layer at a time."""
     options = {"shrinkage": 3.0, "shrink_to": shrink_to}
-    return form("snr, bounded shrinkage", "BoundedPRM", batch_size, n_dataset, **options)
+    return form("snr, bounded shrinkage", "shrinkage_variants:BoundedPRM", batch_size, n_dataset, **options)
 
 
 def forms(z: float, batch_size: int, n_dataset: int, mask: str = "snr", shrink_to: str = "zero") -> tuple[Arm, Arm]:
@@ -81,8 +81,8 @@ def forms(z: float, batch_size: int, n_dataset: int, mask: str = "snr", shrink_t
     counts, options = (batch_size, n_dataset), {"mask": mask, "shrinkage": z, "shrink_to": shrink_to}
     name = shrunk(z, mask, shrink_to).name
     return (
-        form(f"{name}, held", "HoldingPRM", *counts, **options),
-        form(f"{name}, first layer", "FirstLayerPRM", *counts, **options),
+        form(f"{name}, held", "shrinkage_variants:HoldingPRM", *counts, **options),
+        form(f"{name}, first layer", "shrinkage_variants:FirstLayerPRM", *counts, **options),
     )
 
 
@@ -90,12 +90,6 @@ def of_all_drawn(z: float, batch_size: int, steps: int) -> Arm:
     """Return an arm of PRM that is told that every point of the run is another one."""
     options = {"shrinkage": z, "batch_size": batch_size, "n_dataset": batch_size * steps}
     return Arm(f"snr, shrinkage {z:g}, n of all points drawn", "prm", options)
-
-
-def in_parts(z: float) -> Arm:
-    """Return an arm that takes the noise of the two parts of a physics-informed network apart."""
-    options = {"shrinkage": float(z), "batch_size": 32, "n_dataset": 100}
-    return Arm(f"snr, shrinkage {z:g}, in parts", "optimizer", options, optimizer="pinn_in_parts:PartsPRM")
 
 
 LINEAR = (
@@ -155,7 +149,10 @@ SOURCES = {
     # A loss of two parts, of which one has new points in every batch.
     "pinn, in parts": Source(
         (1e-3, 3e-3, 1e-2),
-        tuple(in_parts(z) for z in (0.5, 1, 2)),
+        tuple(
+            form(f"snr, shrinkage {z:g}, in parts", "pinn_in_parts:PartsPRM", 32, 100, shrinkage=z)
+            for z in (0.5, 1.0, 2.0)
+        ),
         str(Path(__file__).with_name("pinn_in_parts.py")),
         beside="pinn",
     ),

@@ -23,6 +23,7 @@ SHARE = "share of columns that another equals nearly"
 IN_USE = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # shares of the permuted columns
 PROBE = "1"  # the z at which the table's columns are held beside permuted ones
 Pick = Callable[[Key], str]
+InUse = Mapping[Key, Mapping[str, tuple[float, float]]]  # by table and z, the shares of its columns and permuted ones
 
 
 def properties(keys: Sequence[Key], path: Path, cache: Path) -> dict[Key, dict[str, float]]:
@@ -54,7 +55,7 @@ def judged(
     grid: Sequence[str],
     base: str,
     further: Sequence[str] = (),
-    used: Mapping[Key, Mapping[str, tuple[float, float]]] | None = None,
+    used: InUse | None = None,
 ) -> list[dict[str, str]]:
     """Return a line for each rule: mean loss over AdamW's on the tables it was chosen on, on the others, the worst.
 
@@ -82,16 +83,7 @@ def judged(
         rules[f"z = {high} where the {of} is above {edge:.2g}, else {low}"] = above(of, edge, low, high)
     rules |= {name: take(name) for name in further}
     if used:
-        share = min(IN_USE, key=lambda most: mean_ratio(figure(few_in_use(used, grid, most), True)))
-        rules[f"the least z at which {share:.0%} of permuted columns at most are in use"] = few_in_use(
-            used, grid, share
-        )
-        pairs = list(itertools.permutations(grid, 2))
-        low, high = min(pairs, key=lambda pair: mean_ratio(figure(fewer_than_permuted(used, *pair), True)))
-        rules[
-            f"z = {low} where at z = {PROBE} fewer of the table's columns than of permuted ones are in use, else {high}"
-        ] = fewer_than_permuted(used, low, high)
-        rules["z at which most more of the table's columns than of permuted ones are in use"] = told_apart(used, grid)
+        rules |= by_permuted_columns(used, grid, lambda pick: mean_ratio(figure(pick, True)))
     rules["z by validation data"] = take(base)
     rules["the best z on test data, which nobody knows"] = lambda key: min(
         grid, key=lambda z: ratio(dict(cells[key]), z)
@@ -107,17 +99,29 @@ def judged(
     ]
 
 
-def few_in_use(used: Mapping[Key, Mapping[str, tuple[float, float]]], grid: Sequence[str], most: float) -> Pick:
+def by_permuted_columns(used: InUse, grid: Sequence[str], loss: Callable[[Pick], float]) -> dict[str, Pick]:
+    """Return the rules that read which columns are in use, with the share and the z that `loss` is least with."""
+    most = min(IN_USE, key=lambda share: loss(few_in_use(used, grid, share)))
+    low, high = min(itertools.permutations(grid, 2), key=lambda pair: loss(fewer_than_permuted(used, *pair)))
+    fewer = f"z = {low} where at z = {PROBE} fewer of the table's columns than of permuted ones are in use, else {high}"
+    return {
+        f"the least z at which {most:.0%} of permuted columns at most are in use": few_in_use(used, grid, most),
+        fewer: fewer_than_permuted(used, low, high),
+        "z at which most more of the table's columns than of permuted ones are in use": told_apart(used, grid),
+    }
+
+
+def few_in_use(used: InUse, grid: Sequence[str], most: float) -> Pick:
     """Take the least z at which no more of the permuted columns are in use, or the largest of all."""
     return lambda key: next((z for z in grid if used[key][z][1] <= most), grid[-1])
 
 
-def fewer_than_permuted(used: Mapping[Key, Mapping[str, tuple[float, float]]], low: str, high: str) -> Pick:
+def fewer_than_permuted(used: InUse, low: str, high: str) -> Pick:
     """Take `low` where the table's columns close before permuted ones do, which have no others to stand in for them."""
     return lambda key: low if used[key][PROBE][0] < used[key][PROBE][1] else high
 
 
-def told_apart(used: Mapping[Key, Mapping[str, tuple[float, float]]], grid: Sequence[str]) -> Pick:
+def told_apart(used: InUse, grid: Sequence[str]) -> Pick:
     """Take the z at which the share of the table's columns in use is furthest above that of permuted ones."""
     return lambda key: max(grid, key=lambda z: used[key][z][0] - used[key][z][1])
 

@@ -31,18 +31,14 @@ class HoldingPRM(PRM):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step, and put back what has left its origin on noise."""
-        before = [(one, self.origin(one.state), one.param.clone()) for one in param_states(self)]
+        before = [(one, one.param.clone()) for one in param_states(self)]
         loss = super().step(closure)
-        for one, origin, was in before:
+        for one, was in before:
             if one.step and shrinks(one.hyper, one.param):  # from the second step on there is a pull
+                origin = one.state.get("start", torch.zeros(()))
                 held = (was == origin) & within_noise(one.state, one.step + 1, one.hyper)
                 one.param.copy_(torch.where(held, origin, one.param))
         return loss
-
-    @staticmethod
-    def origin(state: Mapping[str, Tensor]) -> Tensor:
-        """Return where a tensor is pulled to."""
-        return state.get("start", torch.zeros(()))
 
 
 class FirstLayerPRM(PRM):

@@ -107,8 +107,7 @@ ELEVENTH = [
     _shrunk("snr, followed shrinkage", "followed shrinkage", (1.0,)),
 ]
 # What z does to columns that are known to say nothing is read off at one rate.
-PROBED = "snr, shrinkage, at one rate"
-TWELFTH = [dataclasses.replace(FIFTH[0], name=PROBED, rates=(1e-2,))]
+TWELFTH = [dataclasses.replace(FIFTH[0], name=tables_shrinkage.PROBED, rates=(1e-2,))]
 GROUPS = (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH, EIGHTH, NINTH, TENTH, ELEVENTH, TWELFTH)
 ARMS = {arm.name: arm for group in GROUPS for arm in group}
 REFERENCES = "references"

@@ -233,7 +233,8 @@ def train(
     if shrinks or drawn is not None:
         found["zeros"] = zeros(stack, weights[0])
     if follower is not None:
-        found["shrinkage at the end"] = _rounded(torch.tensor(follower.found).view(len(stack.seeds), -1))
+        ends = torch.tensor([group["shrinkage"] for group in follower.groups])
+        found["shrinkage at the end"] = _rounded(ends.view(len(stack.seeds), -1))
     return found, torch.stack(kept) if kept else None
 
 
@@ -244,15 +245,14 @@ def grouped(arm: Arm, part: Sequence[nn.Parameter], rate: float, value: float) -
     group = {"lr": rate, "weight_decay": 0.0}
     if arm.axis in ("shrinkage", "followed shrinkage"):
         return [group | {"params": [part[0]], "shrinkage": value}, group | {"params": list(part[1:])}]
-    if arm.axis.startswith("bounded"):
-        bound = {"shrinkage": MOST, "bound": value}
+    if arm.axis.startswith(("bounded", "fan-in")):
         layers = part[:2] if arm.axis.endswith("of all") else part[:1]  # a group each, so that each has its own
         others = group | {"params": list(part[len(layers) :])}
-        return [*(group | bound | {"params": [layer]} for layer in layers), others]
-    if arm.axis.startswith("fan-in"):
-        count = 2 if arm.axis.endswith("of all") else 1
-        layers = [group | {"params": [layer], "shrinkage": by_fan_in(value, layer)} for layer in part[:count]]
-        return [*layers, group | {"params": list(part[count:])}]
+        if arm.axis.startswith("bounded"):
+            own = [{"shrinkage": MOST, "bound": value} for _ in layers]
+        else:
+            own = [{"shrinkage": by_fan_in(value, layer)} for layer in layers]
+        return [*(group | one | {"params": [layer]} for one, layer in zip(own, layers)), others]
     if arm.axis == "shrinkage of all":
         return [group | {"params": list(part), "shrinkage": value}]
     return [group | {"params": list(part)}]
@@ -306,7 +306,6 @@ class Follower:
         self.groups = optimizer.param_groups[::2]  # each network has two, see `grouped`
         self.logs = nn.Parameter(torch.tensor([group["shrinkage"] for group in self.groups]).log())
         self.own = torch.optim.Adam([self.logs], lr=self.rate, betas=(0.9, 0.99))
-        self.found: list[float] = []
 
     def step(self, weights: Sequence[Tensor]) -> None:
         """Set every shrinkage anew."""
@@ -323,8 +322,7 @@ class Follower:
         self.own.step()
         with torch.no_grad():
             self.logs.clamp_(math.log(self.least), math.log(self.most))
-        self.found = self.logs.detach().exp().tolist()
-        for group, value in zip(self.groups, self.found):
+        for group, value in zip(self.groups, self.logs.detach().exp().tolist()):
             group["shrinkage"] = value
 
 

@@ -121,15 +121,11 @@ def write(rows: Sequence[Cell], more: Sequence[Cell], out: Path, cache: Path) ->
 
 def with_more_seeds(rows: Sequence[Cell], more: Sequence[Cell]) -> dict[str, Any]:
     """Return the summary with 500 columns that say nothing of the tables and arms that `more` has, over all seeds."""
-    known = {(row["table"], row["probes"], row["arm"]): row for row in rows}
-    joined = [over_seeds(known[row["table"], row["probes"], row["arm"]], row) for row in more]
+    known = {(row["table"], row["arm"]): row for row in rows if row["probes"] == LEVELS[0]}
+    joined = [over_seeds(known[row["table"], row["arm"]], row) for row in more if row["probes"] == LEVELS[0]]
     cells = gather(joined)
     most = max(len(arms) for arms in cells.values())
-    whole = {key: arms for key, arms in cells.items() if len(arms) == most}
-    lines = of_arm_by_table(joined, SHRUNK)
-    bounded = {arm: of_arm_by_table(joined, arm) for arm in BOUND}
-    found = summary(whole, lines, bounded, LEVELS[0])
-    return {"tables": found["tables"], "arms": found["arms"]}
+    return of_arms({table: arms for (table, _), arms in cells.items() if len(arms) == most})
 
 
 def over_seeds(one: Cell, other: Cell) -> Cell:
@@ -141,7 +137,7 @@ def over_seeds(one: Cell, other: Cell) -> Cell:
         }
         for name, found in one["configurations"].items()
     }
-    kept = {name: one[name] for name in ("table", "probes", "arm", "rows", "zeros") if name in one}
+    kept = {name: one[name] for name in ("table", "probes", "arm", "rows")}
     return kept | {"configurations": configurations, "columns": one["columns"] + other["columns"]}
 
 
@@ -207,6 +203,19 @@ def summary(
 ) -> dict[str, Any]:
     """Return the figures of a number of columns that say nothing: of each arm, each z and each bound throughout."""
     mine = {table: dict(arms) for (table, probes), arms in cells.items() if probes == level}
+    return of_arms(mine) | {
+        "z": {z: of_z(mine, lines, level, z) for z in grid_values(lines)},
+        "bounds": {
+            f"{of_rule(arm)}: {bound}": of_z(mine, its, level, bound)
+            for arm, its in bounded.items()
+            if all((table, level) in its for table in mine)
+            for bound in grid_values(its)
+        },
+    }
+
+
+def of_arms(mine: Mapping[str, dict[str, Cell]]) -> dict[str, Any]:
+    """Return the tables and the figures of each arm; arms that are the best of several are added to each table."""
     penalties = [name for name in PENALTIES if all(name in arms for arms in mine.values())]
     for arms in mine.values():
         arms["best arm, in hindsight"] = min(
@@ -229,13 +238,6 @@ def summary(
     return {
         "tables": list(mine),
         "arms": {name: of_arm(mine, name) for name in [*names, *HINDSIGHT] if of_arm(mine, name)},
-        "z": {z: of_z(mine, lines, level, z) for z in grid_values(lines)},
-        "bounds": {
-            f"{of_rule(arm)}: {bound}": of_z(mine, its, level, bound)
-            for arm, its in bounded.items()
-            if all((table, level) in its for table in mine)
-            for bound in grid_values(its)
-        },
     }
 
 

@@ -137,8 +137,6 @@ INLINE void fetch_ahead(const tensor *t, int64_t start, int64_t size, int64_t na
         fetch_array(t->p, start, size);
     if ((what & ADVANCE) || t->pulled)
         fetch_array(t->s, start, narrow);
-    if ((what & MOVE) && t->pulled && t->start)
-        fetch_array(t->start, start, size);
     if (what & ADVANCE) {
         fetch_array(t->g, start, size);
         if (t->z)

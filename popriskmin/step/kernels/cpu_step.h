@@ -496,10 +496,12 @@ TARGET static void NAME(work_in_place)(const job *job, const tensor *t, const nu
     int pulls_at_once = t->pulled && what == (ADVANCE | MOVE) && !narrow && !maximum;
     for (int64_t i = begin; i < end; i += AHEAD) {
         int64_t n = smaller(end - i, AHEAD);
-        if (asks_ahead && i + 2 * AHEAD <= end)
-            fetch_ahead(t, i + AHEAD, sizeof(REAL), size, what);
-        else if (t->start && i + 2 * AHEAD <= end) /* a sixth array, for which AMD's processors too fall behind */
-            fetch_array(t->start, i + AHEAD, sizeof(REAL));
+        if (i + 2 * AHEAD <= end) {
+            if (asks_ahead)
+                fetch_ahead(t, i + AHEAD, sizeof(REAL), size, what);
+            if ((what & MOVE) && t->pulled && t->start) /* a sixth array, for which AMD's processors too fall behind */
+                fetch_array(t->start, i + AHEAD, sizeof(REAL));
+        }
         const REAL *start = t->start ? (const REAL *)t->start + i : NULL;
         if (t->z && (what & ADVANCE)) {
             const REAL *z = (const REAL *)t->z + i;
